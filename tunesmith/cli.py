@@ -1,0 +1,259 @@
+"""The command line: a short function per verb. Each imports what it needs inside, so that help answers at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from tunesmith import __version__
+from tunesmith.errors import TunesmithError
+
+app = typer.Typer(
+    name="tunesmith",
+    help="Turn your own data into a better language model, and prove that it is better.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+runs_app = typer.Typer(help="Look at runs, compare them, remove them.", no_args_is_help=True)
+app.add_typer(runs_app, name="runs")
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as train.epochs=1.")]
+Runs = Annotated[Path | None, typer.Option("--runs", help="Where runs lie; TUNESMITH_RUNS or ./runs if not given.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer with JSON, for programs.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
+
+
+def main() -> None:
+    """Run the command line; an error of ours is a sentence and an exit code, never a traceback."""
+    debug = "--debug" in sys.argv
+    arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    try:
+        app(args=arguments, prog_name="tunesmith")
+    except TunesmithError as error:
+        if debug:
+            raise
+        _fail(error, "--json" in arguments)
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if debug:
+            raise
+        told = TunesmithError(
+            f"{error.strerror or error}", where=str(error.filename or "system"), fix="--debug shows where."
+        )
+        _fail(told, "--json" in arguments)
+
+
+def _fail(error: TunesmithError, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
+    else:
+        from tunesmith.progress import console
+
+        console().print("[bold red]Error[/bold red]", end=" ")
+        console().print(str(error), markup=False, highlight=False, soft_wrap=True)
+    sys.exit(error.exit_code)
+
+
+def _answer(value: Any, as_json: bool) -> bool:
+    """Print JSON where it was asked for."""
+    if as_json:
+        print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
+    return as_json
+
+
+def _hush(as_json: bool) -> None:
+    if as_json:
+        from tunesmith.progress import quiet
+
+        quiet()
+
+
+def _journey(recipe: str, sets: list[str] | None, runs: Path | None, as_json: bool, stages: tuple[str, ...]) -> None:
+    _hush(as_json)
+    from tunesmith import pipeline, show
+
+    result = pipeline.run(recipe, sets or [], runs, stages)
+    if not _answer(show.summary(result), as_json):
+        show.ending(result)
+
+
+@app.command()
+def run(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+    """Walk a recipe's whole journey: data, train, evaluate, package. What is up to date is skipped."""
+    _journey(recipe, sets, runs, as_json, ("data", "train", "evaluate", "package"))
+
+
+@app.command()
+def train(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+    """Prepare the data and train, and nothing after that."""
+    _journey(recipe, sets, runs, as_json, ("data", "train"))
+
+
+@app.command()
+def evaluate(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+    """Compare a trained run with its base on the test rows."""
+    _journey(recipe, sets, runs, as_json, ("evaluate",))
+
+
+@app.command()
+def package(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+    """Merge a trained run's adapter into its base, check that, and write the model card."""
+    _journey(recipe, sets, runs, as_json, ("package",))
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Your data file.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Where to write the recipe; NAME.yaml if not given.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a commented starter recipe for a data file, its columns detected."""
+    _hush(as_json)
+    from tunesmith.starter import write_starter
+
+    path, found = write_starter(data, out, force)
+    if not _answer({"recipe": str(path), **found}, as_json):
+        print(f"Wrote {path} ({found['rows']} rows, layout {found['layout']}).\nNext: tunesmith check {path}")
+
+
+@app.command()
+def check(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
+    """Validate a recipe and every row without training; show what carries loss. Exit code 2 if a run would stop."""
+    _hush(as_json)
+    from tunesmith import preview, show
+    from tunesmith.recipe import load
+
+    found = preview.check(recipe, sets or [])
+    if not _answer(found.as_dict(), as_json):
+        show.check(found)
+    allowed = load(recipe, sets or [])[0].data.max_rejected
+    if found.counts["rejected"] > allowed * found.counts["read"]:
+        if not as_json:
+            print(f"A run would stop here: data.max_rejected allows {allowed:.1%}.", file=sys.stderr)
+        sys.exit(2)
+
+
+@app.command()
+def plan(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
+    """Tell what training would take: parameters, steps, memory, time."""
+    _hush(as_json)
+    from tunesmith import preview, show
+
+    found = preview.plan(recipe, sets or [])
+    if not _answer(found.as_dict(), as_json):
+        show.plan(found)
+
+
+@app.command()
+def chat(
+    run: RunName,
+    base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")] = False,
+    say: Annotated[str | None, typer.Option("--say", help="Say this, print the answer and end.")] = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Talk with a run's tuned model in the terminal."""
+    _hush(as_json)
+    from tunesmith.pipeline import open_run
+    from tunesmith.talk import once, talk
+
+    result = open_run(run, runs)
+    if as_json or say is not None:
+        text = say if say is not None else sys.stdin.read().strip()
+        answers = once(result, text, base)
+        if not _answer(answers, as_json):
+            print("\n".join(f"{side}: {a}" if base else a for side, a in answers.items() if side != "prompt"))
+    else:
+        talk(result, base)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, cores, accelerators, memory, disk, and which extras are there."""
+    _hush(as_json)
+    from tunesmith import doctor as check_up
+    from tunesmith import show
+
+    found = check_up.examine()
+    if not _answer(found, as_json):
+        show.doctor(found)
+
+
+@app.command()
+def schema(as_json: Json = False) -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from tunesmith.recipe import schema as recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def version(as_json: Json = False) -> None:
+    """Print the version."""
+    print(json.dumps({"version": __version__}) if as_json else __version__)
+
+
+@runs_app.command("list")
+def runs_list(runs: Runs = None, as_json: Json = False) -> None:
+    """All runs, newest last, with their verdicts."""
+    from tunesmith import show
+    from tunesmith.runs import every
+
+    found = [show.line(r) for r in every(runs)]
+    if not _answer(found, as_json):
+        show.table(found, "No runs here yet. Make one: tunesmith run quickstart")
+
+
+@runs_app.command("show")
+def runs_show(run: RunName, runs: Runs = None, as_json: Json = False) -> None:
+    """One run: its stages, scores and files."""
+    from tunesmith import show
+    from tunesmith.pipeline import open_run
+
+    result = open_run(run, runs)
+    if not _answer(show.summary(result), as_json):
+        show.ending(result)
+
+
+@runs_app.command("diff")
+def runs_diff(run: RunName, other: RunName, runs: Runs = None, as_json: Json = False) -> None:
+    """What differs between two runs: recipe, versions, scores."""
+    from tunesmith import show
+    from tunesmith.runs import get
+
+    found = show.differences(get(run, runs), get(other, runs))
+    if not _answer(found, as_json):
+        show.table(found, "The two runs do not differ.")
+
+
+@runs_app.command("rm")
+def runs_rm(
+    run: RunName,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Remove a run and all its files."""
+    import shutil
+
+    from tunesmith.runs import get
+
+    found = get(run, runs)
+    if not yes and not as_json:
+        typer.confirm(f"Remove {found.path} with all its files?", abort=True)
+    with found.lock():
+        shutil.rmtree(found.path)
+    if not _answer({"removed": str(found.path)}, as_json):
+        print(f"Removed {found.path}")

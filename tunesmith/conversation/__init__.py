@@ -1,0 +1,1 @@
+"""Conversations: the one currency of data, and the one way to turn them into tokens."""

@@ -1,0 +1,198 @@
+"""Conversation -> token ids and loss weights, through the tokenizer's own chat template; and back.
+
+Training, evaluation and chat all render here, so that they cannot disagree. A conversation is cut where
+an answer begins and ends, and each piece is tokenised on its own: the tokens before an answer are then
+exactly those that the model is given when it is asked for that answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.conversation.message import Conversation, Message
+from tunesmith.errors import ModelError
+from tunesmith.runs import hash_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# For tokenizers that bring no template. It needs no special token but the tokenizer's own end of sequence.
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ {'system': 'System', 'user': 'User', 'assistant': 'Assistant', 'tool': 'Tool'}[message['role']] }}: "
+    "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Token ids and, for each, the weight of its loss (0: context only). Both have length [T]."""
+
+    ids: list[int]
+    weights: list[float]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def trained(self) -> int:
+        """How many tokens carry loss."""
+        return sum(1 for weight in self.weights if weight)
+
+
+class Renderer:
+    """One model's way of writing conversations as tokens.
+
+    Args:
+        tokenizer: with its chat template, or without (then `PLAIN_TEMPLATE` is used, and `template_name`
+            says so).
+        template: a Jinja chat template that takes the place of the tokenizer's own.
+        stop_ids: further ids that end an answer, such as a generation config's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        stop_ids: Sequence[int] = (),
+    ) -> None:
+        self.tokenizer = tokenizer
+        own = tokenizer.chat_template
+        if isinstance(own, dict):
+            own = own.get("default")
+        self.template_name = "recipe" if template else "tokenizer" if own else "plain"
+        self.template: str = template or own or PLAIN_TEMPLATE
+        if self.template_name == "plain" and tokenizer.eos_token is None:
+            raise ModelError(
+                "the tokenizer has neither a chat template nor an end-of-sequence token",
+                where=str(tokenizer.name_or_path),
+                fix="Give a template in the recipe (model.chat_template) that ends each answer.",
+            )
+        ends = {tokenizer.eos_token_id, *stop_ids} - {None}
+        self.stop_ids: list[int] = sorted(ends)
+
+    @cached_property
+    def hash(self) -> str:
+        """Changes with anything that could change a rendering."""
+        vocabulary = getattr(self.tokenizer, "backend_tokenizer", None)
+        return hash_json(
+            {
+                "template": self.template,
+                "special": {k: str(v) for k, v in self.tokenizer.special_tokens_map.items()},
+                "stop": self.stop_ids,
+                "vocabulary": vocabulary.to_str() if vocabulary is not None else self.tokenizer.get_vocab(),
+            }
+        )
+
+    def render(self, conversation: Conversation, only_last: bool = False) -> Rendered:
+        """Token ids [T] and loss weights [T]: every assistant's turn, or the last one only.
+
+        An answer's weight covers its text and the token that ends it. A turn whose rendering changes
+        with what follows (a template that rewrites earlier turns) is left as context.
+        """
+        messages = conversation.messages
+        whole = self._text(messages)
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight]
+        ids: list[int] = []
+        weights: list[float] = []
+        at = 0
+        for i in turns[-1:] if only_last else turns:
+            before = self._text(messages[:i], ask=True)
+            after = self._text(messages[: i + 1])
+            if not (after.startswith(before) and whole.startswith(after) and len(before) >= at):
+                continue
+            context = self._tokens(whole[at : len(before)])
+            answer = self._tokens(after[len(before) :])
+            end = self._end_of_turn(answer)
+            ids += context + answer
+            weights += [0.0] * len(context) + [messages[i].weight] * end + [0.0] * (len(answer) - end)
+            at = len(after)
+        if not at:
+            ids = self._tokens(whole)
+            return Rendered(ids, [0.0] * len(ids))
+        while not weights[-1]:  # nothing is learnt from what follows the last answer
+            ids.pop(), weights.pop()
+        return Rendered(ids, weights)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that the assistant is to go on with."""
+        whole = self._text(messages, ask=True)
+        ids: list[int] = []
+        at = 0
+        for i, message in enumerate(messages):
+            if message.role != "assistant":
+                continue
+            before, after = self._text(messages[:i], ask=True), self._text(messages[: i + 1])
+            if after.startswith(before) and whole.startswith(after) and len(before) >= at:
+                ids += self._tokens(whole[at : len(before)]) + self._tokens(after[len(before) :])
+                at = len(after)
+        return ids + self._tokens(whole[at:])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """An answer's text, up to the first token that ends it."""
+        kept = []
+        for token in ids:
+            if token in self.stop_ids:
+                break
+            kept.append(token)
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
+        return text
+
+    def check(self) -> None:
+        """Raise unless an answer ends with a token that stops generation, and that token is trained.
+
+        Raises:
+            ModelError: naming the template and the tokens that would have counted.
+        """
+        probe = Conversation((Message("user", "Hello"), Message("assistant", "Good morning")))
+        rendered = self.render(probe)
+        trained = [i for i, weight in zip(rendered.ids, rendered.weights, strict=True) if weight]
+        if not trained:
+            raise ModelError(
+                "the chat template writes a prompt differently once it is answered, so answers can't be told apart",
+                where=str(self.tokenizer.name_or_path),
+                fix="Give another template in the recipe: model.chat_template.",
+            )
+        if trained[-1] not in self.stop_ids:
+            stops = ", ".join(repr(t) for t in self.tokenizer.convert_ids_to_tokens(self.stop_ids)) or "none"
+            raise ModelError(
+                "the chat template ends an answer without a token that stops generation, so the model would "
+                f"never learn to stop (tokens that stop it: {stops})",
+                where=str(self.tokenizer.name_or_path),
+                fix="Write the end token into model.chat_template, or name the one it uses: model.end_of_turn.",
+            )
+
+    def _end_of_turn(self, answer: list[int]) -> int:
+        """How many of an answer's tokens are trained: up to and with its end token, not what pads the turn."""
+        for i in range(len(answer) - 1, -1, -1):
+            if answer[i] in self.stop_ids:
+                return i + 1
+        return len(answer)
+
+    def _text(self, messages: Sequence[Message], ask: bool = False) -> str:
+        if not messages and not ask:
+            return ""
+        try:
+            text: Any = self.tokenizer.apply_chat_template(
+                [m.for_template() for m in messages],
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=ask,
+            )
+        except Exception as error:
+            raise ModelError(
+                f"the chat template refused a conversation ({error})",
+                where=" ".join(m.role for m in messages) or str(self.tokenizer.name_or_path),
+                fix="Check the order of roles that this model allows.",
+            ) from error
+        return str(text)
+
+    def _tokens(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids

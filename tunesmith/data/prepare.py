@@ -1,0 +1,379 @@
+"""The data stage: sources -> conversations -> train, validation and test rows, with every row accounted for."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from tunesmith import plugins
+from tunesmith.conversation.message import Conversation, Message
+from tunesmith.conversation.render import Renderer
+from tunesmith.data.layouts import Layout, Unusable
+from tunesmith.data.readers import Broken, Row
+from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.data.split import hold_out, same_question
+from tunesmith.errors import DataError
+from tunesmith.progress import bar
+from tunesmith.runs import hash_file, json_line, need_room
+
+PARTS = ("train", "validation", "test")
+DETECTION_ROWS = 50
+NAMED_AT_MOST = 5
+
+
+@dataclass(frozen=True)
+class DataInputs:
+    """What the data stage works with: how rows are written as tokens, and how long they may be."""
+
+    renderer: Renderer
+    max_length: int
+    seed: int
+    folder: Path
+
+
+@dataclass
+class Ledger:
+    """Where every row went. read + made = accepted + rejected + removed."""
+
+    read: int = 0
+    made: int = 0
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    removed: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, where: str, reason: str, why: str, text: str) -> None:
+        self.rejected.append({"row": where, "reason": reason, "why": why, "text": text})
+
+    def remove(self, row: Conversation | None, where: str, step: str, why: str) -> None:
+        self.removed.append({"row": where, "step": step, "why": why} | (row.as_dict() if row else {}))
+
+
+def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str, Any]:
+    """Write train.jsonl, validation.jsonl, test.jsonl, rejected.jsonl and removed.jsonl into `target`.
+
+    Returns what the manifest tells: counts, the answers' kind, and each source file's hash.
+
+    Raises:
+        DataError: a file or too many rows can't be used; says which and why.
+    """
+    files = source_files(section, inputs.folder)
+    room = sum(path.stat().st_size for paths in files.values() for _, path in paths)
+    need_room(target, 4 * room, "Preparing the data")
+    ledger = Ledger()
+    with bar("Reading rows") as progress:
+        parts = {
+            part: [row for source, path in paths for row in _rows(source, path, section, ledger, progress.advance)]
+            for part, paths in files.items()
+        }
+    _stop_if_too_many(section, ledger)
+    with bar("Measuring rows", sum(map(len, parts.values()))) as progress:
+        for part, rows in parts.items():
+            parts[part] = list(_fitting(rows, section, inputs, ledger, progress.advance))
+
+    every = [row for rows in parts.values() for row in rows]
+    kind = answers_kind(every) if section.answers == "auto" else section.answers
+    parts = _split(section, parts, inputs.seed, kind == "label", ledger)
+    if not parts["train"]:
+        raise DataError(
+            f"no row is left to train on: {ledger.read} read, {len(ledger.rejected)} rejected, "
+            f"{_steps(ledger) or 'none'} removed",
+            where="data",
+            fix="Run `tunesmith check` to see why rows were left out.",
+        )
+    for part in PARTS:
+        (target / f"{part}.jsonl").write_text("".join(json_line(r.as_dict()) for r in parts[part]), "utf-8")
+    (target / "rejected.jsonl").write_text("".join(map(json_line, ledger.rejected)), "utf-8")
+    (target / "removed.jsonl").write_text("".join(map(json_line, ledger.removed)), "utf-8")
+
+    accepted = sum(len(rows) for rows in parts.values())
+    if ledger.read + ledger.made != accepted + len(ledger.rejected) + len(ledger.removed):
+        raise AssertionError(f"rows went missing: {ledger.read} read, {accepted} accepted")
+    labels = Counter(row.answer for row in every) if kind == "label" else {}
+    return {
+        "counts": {
+            "read": ledger.read,
+            "accepted": accepted,
+            "rejected": len(ledger.rejected),
+            "removed": _steps(ledger),
+            **({"made": ledger.made} if ledger.made else {}),
+            **{part: len(parts[part]) for part in PARTS},
+        },
+        "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
+        "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
+        "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
+    }
+
+
+def load_rows(file: Path) -> list[Conversation]:
+    """The rows of a prepared file."""
+    with file.open(encoding="utf-8") as lines:
+        return [Conversation.from_dict(json.loads(line)) for line in lines]
+
+
+def source_files(section: DataSection, folder: Path) -> dict[str, list[tuple[SourceSection, Path]]]:
+    """The files of each part. `train` holds everything that is still to be split.
+
+    Raises:
+        DataError: a path that matches no file.
+    """
+    found: dict[str, list[tuple[SourceSection, Path]]] = {"train": [], "validation": [], "test": []}
+    for number, source in enumerate(section.sources):
+        found["train"] += [(source, path) for path in _paths(source.path, folder, f"data.sources.{number}.path")]
+    for part in ("validation", "test"):
+        given = getattr(section.split, part)
+        if isinstance(given, str):
+            like = section.sources[0].model_copy(update={"path": given, "format": "auto"})
+            found[part] = [(like, path) for path in _paths(given, folder, f"data.split.{part}")]
+    return found
+
+
+def _paths(pattern: str, folder: Path, key: str) -> list[Path]:
+    expanded = Path(os.path.expandvars(pattern)).expanduser()
+    whole = expanded if expanded.is_absolute() else folder / expanded
+    paths = [whole] if whole.is_file() else [Path(p) for p in sorted(glob.glob(str(whole), recursive=True))]
+    paths = [p for p in paths if p.is_file()]
+    if not paths:
+        unset = " ($ names a variable that is not set)" if "$" in str(expanded) else ""
+        raise DataError(f"no such file: {whole}{unset}", where=key, fix="Paths are relative to the recipe's folder.")
+    return paths
+
+
+def read_rows(source: SourceSection, path: Path) -> Iterator[tuple[int, Row | Broken]]:
+    """A file's rows as they are, by its format."""
+    suffixes = [s.lstrip(".").lower() for s in path.suffixes if s.lower() != ".gz"]
+    name = source.format if source.format != "auto" else (suffixes[-1] if suffixes else "")
+    if name not in plugins.known("reader"):
+        raise DataError(
+            f"files that end in '.{name}' are not read",
+            where=str(path),
+            fix=f"Name its format (data.sources[].format): {', '.join(sorted(plugins.known('reader')))}.",
+        )
+    yield from plugins.load("reader", name)(path)
+
+
+def detect(source: SourceSection, path: Path) -> type[Layout]:
+    """The layout that fits most of a file's first rows.
+
+    Raises:
+        DataError: none fits; lists the columns.
+    """
+    if source.columns is not None:
+        return plugins.load("layout", "columns")
+    if source.layout != "auto":
+        return plugins.load("layout", source.layout)
+    rows = []
+    for _, row in read_rows(source, path):
+        if not isinstance(row, Broken):
+            rows.append(row)
+        if len(rows) == DETECTION_ROWS:
+            break
+    layouts: list[type[Layout]] = [plugins.load("layout", name) for name in plugins.known("layout")]
+    scores = [sum(layout.fits(row) for row in rows) for layout in layouts]
+    if rows and max(scores) == 0:
+        columns = ", ".join(dict.fromkeys(c for row in rows for c in row))
+        fitting = "; ".join(f"{layout.name} ({layout.needs})" for layout in layouts if layout.name != "columns")
+        raise DataError(
+            f"no layout fits; its columns are: {columns}",
+            where=str(path),
+            fix=f"Say which are which: columns: {{prompt: ..., completion: ...}}. Known layouts: {fitting}.",
+        )
+    return layouts[scores.index(max(scores))]
+
+
+def _rows(
+    source: SourceSection, path: Path, section: DataSection, ledger: Ledger, advance: Any
+) -> Iterator[Conversation]:
+    """A file's usable rows as conversations; the others go to the ledger."""
+    layout = detect(source, path)
+    system = source.system if source.system is not None else section.system
+    before = ledger.read
+    for number, row in read_rows(source, path):
+        ledger.read += 1
+        advance()
+        where = f"{path.name}:{number}"
+        if isinstance(row, Broken):
+            ledger.reject(where, row.reason, row.why, row.text)
+            continue
+        if not _wanted(row, source, where):
+            ledger.remove(None, where, "where", "does not meet the source's `where`")
+            continue
+        try:
+            conversation = Conversation(tuple(layout.messages(row, source)), where)
+            _usable(conversation)
+        except Unusable as error:
+            ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False, default=str))
+            continue
+        yield conversation.with_system(system) if system is not None else conversation
+    if ledger.read == before:
+        raise DataError("holds no rows", where=str(path), fix="Give a file with rows.")
+
+
+def _wanted(row: Row, source: SourceSection, where: str) -> bool:
+    for column, value in source.where.items():
+        if column not in row:
+            raise DataError(
+                f"has no column '{column}' (its columns: {', '.join(row)})",
+                where=f"{where}, data.sources[].where",
+                fix="Name a column of the file.",
+            )
+        if row[column] not in (value if isinstance(value, list) else [value]):
+            return False
+    return True
+
+
+def _usable(row: Conversation) -> None:
+    if not any(m.role == "assistant" for m in row.messages):
+        raise Unusable("no_answer", "no assistant's turn to learn from")
+    if row.messages[-1].role != "assistant":
+        raise Unusable("ends_unanswered", f"ends with the {row.messages[-1].role}'s turn, not with an answer")
+    if any(m.role == "assistant" and not m.content.strip() for m in row.messages):
+        raise Unusable("empty_answer", "the answer is empty")
+    if not any(m.role == "user" and m.content.strip() for m in row.messages):
+        raise Unusable("empty_prompt", "the prompt is empty")
+    if not any(m.role == "assistant" and m.weight for m in row.messages):
+        raise Unusable("no_loss", "no token would carry loss: every answer's weight is 0")
+
+
+def _stop_if_too_many(section: DataSection, ledger: Ledger) -> None:
+    if len(ledger.rejected) <= section.max_rejected * ledger.read:
+        return
+    shown = "\n".join(f"  {r['row']}: {r['why']}" for r in ledger.rejected[:NAMED_AT_MOST])
+    more = len(ledger.rejected) - NAMED_AT_MOST
+    raise DataError(
+        f"{len(ledger.rejected)} of {ledger.read} rows can't be used (data.max_rejected allows "
+        f"{section.max_rejected:.1%})\n{shown}" + (f"\n  and {more} more" if more > 0 else ""),
+        where=ledger.rejected[0]["row"],
+        fix="Mend the rows, or go on without them: --set data.max_rejected="
+        f"{min(1.0, max(0.01, -(-100 * len(ledger.rejected) // ledger.read) / 100)):g}",
+    )
+
+
+def _fitting(
+    rows: Sequence[Conversation], section: DataSection, inputs: DataInputs, ledger: Ledger, advance: Any
+) -> Iterator[Conversation]:
+    """Rows that fit `max_length`, and what the policy makes of those that don't."""
+    limit = inputs.max_length
+    for row in rows:
+        advance()
+        rendered = inputs.renderer.render(row)
+        length = len(rendered)
+        if not rendered.trained:
+            raise DataError(
+                "no token of this row carries loss under the model's chat template",
+                where=row.id,
+                fix="Check the order of roles in it, or give another template: model.chat_template.",
+            )
+        if length <= limit:
+            yield row
+            continue
+        why = f"has {length} tokens, train.max_length is {limit}"
+        if section.over_length == "error":
+            raise DataError(
+                why,
+                where=row.id,
+                fix="Raise train.max_length, or say what to do with such rows: data.over_length: "
+                "drop, truncate or split.",
+            )
+        kept = {"drop": _dropped, "truncate": _cut, "split": _pieces}[section.over_length](row, inputs)
+        if not kept:
+            ledger.remove(row, row.id, "over_length", why)
+        ledger.made += max(len(kept) - 1, 0)
+        yield from kept
+
+
+def _dropped(row: Conversation, inputs: DataInputs) -> list[Conversation]:
+    return []
+
+
+def _cut(row: Conversation, inputs: DataInputs) -> list[Conversation]:
+    """The row with the end of its longest message that is not an answer cut off, or nothing if that is not enough."""
+    others = [i for i, m in enumerate(row.messages) if m.role != "assistant"]
+    longest = max(others, key=lambda i: len(row.messages[i].content))
+    text = row.messages[longest].content
+
+    def shortened(length: int) -> Conversation:
+        message = replace(row.messages[longest], content=text[:length])
+        messages = (*row.messages[:longest], message, *row.messages[longest + 1 :])
+        return replace(row, messages=messages, metadata=row.metadata | {"cut_characters": len(text) - length})
+
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if len(inputs.renderer.render(shortened(middle))) <= inputs.max_length:
+            low = middle
+        else:
+            high = middle - 1
+    return [shortened(low)] if low and len(inputs.renderer.render(shortened(low))) <= inputs.max_length else []
+
+
+def _pieces(row: Conversation, inputs: DataInputs) -> list[Conversation]:
+    """The row cut between turns into rows that fit, each with the system message; nothing if a turn alone is too long."""
+    system = [m for m in row.messages[:1] if m.role == "system"]
+    turns: list[list[Message]] = [[]]
+    for message in row.messages[len(system) :]:
+        turns[-1].append(message)
+        if message.role == "assistant":
+            turns.append([])
+    pieces: list[list[Message]] = []
+    for turn in filter(None, turns):
+        longer = [*pieces[-1], *turn] if pieces else None
+        if longer and _length(system + longer, inputs) <= inputs.max_length:
+            pieces[-1] = longer
+        elif _length(system + turn, inputs) <= inputs.max_length:
+            pieces.append(turn)
+        else:
+            return []
+    return [replace(row, messages=tuple(system + p), id=f"{row.id}#{i}") for i, p in enumerate(pieces, 1)]
+
+
+def _length(messages: list[Message], inputs: DataInputs) -> int:
+    return len(inputs.renderer.render(Conversation(tuple(messages))))
+
+
+def _split(
+    section: DataSection, parts: dict[str, list[Conversation]], seed: int, by_label: bool, ledger: Ledger
+) -> dict[str, list[Conversation]]:
+    parts = dict(parts)
+    held = {part: {same_question(row) for row in parts[part]} for part in ("validation", "test")}
+    for part, others in (("validation", ("test",)), ("train", ("test", "validation"))):
+        kept = []
+        for row in parts[part]:
+            clash = next((o for o in others if same_question(row) in held[o]), None)
+            if clash:
+                ledger.remove(row, row.id, f"in_{clash}", f"asks the same as a {clash} row")
+            else:
+                kept.append(row)
+        parts[part] = kept
+    total = len(parts["train"])
+    for part in ("test", "validation"):
+        share = getattr(section.split, part)
+        if isinstance(share, str):
+            continue
+        wanted = max(round(share * total), 1 if share else 0) if share < 1 else int(share)
+        parts["train"], parts[part] = hold_out(parts["train"], wanted, seed, by_label)
+    return parts
+
+
+def answers_kind(rows: Sequence[Conversation]) -> str:
+    """What the answers look like: `json` objects, `label`s of a small set, or `text`."""
+    answers = [row.answer.strip() for row in rows]
+    if all(a.startswith("{") and _is_object(a) for a in answers):
+        return "json"
+    short = all(len(a) <= 80 and "\n" not in a for a in answers)
+    return "label" if short and 2 * len(set(answers)) <= len(answers) and len(set(answers)) > 1 else "text"
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False
+
+
+def _steps(ledger: Ledger) -> dict[str, int]:
+    return dict(Counter(row["step"] for row in ledger.removed))

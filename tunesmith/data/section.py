@@ -1,0 +1,87 @@
+"""The recipe's `data`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tunesmith.section import Section
+
+
+class ColumnsSection(Section):
+    """Which column holds what, for rows of no known layout."""
+
+    prompt: str | None = None
+    """The column that the user says."""
+    completion: str
+    """The column that is to be answered."""
+    context: str | None = None
+    """A column put before the prompt."""
+    system: str | None = None
+    """A column with the row's own system prompt."""
+
+
+class SourceSection(Section):
+    """A file, or several by a pattern. A plain string stands for `{path: ...}`."""
+
+    path: str = Field(min_length=1)
+    """Relative to the recipe; may hold * and ${VARIABLES}."""
+    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
+    """Of the file; by its ending if `auto`. A further .gz is unpacked."""
+    layout: str = "auto"
+    """Of the rows: chat, sharegpt, instruction, prompt, question, columns; detected if `auto`."""
+    columns: ColumnsSection | None = None
+    """For rows of no known layout."""
+    template: str | None = None
+    """The user's message, with {column} for what a row holds; in place of the layout's own."""
+    system: str | None = None
+    """A system prompt for this source's rows that have none; in place of `data.system`."""
+    where: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(default_factory=dict)
+    """Keep only rows whose column has this value (or one of these); the others are counted as removed."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> SourceSection:
+        if self.layout == "columns" and self.columns is None:
+            raise ValueError("layout columns needs `columns: {prompt: ..., completion: ...}`")
+        if self.columns and self.columns.prompt is None and self.template is None:
+            raise ValueError("`columns` needs a prompt column, or a `template` beside it")
+        return self
+
+
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
+class SplitSection(Section):
+    """Rows held out of training: a share (below 1), a count, or a file of their own."""
+
+    validation: float | str = 0.1
+    """Watched during training: 0.1, 200, or a path."""
+    test: float | str = 0.1
+    """For the proof at the end: 0.1, 200, or a path."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> SplitSection:
+        parts = [p for p in (self.validation, self.test) if not isinstance(p, str)]
+        if any(p < 0 or (p >= 1 and p != int(p)) for p in parts) or sum(p for p in parts if p < 1) >= 1:
+            raise ValueError("a part is a share of the rows (together below 1), a whole count, or a path")
+        return self
+
+
+class DataSection(Section):
+    """Where rows come from and how they are split."""
+
+    sources: list[Annotated[SourceSection, BeforeValidator(_source)]] = Field(min_length=1)
+    """The files."""
+    system: str | None = None
+    """A system prompt for rows that have none."""
+    split: SplitSection = SplitSection()
+    """What is held out."""
+    answers: Literal["auto", "json", "label", "text"] = "auto"
+    """What the answers are; decides which metrics fit, and whether the split is stratified."""
+    over_length: Literal["error", "drop", "truncate", "split"] = "error"
+    """For rows longer than `train.max_length`: stop; leave out; cut the end of the longest message that is
+    not an answer; cut between turns into several rows."""
+    max_rejected: float = Field(0.0, ge=0, le=1)
+    """Share of rows that may be unusable before the stage stops. They are listed in rejected.jsonl."""

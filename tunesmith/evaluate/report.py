@@ -1,0 +1,242 @@
+"""The report: what a run proved, in one HTML file that needs no network and no script."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from tunesmith.evaluate import charts
+from tunesmith.evaluate.charts import Series
+from tunesmith.evaluate.metrics import same
+from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
+
+SIDES = ("baseline", "tuned")
+BEST, WORST, RANDOM = 7, 7, 6
+MEANS = {
+    "exact_match": "share of answers equal to the reference",
+    "accuracy": "share of answers equal to the reference",
+    "macro_f1": "F1 of each class, averaged over the classes",
+    "json_valid": "share of answers that are a JSON object",
+    "json_field_f1": "F1 over the fields of the JSON objects",
+    "rouge_l": "longest common subsequence with the reference, as F1",
+    "chrf": "character n-grams shared with the reference, 0 to 100",
+    "loss": "nats per token of the reference under the model",
+    "perplexity": "e to the loss",
+}
+ANSWERS = {"json": "JSON objects", "label": "labels from a small set", "text": "free text"}
+
+
+def write_report(run: Run) -> None:
+    """Write `run.report` from what the complete stages left. The evaluation must be among them."""
+    card = read_json(run.scorecard)
+    manifests = {stage: m for stage in STAGES if (m := run.complete(stage))}
+    steps = read_jsonl(run.metrics)
+    page = (
+        _environment()
+        .get_template("report.html.jinja")
+        .render(
+            name=run.name,
+            card=card,
+            verdict=verdict_in_words(card),
+            warnings=out_of_date(manifests),
+            metrics=[_metric(name, score) for name, score in card["metrics"].items()],
+            curves=loss_curves(steps),
+            **_answers(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card, manifests),
+            data=manifests.get("data"),
+            answers_are=ANSWERS.get(card["answers"], card["answers"]),
+            training=_training(manifests, steps),
+            package=manifests.get("package"),
+            recipe=run.recipe.read_text(encoding="utf-8"),
+            model=_model(manifests),
+            manifests=manifests,
+            lineage=[_lineage(stage, manifests) for stage in manifests],
+        )
+    )
+    write_text(run.report, page)
+
+
+def _environment() -> Environment:
+    found = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    found.filters |= {
+        "number": number,
+        "signed": signed,
+        "p": p_value,
+        "grouped": grouped,
+        "duration": duration,
+    }
+    return found
+
+
+def number(value: float | None) -> str:
+    """Three digits behind the point; two that count where that would hide a small value."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+
+
+def signed(value: float) -> str:
+    return ("+" if value >= 0 else "") + number(value)
+
+
+def p_value(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.0005 else "<0.001"
+
+
+def grouped(count: int | None) -> str:
+    return "–" if count is None else f"{count:,}"
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def verdict_in_words(card: dict[str, Any]) -> dict[str, str]:
+    """The verdict's class, its headline, and what it rests on."""
+    score = card["metrics"][card["goal_metric"]]
+    gap, higher = score["difference"], score["higher_is_better"]
+    side = "above" if (card["verdict"] == "better") == higher else "below"
+    wholly = f"The whole interval is {side} zero ({'higher' if higher else 'lower'} is better)."
+    headline, why = {
+        "better": ("The tuned model is better.", wholly),
+        "worse": ("The tuned model is worse.", wholly + " Keep the base model."),
+        "not_proven": (
+            "Not proven.",
+            "The interval holds zero: these rows can’t tell the two models apart. More test rows narrow it.",
+        ),
+    }[card["verdict"]]
+    return {"style": card["verdict"], "headline": headline, "why": why, "difference": signed(gap["value"])}
+
+
+def out_of_date(manifests: dict[str, dict[str, Any]]) -> list[str]:
+    """What the page shows of stages that were made from an earlier result than the one that is there now."""
+    return [
+        f"Stage '{stage}' was made from an earlier '{parent}' than the one in this run. Run the recipe again."
+        for stage, manifest in manifests.items()
+        for parent, made_from in manifest["parents"].items()
+        if parent in manifests and made_from["digest"] != digest(manifests[parent])
+    ]
+
+
+def _metric(name: str, score: dict[str, Any]) -> dict[str, Any]:
+    rows = [(side, side, *(score[side][k] for k in ("value", "low", "high"))) for side in SIDES]
+    return {
+        "name": name,
+        "means": MEANS.get(name, ""),
+        "score": score,
+        "chart": Markup(charts.intervals(f"{name}: baseline and tuned with 95% intervals", rows)),
+    }
+
+
+def loss_curves(steps: Sequence[dict[str, Any]]) -> list[Markup]:
+    """Loss, learning rate and gradient norm over the steps; none where nothing was recorded."""
+
+    def points(key: str) -> list[tuple[float, float]]:
+        return [(row["step"], row[key]) for row in steps if isinstance(row.get(key), int | float)]
+
+    loss = [
+        Series("training, each step", "raw", points("loss")),
+        Series("training, smoothed", "tuned", charts.smooth(points("loss"))),
+        Series("validation", "baseline", points("validation_loss"), dots=True),
+    ]
+    small = [("Learning rate", "learning_rate"), ("Gradient norm, before clipping", "grad_norm")]
+    drawn = [charts.curves("Loss, nats per token", loss)]
+    drawn += [
+        charts.curves(title, [Series(title, "tuned", points(key))], (320, 148), "small", 4) for title, key in small
+    ]
+    return [Markup(svg) for svg in drawn if svg]
+
+
+def _answers(rows: list[dict[str, Any]], card: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    higher = card["metrics"][card["goal_metric"]]["higher_is_better"]
+    seen = [_answer(row) for row in rows]
+    judged = all(row["scores"][side] in (0.0, 1.0) for row in seen for side in SIDES)
+    tally = Counter(tuple(row["scores"][side] == 1.0 for side in SIDES) for row in seen) if judged else None
+    first = {row["prompt"][0]["content"] if row["prompt"] else None for row in rows}
+    opens = all(row["prompt"] and row["prompt"][0]["role"] == "system" for row in rows)
+    shared = first.pop() if len(first) == 1 and opens else None
+    if shared is not None:
+        for row in seen:
+            row["prompt"] = row["prompt"][1:]
+    groups = pick(seen, higher, manifests["evaluate"]["seed"] if "evaluate" in manifests else 0)
+    return {"groups": groups, "judged": judged, "tally": tally, "system": shared}
+
+
+def _answer(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of answers.jsonl; where the goal gives single rows no score, equality with the reference does."""
+    scores = {
+        side: float(same(row[side]["answer"], row["reference"]))
+        if row[side]["score"] is None or not math.isfinite(row[side]["score"])
+        else row[side]["score"]
+        for side in SIDES
+    }
+    gained = row["baseline"]["nll"] - row["tuned"]["nll"]
+    return row | {"scores": scores, "likelier": gained / max(row["tuned"]["tokens"], 1)}
+
+
+def pick(rows: list[dict[str, Any]], higher: bool, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows that gained most, lost most, and others at random; no row twice.
+
+    Rows that gained the same are told apart by the tuned model's own score, then by how much likelier the
+    reference became.
+    """
+    sign = 1 if higher else -1
+
+    def merit(i: int) -> tuple[float, float, float]:
+        score = rows[i]["scores"]
+        return sign * (score["tuned"] - score["baseline"]), sign * score["tuned"], rows[i]["likelier"]
+
+    order = sorted(range(len(rows)), key=merit, reverse=True)
+    best = order[: min(BEST, (len(order) + 1) // 2)]
+    worst = order[len(best) :][::-1][:WORST]
+    rest = sorted(set(order) - {*best, *worst})
+    drawn = random.Random(seed).sample(rest, min(RANDOM, len(rest)))
+    return {
+        "best": [rows[i] for i in best],
+        "worst": [rows[i] for i in worst],
+        "random": [rows[i] for i in drawn],
+    }
+
+
+def _training(manifests: dict[str, dict[str, Any]], steps: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    if "train" not in manifests:
+        return None
+    speeds = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
+    return manifests["train"]["summary"] | {
+        "speed": statistics.median(speeds) if speeds else None,
+        "memory": max((row.get("memory_bytes", 0) for row in steps), default=0),
+    }
+
+
+def _model(manifests: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    return next((m["facts"]["model"] for m in manifests.values()), None)
+
+
+def _lineage(stage: str, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    manifest = manifests[stage]
+    return {
+        "stage": stage,
+        "key": manifest["key"],
+        "digest": digest(manifest),
+        "parents": manifest["parents"],
+        "inputs": manifest["inputs"],
+        "started": manifest["started"],
+        "seconds": manifest["seconds"],
+    }

@@ -1,0 +1,49 @@
+"""Intervals and differences. Everything is paired: the same resample of rows for both models."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.stats import binomtest
+
+from tunesmith.evaluate.metrics import Floats, Metric
+
+
+def resamples(n: int, count: int, seed: int) -> Floats:
+    """How often each of n rows is drawn in each of `count` bootstrap resamples: [count, n] (Efron 1979)."""
+    return np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
+
+
+def interval(metric: Metric, stats: Floats, draws: Floats) -> dict[str, float]:
+    """A metric's value with its 95% interval: Wilson's score interval for a share of rows, else the
+    bootstrap's percentiles. `stats` is [n, k], `draws` as `resamples` gives them."""
+    value = float(metric.value(stats.sum(0)))
+    if metric.binary:
+        hits, rows = stats.sum(0)
+        bounds = binomtest(round(hits), round(rows)).proportion_ci(method="wilson")
+        low, high = float(bounds.low), float(bounds.high)
+    else:
+        low, high = (float(x) for x in np.nanpercentile(metric.value(draws @ stats), [2.5, 97.5]))
+    return {"value": value, "low": low, "high": high}
+
+
+def difference(metric: Metric, baseline: Floats, tuned: Floats, draws: Floats) -> dict[str, float]:
+    """tuned - baseline on the same rows, with the paired bootstrap's 95% interval and two-sided p value.
+
+    p is twice the smaller share of resamples on either side of no difference, counting the sample itself
+    (Davison and Hinkley 1997, section 4.4), so it is never 0.
+    """
+    spread = metric.value(draws @ tuned) - metric.value(draws @ baseline)
+    spread = spread[np.isfinite(spread)]
+    low, high = (float(x) for x in np.percentile(spread, [2.5, 97.5]))
+    below, above = (
+        (1 + np.sum(spread <= 0)) / (len(spread) + 1),
+        (1 + np.sum(spread >= 0)) / (len(spread) + 1),
+    )
+    value = float(metric.value(tuned.sum(0)) - metric.value(baseline.sum(0)))
+    return {"value": value, "low": low, "high": high, "p": float(min(1.0, 2 * min(below, above)))}
+
+
+def verdict(metric: Metric, gap: dict[str, float]) -> str:
+    """`better` or `worse` where the whole interval of the difference is on one side of zero, else `not_proven`."""
+    low, high = (gap["low"], gap["high"]) if metric.higher_is_better else (-gap["high"], -gap["low"])
+    return "better" if low > 0 else "worse" if high < 0 else "not_proven"

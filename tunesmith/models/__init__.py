@@ -1,0 +1,1 @@
+"""Base models: their names, where they are, how they are loaded, what they cost."""

@@ -1,0 +1,105 @@
+"""Tokenizer, renderer and weights of a resolved model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.conversation.render import Renderer
+from tunesmith.errors import ModelError
+from tunesmith.models.resolve import ResolvedModel
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def silence() -> None:
+    """Keep transformers' own bars and notes off the screen: errors reach the user as ours."""
+    import warnings
+
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+
+
+def load_renderer(model: ResolvedModel) -> Renderer:
+    """The model's renderer, checked: an answer ends with a token that stops generation.
+
+    Raises:
+        ModelError: no tokenizer, or a template that can't be trained with.
+    """
+    from transformers import AutoTokenizer, GenerationConfig
+
+    silence()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"its tokenizer can't be loaded ({str(error).splitlines()[0]})",
+            where=str(model.path),
+            fix="Give the whole model folder, with tokenizer.json and tokenizer_config.json.",
+        ) from error
+    ends: list[int] = []
+    if (model.path / "generation_config.json").is_file():
+        found = GenerationConfig.from_pretrained(model.path).eos_token_id
+        ends = found if isinstance(found, list) else [found] if found is not None else []
+    if model.end_of_turn:
+        token = tokenizer.get_vocab().get(model.end_of_turn)
+        if token is None:
+            raise ModelError(
+                f"the tokenizer has no token '{model.end_of_turn}'",
+                where="model.end_of_turn",
+                fix="Name a token of its vocabulary.",
+            )
+        ends.append(token)
+    renderer = Renderer(tokenizer, model.chat_template, ends)
+    renderer.check()
+    return renderer
+
+
+def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+    """The base model's weights in `dtype`, in evaluation mode.
+
+    Raises:
+        ModelError: files that are damaged or of an architecture that transformers does not have.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    silence()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            model.path, dtype=dtype, trust_remote_code=model.trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ModelError(
+            f"can't be loaded as a causal language model ({str(error).splitlines()[0]})",
+            where=str(model.path),
+            fix="Check that the folder is whole and that this version of transformers knows its model_type.",
+        ) from error
+    return loaded.to(device).eval()
+
+
+def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: str = "cpu", merge: bool = True) -> Any:
+    """The base with a PEFT adapter: merged into its weights, or on top of them.
+
+    Merging is done in float32 and rounded once, so that a bfloat16 base loses no more than it must.
+    """
+    import torch
+    from peft import PeftModel
+
+    base = load_model(model, torch.float32 if merge else dtype, device)
+    try:
+        tuned = PeftModel.from_pretrained(base, str(adapter))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter does not fit the model ({str(error).splitlines()[0]})",
+            where=str(adapter),
+            fix="Use the base that it was trained on.",
+        ) from error
+    if merge:
+        tuned = tuned.merge_and_unload(safe_merge=True).to(dtype)
+    return tuned.eval()

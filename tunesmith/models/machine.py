@@ -1,0 +1,135 @@
+"""What this machine can do: cores, memory, accelerators, and which precision is fast and safe on it.
+
+The last can't be read off a list: processors that name bfloat16 instructions run it from eight times as
+fast as float32 to half as fast, and virtual machines announce AMX tiles that then kill the process. So a
+child process tries, once a machine, and the answer is kept.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from tunesmith.models.resolve import cache_folder
+from tunesmith.runs import hash_json, versions, write_json
+
+BFLOAT16_MUST_GAIN = 1.3
+ISA = "ONEDNN_MAX_CPU_ISA"
+PROBE = """
+import json, time, torch
+def rate(dtype):
+    a, b = torch.randn(1024, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
+    best = float("inf")
+    for _ in range(12):
+        start = time.perf_counter(); torch.nn.functional.linear(a, b); best = min(best, time.perf_counter() - start)
+    return 2 * 1024 * 1024 * 2048 / best / 1e9
+print(json.dumps({"float32": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}))
+"""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Measured once and remembered.
+
+    Attributes:
+        precision: "bfloat16" or "float32", the faster one for matrix products.
+        gflops: measured GFLOP/s of a matrix product, by precision.
+        isa: a limit on oneDNN's instructions that must be set before torch starts, or None.
+    """
+
+    cpu: str
+    cores: int
+    device: str
+    precision: str
+    gflops: dict[str, float]
+    isa: str | None
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self) | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system names it."""
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _flags() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def machine() -> Machine:
+    """This machine, probed at first use (about five seconds) and read from the cache after that.
+
+    Sets the limit on oneDNN's instructions for this process where one is needed, so it must be called
+    before torch multiplies anything.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch")])[:16]
+    file = cache_folder() / f"machine-{mark}.json"
+    try:
+        found = Machine(**json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError):
+        found = _probe(cores)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(found))
+    if found.isa and ISA not in os.environ:
+        os.environ[ISA] = found.isa
+    return found
+
+
+def _probe(cores: int) -> Machine:
+    gflops = isa = None
+    for limit in (os.environ.get(ISA), "AVX512_CORE_BF16", "AVX512_CORE", "AVX2"):
+        gflops = _try(limit)
+        if gflops:
+            isa = limit
+            break
+    gflops = gflops or {"float32": 0.0, "bfloat16": 0.0}
+    import torch
+
+    cuda = torch.cuda.is_available()
+    gains = gflops["bfloat16"] > BFLOAT16_MUST_GAIN * gflops["float32"]
+    fast = torch.cuda.is_bf16_supported() if cuda else gains
+    rounded = {name: round(rate, 1) for name, rate in gflops.items()}
+    return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rounded, isa)
+
+
+def _try(limit: str | None) -> dict[str, float] | None:
+    """GFLOP/s by precision, or None where the child died (an instruction that this machine does not have)."""
+    environment = dict(os.environ) | ({ISA: limit} if limit else {})
+    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False)
+    try:
+        rates: dict[str, float] = json.loads(done.stdout)
+    except ValueError:
+        return None
+    return rates
+
+
+def reuse_buffers() -> None:
+    """Have glibc keep freed memory for the next big buffer instead of giving it back and faulting it in again.
+
+    What MALLOC_MMAP_THRESHOLD_ and its like do from outside, done from inside; nothing on other systems.
+    """
+    if sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3
+        mallopt(mmap_threshold, 2**30)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**26)

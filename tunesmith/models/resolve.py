@@ -1,0 +1,255 @@
+"""A model's name -> a folder on this disk that holds its safetensors, tokenizer and template."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from tunesmith.errors import ModelError, nearest
+from tunesmith.models.catalogue import EMBEDDED
+from tunesmith.models.section import ModelSection
+from tunesmith.progress import bar, say
+from tunesmith.runs import hash_file, hash_json, need_room, whole_folder, write_json
+
+WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+CONVERT = (
+    "Pickle files can run code when they are opened. If you trust this one, convert it once: python -c "
+    '"from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "M.from_pretrained('{0}').save_pretrained('{0}-safe'); T.from_pretrained('{0}').save_pretrained('{0}-safe')\""
+)
+
+
+@dataclass(frozen=True)
+class ResolvedModel:
+    """A base model on this disk.
+
+    `identity` is a hash that changes with the weights, tokenizer or template: a hub commit or a hash of the
+    content. `source` is one of embedded, folder, gguf, hub.
+    """
+
+    name: str
+    path: Path
+    source: str
+    identity: str
+    licence: str | None
+    hub_id: str | None
+    trust_remote_code: bool
+    chat_template: str | None
+    end_of_turn: str | None
+
+    def as_dict(self) -> dict[str, str | bool | None]:
+        return {
+            "name": self.name,
+            "source": self.source,
+            "identity": self.identity,
+            "licence": self.licence,
+            "hub_id": self.hub_id,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: TUNESMITH_CACHE, else ~/.cache/tunesmith."""
+    return Path(os.environ.get("TUNESMITH_CACHE") or Path.home() / ".cache" / "tunesmith")
+
+
+def resolve(section: ModelSection) -> ResolvedModel:
+    """Find the model that a recipe names, fetching or converting it where that is needed.
+
+    Raises:
+        ModelError: no such model, a pickle checkpoint, remote code that is not allowed, a hub that can't be
+            reached or refuses.
+    """
+    name = section.name
+    path = Path(name).expanduser()
+    licence = hub_id = None
+    if name in EMBEDDED:
+        known = EMBEDDED[name]
+        licence, hub_id = known.licence, known.hub_id
+        source, folder = "embedded", _from_gguf(known.path(name), name)
+        identity = folder.name.rpartition("-")[2]
+    elif path.is_file() and path.suffix == ".gguf":
+        source, folder = "gguf", _from_gguf(path, path.stem)
+        identity = folder.name.rpartition("-")[2]
+    elif path.is_dir():
+        source, folder = "folder", path
+        _refuse_pickles({p.name for p in path.iterdir()}, str(path))
+        identity = _content_hash(path)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix == ".gguf":
+        source, hub_id = "hub", name
+        folder, identity, licence = _from_hub(name, section.revision)
+    else:
+        raise ModelError(
+            f"no model '{name}'{nearest(name, EMBEDDED)}",
+            where="model.name",
+            fix=f"Give a folder or .gguf file that exists, a hub id (owner/name), or one of: {', '.join(EMBEDDED)}.",
+        )
+    _refuse_remote_code(folder, section)
+    return ResolvedModel(
+        name=name,
+        path=folder,
+        source=source,
+        identity=identity,
+        licence=licence,
+        hub_id=hub_id,
+        trust_remote_code=section.trust_remote_code,
+        chat_template=section.chat_template,
+        end_of_turn=section.end_of_turn,
+    )
+
+
+def _refuse_pickles(files: set[str], where: str) -> None:
+    if any(f.endswith(".safetensors") for f in files):
+        return
+    pickles = sorted(f for f in files if any(Path(f).match(pattern) for pattern in PICKLES))
+    if pickles:
+        raise ModelError(
+            f"only has pickle weights ({', '.join(pickles[:3])}), which are never loaded",
+            where=where,
+            fix=CONVERT.format(where),
+        )
+    raise ModelError(
+        "holds no model: no .safetensors file",
+        where=where,
+        fix="Give the folder that holds config.json and *.safetensors.",
+    )
+
+
+def _refuse_remote_code(folder: Path, section: ModelSection) -> None:
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ModelError("has no config.json", where=str(folder), fix="Give the whole model folder.")
+    try:
+        asks = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"is not JSON ({error})", where=str(config), fix="Fetch the model again.") from error
+    if asks and not section.trust_remote_code:
+        raise ModelError(
+            f"model '{section.name}' brings its own Python code, which only runs where the recipe allows it",
+            where="model.trust_remote_code",
+            fix=f"Read the code in {folder}; then write model: {{name: {section.name}, trust_remote_code: true}}.",
+        )
+
+
+def _content_hash(folder: Path) -> str:
+    """Hash of the files that make the model; file hashes are remembered by path, size and time of change."""
+    memory = cache_folder() / "hashes.json"
+    try:
+        known: dict[str, str] = json.loads(memory.read_text())
+    except (OSError, ValueError):
+        known = {}
+    hashes = {}
+    before = len(known)
+    for path in sorted(p for pattern in WANTED for p in folder.glob(pattern)):
+        stat = path.stat()
+        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+        known[key] = hashes[path.name] = known.get(key) or hash_file(path)
+    if len(known) != before:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known)
+    return hash_json(hashes)
+
+
+def _from_gguf(file: Path, name: str) -> Path:
+    """A safetensors folder made from a .gguf file, once; found again by the file's hash."""
+    from filelock import FileLock
+
+    # The first and last MiB and the size tell GGUF files apart without reading gigabytes.
+    with file.open("rb") as opened:
+        head = opened.read(2**20)
+        opened.seek(max(file.stat().st_size - 2**20, 0))
+        mark = hashlib.sha256(head + opened.read() + str(file.stat().st_size).encode()).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{name}-{mark}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not (folder / "config.json").is_file():
+            need_room(folder.parent, 8 * file.stat().st_size, f"Unpacking {file.name}")
+            say(f"Unpacking {name} into {folder} (once; about half a minute for each 100 MB)")
+            with bar(f"Unpacking {name}"), whole_folder(folder) as temporary:
+                _unpack(file, temporary)
+    return folder
+
+
+def _unpack(file: Path, target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from tunesmith.models.load import silence
+
+    silence()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            gguf_file=file.name,
+            dtype=torch.bfloat16,
+            quantization_config=GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"can't be read as a model ({error})",
+            where=str(file),
+            fix="Check the file, or give the model's safetensors folder instead.",
+        ) from error
+    if hasattr(model.config, "quantization_config"):  # the weights are dense now
+        del model.config.quantization_config
+    model.hf_quantizer = None
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _from_hub(name: str, revision: str | None) -> tuple[Path, str, str | None]:
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    licence = None
+    where = f"model.name: {name}"
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            info = HfApi().model_info(name, revision=revision)
+            _refuse_pickles({s.rfilename for s in info.siblings or []}, name)
+            licence = info.card_data.get("license") if info.card_data else None
+        with bar(f"Fetching {name}"):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+    except GatedRepoError as error:
+        raise ModelError(
+            "is gated: its owner must let you in",
+            where=where,
+            fix="Ask for access on its page, then set HF_TOKEN to your token.",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"has no revision '{revision}'", where=where, fix="Check model.revision.") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            "is not on the hub, or is private",
+            where=where,
+            fix="Check the spelling; for a private model set HF_TOKEN. A folder is given by its path (./name).",
+        ) from error
+    except HFValidationError as error:
+        raise ModelError(f"is not a hub id ({error})", where=where, fix="Write owner/name.") from error
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            "is not on this disk, and the hub can't be reached",
+            where=where,
+            fix="Check the network and HF_HUB_OFFLINE, or give a folder that holds the model.",
+        ) from error
+    except (HfHubHTTPError, OSError) as error:
+        raise ModelError(
+            f"could not be fetched ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            where=where,
+            fix="Try again, or give a folder that holds the model.",
+        ) from error
+    _refuse_pickles({p.name for p in folder.iterdir()}, str(folder))
+    return folder, folder.name, licence

@@ -1,0 +1,1 @@
+"""Packaging: the merged model, proved equal to the adapter it came from."""

@@ -1,0 +1,269 @@
+"""The model card: README.md of the merged model, with the front matter that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith.runs import Run, digest, read_json, versions
+
+# The hub's own names, where it has one for a metric of ours.
+HUB_METRICS = {"macro_f1": "f1", "rouge_l": "rouge"}
+ANSWERS = {"json": "JSON objects", "label": "labels from a small set", "text": "free text"}
+STAGES_BEFORE = ("data", "train", "evaluate")
+
+
+def card(run: Run, model: dict[str, Any]) -> str:
+    """The card of a run's merged model, in Markdown.
+
+    Args:
+        model: the base, as `ResolvedModel.as_dict` tells of it.
+    """
+    manifests = current(run)
+    recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    scores = read_json(run.stage("evaluate") / "scorecard.json") if "evaluate" in manifests else None
+    front = yaml.safe_dump(front_matter(run, model, scores), sort_keys=False, allow_unicode=True)
+    parts = (
+        _opening(run, model, manifests, scores),
+        _scores(scores),
+        _use(recipe, model, scores),
+        _data(manifests),
+        _training(recipe, manifests),
+        _limits(model, scores),
+        _lineage(model, manifests),
+    )
+    return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def current(run: Run) -> dict[str, dict[str, Any]]:
+    """Manifests of the complete stages, without those made from an earlier result than the one there is."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in STAGES_BEFORE:
+        manifest = run.complete(stage)
+        if manifest and all(
+            name in found and made_from["digest"] == digest(found[name])
+            for name, made_from in manifest["parents"].items()
+        ):
+            found[stage] = manifest
+    return found
+
+
+def front_matter(run: Run, model: dict[str, Any], scores: dict[str, Any] | None) -> dict[str, Any]:
+    """The hub's metadata. Only finite results go in: the hub takes no others."""
+    found: dict[str, Any] = {
+        "base_model": _base_name(model),
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["tunesmith", "lora"],
+    }
+    if model.get("licence"):
+        found["license"] = model["licence"]
+    metrics = [
+        {"type": HUB_METRICS.get(name, name), "name": name, "value": score["tuned"]["value"]}
+        for name, score in (scores["metrics"] if scores else {}).items()
+        if math.isfinite(score["tuned"]["value"])
+    ]
+    if metrics:
+        dataset = {"name": f"{run.name}: held-out test rows", "type": run.name, "split": "test"}
+        task = {"type": "text-generation", "name": "Text generation"}
+        result = {"task": task, "dataset": dataset, "metrics": metrics}
+        found["model-index"] = [{"name": run.name, "results": [result]}]
+    return found
+
+
+def _base_name(model: dict[str, Any]) -> str:
+    """The base's hub id or name; of a folder or file its last part: no path of this disk is published."""
+    name: str = model["hub_id"] or model["name"]
+    return Path(name).name if model.get("source") in ("folder", "gguf") else name
+
+
+def _opening(
+    run: Run, model: dict[str, Any], manifests: dict[str, dict[str, Any]], scores: dict[str, Any] | None
+) -> str:
+    kind = (manifests.get("data") or {}).get("answers", {}).get("kind")
+    answers = f" Its answers are {ANSWERS.get(kind, kind)}." if kind else ""
+    goal = f" The goal was a better `{scores['goal_metric']}` on held-out rows of that data." if scores else ""
+    return (
+        f"# {run.name}\n\n"
+        f"`{_base_name(model)}`, fine-tuned on a team's own data with a LoRA adapter that is merged into "
+        f"its weights.{answers}{goal}\n\n"
+        f"**Verdict.** {verdict_in_words(scores)}"
+    )
+
+
+def verdict_in_words(scores: dict[str, Any] | None) -> str:
+    """What the scores prove about the goal, and what they don't."""
+    if scores is None:
+        return "Not evaluated: nothing is known yet about whether this model is better than its base."
+    goal = scores["goal_metric"]
+    score = scores["metrics"][goal]
+    gap, better = score["difference"], "higher" if score["higher_is_better"] else "lower"
+    facts = (
+        f"`{goal}` went from {number(score['baseline']['value'])} to {number(score['tuned']['value'])} "
+        f"on {scores['n']} held-out rows ({better} is better): a difference of {signed(gap['value'])}, "
+        f"95% interval {signed(gap['low'])} to {signed(gap['high'])}."
+    )
+    said = {
+        "better": "Better than its base. " + facts,
+        "worse": "Worse than its base. " + facts + " Use the base model instead.",
+        "not_proven": "**Not proven** to be better than its base. "
+        + facts
+        + " The interval holds zero, so these rows can't tell the two models apart.",
+    }
+    return said[scores["verdict"]]
+
+
+def number(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def signed(value: float) -> str:
+    return ("+" if value >= 0 else "") + number(value)
+
+
+def _scores(scores: dict[str, Any] | None) -> str:
+    if scores is None:
+        return "## Scores\n\nNone yet: the run was packaged before it was evaluated."
+    lines = [
+        "| metric | better | baseline | tuned | difference | 95% interval | p | n |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, score in scores["metrics"].items():
+        gap = score["difference"]
+        cells = (
+            f"**{name}** (goal)" if name == scores["goal_metric"] else name,
+            "higher" if score["higher_is_better"] else "lower",
+            number(score["baseline"]["value"]),
+            number(score["tuned"]["value"]),
+            signed(gap["value"]),
+            f"{signed(gap['low'])} to {signed(gap['high'])}",
+            f"{gap['p']:.3f}" if gap["p"] >= 0.0005 else "<0.001",
+            str(score["n"]),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return (
+        "## Scores\n\n" + "\n".join(lines) + "\n\n"
+        "Base and tuned model answered the same rows, which were kept out of training, with greedy decoding. "
+        "Intervals and p values of the differences come from a paired bootstrap over the rows."
+    )
+
+
+def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    trusted = ", trust_remote_code=True" if model.get("trust_remote_code") else ""
+    system = recipe["data"].get("system")
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": "Write your message here."})
+    messages = "".join(f"    {turn!r},\n" for turn in turns)
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'name = "."  # this folder, or where it was uploaded to\n'
+        f"tokenizer = AutoTokenizer.from_pretrained(name{trusted})\n"
+        f"model = AutoModelForCausalLM.from_pretrained(name{trusted})\n\n"
+        f"messages = [\n{messages}]\n"
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
+        ")\n"
+        f"output = model.generate(**inputs, max_new_tokens={(scores or {}).get('max_new_tokens', 256)}, "
+        "do_sample=False)\n"
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
+    )
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
+    told = " It was trained under this system message; without it, expect worse answers." if system else ""
+    return (
+        f"## How to use it\n\nWith plain transformers; no Tunesmith is needed.{told}\n\n{fence}python\n{code}\n{fence}"
+    )
+
+
+def _data(manifests: dict[str, dict[str, Any]]) -> str:
+    if "data" not in manifests:
+        return "## Data\n\nNot recorded."
+    counts = manifests["data"]["counts"]
+    removed = "".join(f", {n} removed ({step})" for step, n in counts["removed"].items())
+    made = f", {counts['made']} made by splitting long ones" if counts.get("made") else ""
+    return (
+        "## Data\n\n"
+        f"{counts['read']} rows read, {counts['accepted']} accepted, "
+        f"{counts['rejected']} rejected{removed}{made}.\n\n"
+        "| training | validation | test |\n| ---: | ---: | ---: |\n"
+        f"| {counts['train']} | {counts['validation']} | {counts['test']} |\n\n"
+        "The rows themselves are not part of this folder."
+    )
+
+
+def _training(recipe: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> str:
+    section = recipe["train"]
+    summary = (manifests.get("train") or {}).get("summary", {})
+    parameters = summary.get("parameters", {})
+    facts = {
+        "method": _plugin(section["method"]),
+        "adapter": _plugin(section["adapter"]),
+        "learning rate": f"{section['learning_rate']:g}, {section['schedule']}",
+        "share of the steps that warm up": section["warmup"],
+        "rows in a step": section["batch_size"],
+        "epochs asked for": section["epochs"],
+        "most steps allowed": section.get("max_steps"),
+        "steps taken": summary.get("steps"),
+        "tokens seen": _grouped(summary.get("tokens")),
+        "best step (kept)": summary.get("best_step"),
+        "best validation loss": summary.get("best_validation_loss"),
+        "longest row, tokens": section["max_length"],
+        "precision of the base": summary.get("precision"),
+        "parameters": _grouped(parameters.get("total")),
+        "of them trained": _grouped(parameters.get("trained")),
+        "seed": recipe["seed"],
+    }
+    lines = [f"| {what} | {_cell(value)} |" for what, value in facts.items() if value is not None]
+    return "## Training\n\n| | |\n| --- | --- |\n" + "\n".join(lines)
+
+
+def _plugin(section: dict[str, Any]) -> str:
+    others = ", ".join(f"{key} {value}" for key, value in section.items() if key != "kind")
+    return f"{section['kind']} ({others})" if others else str(section["kind"])
+
+
+def _grouped(count: int | None) -> str | None:
+    return None if count is None else f"{count:,}"
+
+
+def _cell(value: Any) -> str:
+    return (f"{value:.4g}" if isinstance(value, float) else str(value)).replace("|", r"\|").replace("\n", " ")
+
+
+def _limits(model: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    limits = [
+        "No safety evaluation was made: nothing was measured about harmful, biased or private content.",
+        "It was made for one task. What the base could do besides may have suffered; that was not measured.",
+        "The base's limits and licence hold for this model too."
+        if model.get("licence")
+        else "The base's licence is not known to this run: look it up before you use or share this model.",
+    ]
+    if scores is None:
+        limits.insert(0, "It was not evaluated: no score supports its use.")
+    else:
+        limits.insert(0, f"The scores rest on {scores['n']} rows of one data set; elsewhere they may not hold.")
+        if scores["verdict"] == "not_proven":
+            limits.insert(0, f"An improvement in `{scores['goal_metric']}` over the base is not proven.")
+    if model.get("trust_remote_code"):
+        limits.append("`trust_remote_code` is true: the base brings its own Python code, which runs when it is loaded.")
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _lineage(model: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> str:
+    lines = ["| stage | key | content |", "| --- | --- | --- |"]
+    lines += [f"| {stage} | `{m['key']}` | `{digest(m)}` |" for stage, m in manifests.items()]
+    used = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return (
+        "## Lineage\n\n"
+        f"Base: `{_base_name(model)}`, from: {model['source']}, identity `{model['identity']}`, "
+        f"`trust_remote_code`: {str(bool(model.get('trust_remote_code'))).lower()}.\n\n"
+        + "\n".join(lines)
+        + "\n\nA stage's key hashes all that its result depends on; content hashes its files.\n\n"
+        f"Made with {used}."
+    )

@@ -1,0 +1,110 @@
+"""The package stage: adapter + base -> one model folder that plain transformers loads, checked against them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.conversation.render import Renderer
+from tunesmith.errors import ModelError
+from tunesmith.models.load import load_model, load_tuned
+from tunesmith.models.resolve import ResolvedModel
+from tunesmith.package.section import PackageSection
+from tunesmith.progress import bar
+from tunesmith.runs import need_room
+
+CHECKED_TOKENS = 256
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "float16": 0.1}
+
+
+@dataclass(frozen=True)
+class PackageInputs:
+    """The base, the adapter on it, and rows to compare on."""
+
+    model: ResolvedModel
+    adapter: Path
+    renderer: Renderer
+    rows: Sequence[Conversation]
+
+
+def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dict[str, Any]:
+    """Write the merged model into `target/model`; returns the check's figures for the manifest.
+
+    Raises:
+        ModelError: merged and adapter give logits further apart than the tolerance.
+    """
+    precision = stored_precision(inputs.model.path) if section.precision == "auto" else section.precision
+    size = sum(p.stat().st_size for p in inputs.model.path.glob("*.safetensors"))
+    need_room(target, 3 * size, "The merged model")
+    folder = target / "model"
+    rows = [inputs.renderer.render(row).ids[:CHECKED_TOKENS] for row in inputs.rows[: section.check_rows]]
+    with bar("Merging and checking", 2) as progress:
+        merged = load_tuned(inputs.model, inputs.adapter, getattr(torch, precision))
+        merged.save_pretrained(folder)
+        tokenizer = inputs.renderer.tokenizer
+        tokenizer.chat_template = inputs.renderer.template
+        tokenizer.save_pretrained(folder)
+        if merged.generation_config is not None:
+            merged.generation_config.eos_token_id = inputs.renderer.stop_ids
+            merged.generation_config.save_pretrained(folder)
+        del merged
+        progress.advance()
+        saved = replace(inputs.model, path=folder)
+        check = compare(
+            load_tuned(inputs.model, inputs.adapter, torch.float32, merge=False),
+            load_model(saved, torch.float32),
+            rows,
+        )
+        progress.advance()
+    tolerance = section.tolerance or TOLERANCE[precision]
+    check |= {"precision": precision, "tolerance": tolerance}
+    if not check["largest_difference"] <= tolerance:
+        raise ModelError(
+            f"merged and adapter differ by {check['largest_difference']:.3g} of the logits' spread; "
+            f"{tolerance:g} is allowed",
+            where="package.tolerance",
+            fix="Merge in float32 (package.precision: float32), or ship the adapter beside its base.",
+        )
+    return {"check": check}
+
+
+def stored_precision(folder: Path) -> str:
+    """The type of most weights in a model's files, as torch names it."""
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 (a safetensors handle is not a mapping)
+                found = file.get_slice(key).get_dtype()
+                if found in names:
+                    return names[found]
+    return "float32"
+
+
+@torch.inference_mode()
+def compare(expected: Any, found: Any, rows: Sequence[list[int]]) -> dict[str, Any]:
+    """How far two models' logits are apart on the same rows of token ids.
+
+    Gives the largest difference as a share of the expected logits' standard deviation, the mean KL
+    divergence in nats, and how often both name the same next token.
+    """
+    largest = spread = divergence = agree = 0.0
+    tokens = sum(map(len, rows))
+    for ids in rows:
+        before, after = (model(input_ids=torch.tensor([ids])).logits[0].float() for model in (expected, found))
+        largest = max(largest, (before - after).abs().max().item())
+        spread += before.std().item() * len(ids) / tokens
+        p, q = before.log_softmax(-1), after.log_softmax(-1)
+        divergence += (p.exp() * (p - q)).sum().item() / tokens
+        agree += (before.argmax(-1) == after.argmax(-1)).sum().item() / tokens
+    return {
+        "largest_difference": largest / spread,
+        "mean_kl": divergence,
+        "same_next_token": agree,
+        "tokens": tokens,
+    }

@@ -1,0 +1,445 @@
+"""The whole journey: recipe -> data -> train -> evaluate -> package. A stage that is up to date is skipped."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from tunesmith import recipe as recipes
+from tunesmith import runs
+from tunesmith.errors import RunError
+from tunesmith.progress import say
+from tunesmith.recipe import Recipe
+from tunesmith.runs import STAGES, Run
+
+if TYPE_CHECKING:
+    from tunesmith.conversation.render import Renderer
+    from tunesmith.inference.engine import Engine
+    from tunesmith.models.machine import Machine
+    from tunesmith.models.resolve import ResolvedModel
+
+
+def run(
+    recipe: str | Path | dict[str, Any] | Recipe,
+    overrides: Sequence[str] = (),
+    runs_folder: str | Path | None = None,
+    stages: Sequence[str] = STAGES,
+) -> Result:
+    """Walk the journey, or some of its stages, and return the run.
+
+    Args:
+        recipe: a file, the name of a shipped recipe, or a recipe's keys.
+        overrides: `key.path=value`, as `--set` takes them.
+        runs_folder: where runs go; TUNESMITH_RUNS or ./runs if None.
+
+    Raises:
+        TunesmithError: one of its kinds; see tunesmith/errors.py.
+    """
+    resolved, folder, origin = open_recipe(recipe, overrides)
+    there = Run(runs.runs_folder(runs_folder) / resolved.name)
+    with there.lock():
+        _claim(there, resolved, folder, origin)
+        journey = Journey(resolved, folder, there)
+        for stage in STAGES:
+            if stage in stages:
+                journey.walk(stage)
+        _finish(there, resolved)
+    return Result(there)
+
+
+def open_recipe(
+    recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()
+) -> tuple[Recipe, Path, str | None]:
+    """The recipe, the folder that its paths are relative to, and where it came from (None: from Python)."""
+    if isinstance(recipe, Recipe):
+        recipe = recipe.model_dump(mode="json")
+    if isinstance(recipe, dict):
+        return recipes.build(json.loads(json.dumps(recipe)), overrides), Path.cwd(), None
+    resolved, folder = recipes.load(recipe, overrides)
+    return resolved, folder, str(recipes.find(str(recipe)).resolve())
+
+
+@dataclass
+class Journey:
+    """One walk: what the stages need, made when it is first needed, and what each is handed of the others."""
+
+    recipe: Recipe
+    folder: Path
+    run: Run
+
+    @cached_property
+    def machine(self) -> Machine:
+        from tunesmith.models.machine import machine
+
+        return machine()
+
+    @cached_property
+    def model(self) -> ResolvedModel:
+        from tunesmith.models.resolve import resolve
+
+        assert self.machine  # its limits must be set before torch multiplies
+        section = self.recipe.model
+        beside = self.folder / section.name
+        return resolve(section.model_copy(update={"name": str(beside)}) if beside.exists() else section)
+
+    @cached_property
+    def renderer(self) -> Renderer:
+        from tunesmith.models.load import load_renderer
+
+        renderer = load_renderer(self.model)
+        if renderer.template_name == "plain":
+            say(
+                f"{self.model.name} has no chat template: using the built-in 'plain' one "
+                "(System:/User:/Assistant:); model.chat_template takes another"
+            )
+        return renderer
+
+    def key(self, stage: str) -> str:
+        """A hash of all that the stage's result depends on.
+
+        Raises:
+            RunError: a stage that it needs is missing, or was made from something else.
+        """
+        digests = {}
+        for name in NEEDS[stage]:
+            manifest = self.run.complete(name, self.key(name))
+            if manifest is not None:
+                digests[name] = runs.digest(manifest)
+            elif (stage, name) not in OPTIONAL:
+                raise RunError(
+                    f"stage '{stage}' needs '{name}', which is missing or out of date",
+                    where=str(self.run.path),
+                    fix="Run the whole recipe: tunesmith run.",
+                )
+        return runs.hash_json({"stage": stage, "facts": self.facts(stage), "parents": digests})
+
+    def walk(self, stage: str) -> None:
+        """Bring one stage up to date."""
+        key = self.key(stage)
+        if self.run.complete(stage, key):
+            say(f"{stage}: up to date")
+            return
+        started = time.time()
+        self.run.event("stage_started", stage=stage, key=key)
+        with self.artifact(stage, key) as target:
+            told = getattr(self, f"_{stage}")(target)
+            parents = {name: m for name in NEEDS[stage] if (m := self.run.complete(name))}
+            manifest = {
+                "stage": stage,
+                "key": key,
+                "facts": self.facts(stage),
+                "parents": {name: {"key": m["key"], "digest": runs.digest(m)} for name, m in parents.items()},
+                "inputs": told.pop("inputs", {}),
+                "outputs": runs.outputs_of(target, "adapter" if stage == "train" else "."),
+                **told,
+                "seed": self.recipe.seed,
+                "versions": runs.versions(),
+                "machine": self.machine.as_dict(),
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+                "seconds": round(time.time() - started, 1),
+            }
+            runs.write_json(target / "manifest.json", manifest)
+        self.run.event("stage_finished", stage=stage, seconds=manifest["seconds"])
+        gc.collect()
+
+    def facts(self, stage: str) -> dict[str, Any]:
+        """What a stage's result depends on, besides the stages before it."""
+        r = self.recipe
+        model = {"model": self.model.as_dict(), "renderer": self.renderer.hash, "seed": r.seed}
+        if stage == "data":
+            return model | {
+                "section": r.data.model_dump(mode="json"),
+                "max_length": r.train.max_length,
+                "sources": self.sources,
+            }
+        if stage == "train":
+            kept = r.train.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})
+            return model | {"section": kept}
+        section = r.evaluate if stage == "evaluate" else r.package
+        return model | {"section": section.model_dump(mode="json"), "goal": r.goal.model_dump(mode="json")}
+
+    @cached_property
+    def sources(self) -> list[str]:
+        """Hashes of the data's files, in the recipe's order."""
+        from tunesmith.data.prepare import source_files
+
+        files = source_files(self.recipe.data, self.folder)
+        return [runs.hash_file(path) for part in files.values() for _, path in part]
+
+    @contextlib.contextmanager
+    def artifact(self, stage: str, key: str) -> Iterator[Path]:
+        """Where a stage writes. Only training keeps what a stopped attempt left, to go on from it."""
+        if stage != "train":
+            with runs.whole_folder(self.run.stage(stage)) as target:
+                yield target
+            return
+        target = self.run.stage(stage)
+        mark = target / "started.json"
+        if target.exists() and not (mark.exists() and runs.read_json(mark)["key"] == key):
+            if self.run.complete(stage):
+                kept = self.run.path / "replaced" / f"train-{runs.read_json(mark)['key'][:8]}"
+                say(f"train: its settings or rows changed; the earlier result is kept in {kept}")
+                shutil.rmtree(kept, ignore_errors=True)
+                kept.parent.mkdir(exist_ok=True)
+                shutil.copyfile(self.run.metrics, target / "metrics.jsonl")
+                target.replace(kept)
+            else:
+                shutil.rmtree(target)
+            self.run.metrics.unlink(missing_ok=True)
+        target.mkdir(exist_ok=True)
+        runs.write_json(mark, {"key": key})
+        yield target
+
+    def _data(self, target: Path) -> dict[str, Any]:
+        from tunesmith.data.prepare import prepare
+
+        told = prepare(self.recipe.data, self.data_inputs(), target)
+        say(f"data: {describe_counts(told['counts'])}")
+        return told
+
+    def data_inputs(self) -> Any:
+        from tunesmith.data.prepare import DataInputs
+
+        return DataInputs(self.renderer, self.recipe.train.max_length, self.recipe.seed, self.folder)
+
+    def rows(self, part: str) -> list[Any]:
+        from tunesmith.data.prepare import load_rows
+
+        return load_rows(self.run.stage("data") / f"{part}.jsonl")
+
+    def _train(self, target: Path) -> dict[str, Any]:
+        from tunesmith.train.train import TrainInputs, train
+
+        inputs = TrainInputs(
+            self.rows("train"),
+            self.rows("validation"),
+            self.model,
+            self.renderer,
+            self.machine,
+            self.recipe.seed,
+        )
+        return {"summary": train(self.recipe.train, inputs, self.run)}
+
+    def _evaluate(self, target: Path) -> dict[str, Any]:
+        from tunesmith.evaluate.evaluate import EvaluateInputs, evaluate
+
+        answers = (self.run.manifest("data") or {})["answers"]
+        inputs = EvaluateInputs(
+            self.rows("test"),
+            answers["kind"],
+            self.recipe.goal.metric,
+            self.renderer,
+            {
+                "baseline": functools.partial(self.engine, None),
+                "tuned": functools.partial(self.engine, self.run.adapter),
+            },
+            self.recipe.seed,
+        )
+        return {"verdict": evaluate(self.recipe.evaluate, inputs, target)["verdict"]}
+
+    def engine(self, adapter: Path | None) -> Engine:
+        from tunesmith import plugins
+
+        engine: Engine = plugins.load("engine", "transformers")(self.model, self.machine, adapter)
+        return engine
+
+    def _package(self, target: Path) -> dict[str, Any]:
+        from tunesmith.package.card import card
+        from tunesmith.package.package import PackageInputs, package
+
+        rows = self.rows("test") or self.rows("train")
+        told = package(self.recipe.package, PackageInputs(self.model, self.run.adapter, self.renderer, rows), target)
+        runs.write_text(target / "model" / "README.md", card(self.run, self.model.as_dict()))
+        return told
+
+
+# What each stage reads of the others, and what it can do without.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "train": ("data",),
+    "evaluate": ("data", "train"),
+    "package": ("data", "train", "evaluate"),
+}
+OPTIONAL = {("package", "evaluate")}
+
+
+def _claim(run: Run, recipe: Recipe, folder: Path, origin: str | None) -> None:
+    """Take the run's folder for this recipe.
+
+    Raises:
+        RunError: another recipe made it.
+    """
+    resolved = absolute(recipe, folder)
+    if run.recipe.is_file():
+        earlier = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+        came_from = runs.read_json(run.origin).get("recipe") if run.origin.is_file() else None
+        differing = [k for k in ("model", "data", "train", "seed") if earlier.get(k) != resolved[k]]
+        if differing and (origin is None or origin != came_from):
+            raise RunError(
+                f"run '{run.name}' was made by another recipe ({came_from or 'from Python'}); "
+                f"it differs in: {', '.join(differing)}",
+                where=str(run.path),
+                fix=f"Use another name (--set name=...), or remove that run: tunesmith runs rm {run.name}",
+            )
+    run.path.mkdir(parents=True, exist_ok=True)
+    runs.write_json(run.origin, {"recipe": origin})
+    runs.write_text(run.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+
+def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The recipe's keys with every default filled in and paths that hold from anywhere."""
+    keys = recipe.model_dump(mode="json")
+
+    def whole(path: str) -> str:
+        return str((folder / Path(os.path.expandvars(path)).expanduser()).resolve())
+
+    for source in keys["data"]["sources"]:
+        source["path"] = whole(source["path"])
+    for part, given in keys["data"]["split"].items():
+        if isinstance(given, str):
+            keys["data"]["split"][part] = whole(given)
+    name = Path(keys["model"]["name"]).expanduser()
+    if name.exists():
+        keys["model"]["name"] = str(name.resolve())
+    return keys
+
+
+def _finish(run: Run, recipe: Recipe) -> None:
+    """Bring the files at the run's top up to date with its stages; the run's manifest comes last."""
+    done = {stage: m for stage in STAGES if (m := run.complete(stage))}
+    if "evaluate" in done:
+        from tunesmith.evaluate.report import write_report
+
+        shutil.copyfile(run.stage("evaluate") / "scorecard.json", run.scorecard)
+        write_report(run)
+    if "package" in done:
+        shutil.copyfile(run.model / "README.md", run.card)
+    runs.write_json(
+        run.path / "manifest.json",
+        {
+            "name": run.name,
+            "recipe": runs.hash_json(recipe.model_dump(mode="json")),
+            "seed": recipe.seed,
+            "stages": {
+                stage: {
+                    "key": m["key"],
+                    "digest": runs.digest(m),
+                    "parents": m["parents"],
+                    "started": m["started"],
+                    "seconds": m["seconds"],
+                }
+                for stage, m in done.items()
+            },
+            "model": next(iter(done.values()))["facts"]["model"] if done else None,
+            "versions": runs.versions(),
+        },
+    )
+
+
+def describe_counts(counts: dict[str, Any]) -> str:
+    """The data stage's counts as a sentence."""
+    removed = "".join(f", {n} removed ({step})" for step, n in counts["removed"].items())
+    return (
+        f"{counts['read']} rows read, {counts['accepted']} accepted, {counts['rejected']} rejected{removed}; "
+        f"{counts['train']} to train on, {counts['validation']} for validation, {counts['test']} for the test"
+    )
+
+
+@dataclass
+class Result:
+    """A run, with what can be asked of it."""
+
+    run: Run
+
+    @property
+    def name(self) -> str:
+        return self.run.name
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    @property
+    def scorecard(self) -> dict[str, Any] | None:
+        """Verdict, goal and every metric with n and 95% intervals; None before evaluation."""
+        return runs.read_json(self.run.scorecard) if self.run.scorecard.is_file() else None
+
+    @property
+    def report(self) -> Path:
+        return self.run.report
+
+    @property
+    def manifest(self) -> dict[str, Any] | None:
+        return self.run.manifest()
+
+    def chat(self, text: str, base: bool = False) -> str:
+        """The tuned model's answer (or the base's) to one message, under the recipe's system prompt."""
+        return self.chatter(base).reply(text, [])
+
+    @functools.cache  # noqa: B019 (a result lives as long as its user wants the model in memory)
+    def chatter(self, base: bool = False) -> Chatter:
+        """The tuned model (or the base), loaded and ready to talk."""
+        if not self.run.complete("train") and not base:
+            raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
+        recipe, folder = recipes.load(self.run.recipe)
+        journey = Journey(recipe, folder, self.run)
+        engine = journey.engine(None if base else self.run.adapter)
+        return Chatter(engine, journey.renderer, recipe.data.system)
+
+    def __hash__(self) -> int:
+        return hash(self.run)
+
+
+def _ignore(text: str) -> None:
+    pass
+
+
+@dataclass
+class Chatter:
+    """A model in memory, rendered to and read from as in training."""
+
+    engine: Engine
+    renderer: Renderer
+    system: str | None
+    max_new_tokens: int = 512
+
+    def reply(self, text: str, history: list[Any], on_text: Callable[[str], None] = _ignore) -> str:
+        """Answer `text` after `history` (to which both are added); pieces go to `on_text` as they come."""
+        from tunesmith.conversation.message import Message
+
+        if self.system is not None and not history:
+            history.append(Message("system", self.system))
+        history.append(Message("user", text))
+        ids: list[int] = []
+        shown = ""
+
+        def show(token: int) -> None:
+            nonlocal shown
+            ids.append(token)
+            text = self.renderer.decode(ids)
+            if not text.endswith("\ufffd"):  # half a character: wait for the rest
+                on_text(text[len(shown) :])
+                shown = text
+
+        prompt = self.renderer.prompt(history)
+        out = self.engine.stream(prompt, self.max_new_tokens, self.renderer.stop_ids, show)
+        answer = self.renderer.decode(out)
+        history.append(Message("assistant", answer))
+        return answer
+
+
+def open_run(name: str, runs_folder: str | Path | None = None) -> Result:
+    """A run that exists, by name or path."""
+    return Result(runs.get(name, runs_folder))

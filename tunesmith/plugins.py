@@ -1,0 +1,106 @@
+"""Every extension point, on one screen.
+
+A plugin is a name in a recipe (`kind: lora`) that stands for an object in a module. Built-ins are in the
+table below; other packages add theirs as entry points of the group `tunesmith.<point>`. Modules are only
+imported when their name is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, SerializeAsAny, WithJsonSchema
+
+from tunesmith.errors import RecipeError, nearest
+from tunesmith.section import Section
+
+BUILT_IN: dict[str, dict[str, str]] = {
+    # A training method: `train.method`. A Section with encode(row, renderer) and loss(forward, batch).
+    "objective": {"sft": "tunesmith.train.objectives.sft:Sft"},
+    # What is trained of a model: `train.adapter`. A Section with attach(model).
+    "adapter": {"lora": "tunesmith.train.adapters.lora:Lora"},
+    # A file's format, by its suffix: (path) -> iterator of (row number, row or Broken).
+    "reader": {
+        "jsonl": "tunesmith.data.readers:read_jsonl",
+        "ndjson": "tunesmith.data.readers:read_jsonl",
+        "json": "tunesmith.data.readers:read_json",
+        "csv": "tunesmith.data.readers:read_csv",
+        "tsv": "tunesmith.data.readers:read_tsv",
+        "parquet": "tunesmith.data.readers:read_parquet",
+    },
+    # A row's layout: `data.sources[].layout`. A Layout with fits(row) and convert(row, source).
+    "layout": {
+        "chat": "tunesmith.data.layouts:Chat",
+        "sharegpt": "tunesmith.data.layouts:ShareGpt",
+        "instruction": "tunesmith.data.layouts:Instruction",
+        "prompt": "tunesmith.data.layouts:Prompt",
+        "question": "tunesmith.data.layouts:Question",
+        "columns": "tunesmith.data.layouts:Columns",
+    },
+    # A score: `goal.metric`, `evaluate.metrics`. A Metric with stats(answers, references) and value(sums).
+    "metric": {
+        "exact_match": "tunesmith.evaluate.metrics:exact_match",
+        "accuracy": "tunesmith.evaluate.metrics:accuracy",
+        "macro_f1": "tunesmith.evaluate.metrics:macro_f1",
+        "json_valid": "tunesmith.evaluate.metrics:json_valid",
+        "json_field_f1": "tunesmith.evaluate.metrics:json_field_f1",
+        "rouge_l": "tunesmith.evaluate.metrics:rouge_l",
+        "chrf": "tunesmith.evaluate.metrics:chrf",
+        "loss": "tunesmith.evaluate.metrics:loss",
+        "perplexity": "tunesmith.evaluate.metrics:perplexity",
+    },
+    # What generates and scores. An Engine (tunesmith/inference/engine.py).
+    "engine": {"transformers": "tunesmith.inference.transformers_engine:TransformersEngine"},
+}
+
+
+@cache
+def known(point: str) -> dict[str, str]:
+    """The names of an extension point and where each lies ("module:object")."""
+    return BUILT_IN[point] | {e.name: e.value for e in entry_points(group=f"tunesmith.{point}")}
+
+
+def load(point: str, name: str) -> Any:
+    """The object behind a plugin's name.
+
+    Raises:
+        RecipeError: no plugin of this point has that name.
+    """
+    table = known(point)
+    if name not in table:
+        raise RecipeError(
+            f"no {point} is called '{name}'{nearest(name, table)}", fix=f"Known: {', '.join(sorted(table))}."
+        )
+    module, _, attribute = table[name].partition(":")
+    return getattr(import_module(module), attribute)
+
+
+def _section(point: str) -> Callable[[Any], Section]:
+    def build(value: Any) -> Section:
+        if isinstance(value, Section):
+            return value
+        settings = {"kind": value} if isinstance(value, str) else value
+        if not isinstance(settings, dict) or not isinstance(settings.get("kind"), str):
+            raise ValueError(f"expected the name of one ({', '.join(known(point))}), or a mapping with `kind`")
+        try:
+            section: type[Section] = load(point, settings["kind"])
+        except RecipeError as error:
+            raise ValueError(f"{error.what}; known: {', '.join(sorted(known(point)))}") from None
+        return section.model_validate(settings)
+
+    return build
+
+
+def field(point: str) -> Any:
+    """The pydantic type of a recipe key that picks a plugin by `kind` and passes it its own settings."""
+    schema = {
+        "oneOf": [
+            {"type": "string", "enum": sorted(BUILT_IN[point])},
+            {"type": "object", "properties": {"kind": {"type": "string"}}, "required": ["kind"]},
+        ]
+    }
+    return Annotated[SerializeAsAny[Section], BeforeValidator(_section(point)), WithJsonSchema(schema)]

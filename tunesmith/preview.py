@@ -1,0 +1,110 @@
+"""Looking before leaping: what a recipe would train on, and what that would take. Nothing is kept."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tunesmith.errors import RecipeError
+from tunesmith.pipeline import Journey, open_recipe
+from tunesmith.recipe import Recipe
+from tunesmith.runs import Run, read_jsonl
+
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Check:
+    """What `check` found.
+
+    Attributes:
+        counts: as in the data stage's manifest.
+        answers: json, label or text.
+        left_out: every row that was rejected or removed: row, reason, why.
+        shown: three conversations as [(token's text, its loss weight), ...].
+    """
+
+    counts: dict[str, Any]
+    answers: str
+    left_out: list[dict[str, str]]
+    shown: list[list[tuple[str, float]]]
+
+    def as_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Check:
+    """Validate a recipe and every row of its data without training.
+
+    Raises:
+        TunesmithError: what would have stopped the run.
+    """
+    from tunesmith.data.prepare import load_rows, prepare
+
+    journey = _journey(recipe, overrides)
+    with tempfile.TemporaryDirectory() as folder:
+        # Rows that can't be used are listed here, not a reason to stop before the others are seen.
+        section = journey.recipe.data.model_copy(update={"max_rejected": 1.0})
+        told = prepare(section, journey.data_inputs(), Path(folder))
+        rows = load_rows(Path(folder) / "train.jsonl")
+        rejected = [
+            {"row": r["row"], "reason": r["reason"], "why": r["why"]}
+            for r in read_jsonl(Path(folder) / "rejected.jsonl")
+        ]
+        removed = [
+            {"row": r["row"], "reason": r["step"], "why": r["why"]} for r in read_jsonl(Path(folder) / "removed.jsonl")
+        ]
+    method, renderer = journey.recipe.train.method, journey.renderer
+    shown = []
+    for row in rows[:SHOWN]:
+        rendered = method.encode(row, renderer)
+        texts = [renderer.tokenizer.decode([i]) for i in rendered.ids]
+        shown.append(list(zip(texts, rendered.weights, strict=True)))
+    return Check(told["counts"], told["answers"]["kind"], rejected + removed, shown)
+
+
+def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Any:
+    """Parameters, steps, tokens, expected peak memory and time of a recipe's training: a models.plan.Plan.
+
+    Raises:
+        TunesmithError: what would have stopped the run before training.
+    """
+    from tunesmith.data.prepare import load_rows, prepare
+    from tunesmith.models.plan import estimate, shape_of
+    from tunesmith.train.batching import Schedule
+
+    journey = _journey(recipe, overrides)
+    train = journey.recipe.train
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(journey.recipe.data, journey.data_inputs(), Path(folder))
+        rows = load_rows(Path(folder) / "train.jsonl")
+    rendered = [train.method.encode(row, journey.renderer) for row in rows]
+    schedule = Schedule.of(len(rows), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
+    shape = shape_of(journey.model)
+    trained = train.adapter.parameters(shape.linear)
+    if not trained:
+        names = sorted({name.rpartition(".")[2] for name in shape.linear})
+        raise RecipeError(
+            f"no layer is called any of {train.adapter.targets}",
+            where="train.adapter.targets",
+            fix=f"This model's linear layers are called: {', '.join(names)}.",
+        )
+    return estimate(
+        shape,
+        journey.machine,
+        journey.machine.precision if train.precision == "auto" else train.precision,
+        trained,
+        [len(r) for r in rendered],
+        sum(r.trained for r in rendered),
+        schedule.total,
+        schedule.total / schedule.steps_per_epoch,
+        train.pack_tokens,
+    )
+
+
+def _journey(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Journey:
+    resolved, folder, _ = open_recipe(recipe, overrides)
+    return Journey(resolved, folder, Run(Path(tempfile.gettempdir()) / "tunesmith-preview"))

@@ -1,0 +1,217 @@
+"""The recipe: the whole journey in one file, composed of the stages' sections."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from tunesmith.data.section import DataSection
+from tunesmith.errors import RecipeError, nearest
+from tunesmith.evaluate.section import EvaluateSection, GoalSection
+from tunesmith.models.section import ModelSection
+from tunesmith.package.section import PackageSection
+from tunesmith.runs import NAME
+from tunesmith.section import Section
+from tunesmith.train.section import TrainSection
+
+
+def _model(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
+class Recipe(Section):
+    """One recipe: a model, data, and how to get from one to a better other."""
+
+    name: str
+    """The run's name: its folder under runs/."""
+    seed: int = Field(7, ge=0, lt=2**32)
+    """Behind every random choice."""
+    goal: GoalSection = GoalSection()
+    """What decides the verdict."""
+    model: Annotated[ModelSection, BeforeValidator(_model)]
+    """The base model."""
+    data: DataSection
+    """The rows."""
+    train: TrainSection = TrainSection()
+    """How to train."""
+    evaluate: EvaluateSection = EvaluateSection()
+    """How to prove it."""
+    package: PackageSection = PackageSection()
+    """What to hand on."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if not NAME.fullmatch(value):
+            raise ValueError("a run's name is letters, digits, dots, dashes and underscores (at most 100)")
+        return value
+
+
+def shipped() -> list[str]:
+    """The names of the recipes that come with Tunesmith."""
+    return sorted(p.name.removesuffix(".yaml") for p in _recipes().iterdir() if p.name.endswith(".yaml"))
+
+
+def find(name: str) -> Path:
+    """The file of a recipe: a path, or the name of a shipped one."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    if path.is_dir():
+        raise RecipeError("is a folder, not a recipe", where=name, fix="Give a recipe file (.yaml).")
+    if name in shipped():
+        return Path(str(_recipes() / f"{name}.yaml"))
+    raise RecipeError(
+        f"no recipe '{name}'{nearest(name, shipped())}",
+        fix=f"Give a file that exists, or a shipped recipe: {', '.join(shipped())}. A new one: tunesmith init DATA",
+    )
+
+
+def load(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]:
+    """A validated recipe and the folder that its paths are relative to.
+
+    Args:
+        name: a file, or the name of a shipped recipe.
+        overrides: `key.path=value`, values as YAML.
+
+    Raises:
+        RecipeError: names the file and the key, and what was expected there.
+    """
+    path = find(str(name))
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"is not UTF-8 ({error})", where=str(path), fix="Save it as UTF-8.") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}:{mark.line + 1}" if mark else str(path)
+        problem = getattr(error, "problem", None) or error
+        raise RecipeError(f"is not YAML ({problem})", where=where, fix="Check the indentation there.") from error
+    if not isinstance(raw, dict):
+        raise RecipeError("is not a recipe: no keys", where=str(path), fix="A new one: tunesmith init DATA")
+    raw.setdefault("name", path.stem)
+    return build(raw, overrides, str(path)), path.resolve().parent
+
+
+def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
+    """A recipe from its keys and overrides.
+
+    Raises:
+        RecipeError: as `load`.
+    """
+    for override in overrides:
+        _apply(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise RecipeError(_told(error), where=where, fix="All keys: tunesmith schema, docs/recipe.md.") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without two surprises: a key given twice, and 2e-4 read as text."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key '{key}' is there twice", node.value[i][0].start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"'{override}' is not key=value", where="--set", fix="Write for example --set train.epochs=1")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{text}' is not YAML", where=f"--set {path}") from error
+    here: Any = raw
+    for i, key in enumerate(keys[:-1]):
+        inner = _get(here, key, override)
+        if inner is None:
+            inner = here[key] = {}
+        elif isinstance(inner, str) and keys[i] in ("model", "method", "adapter"):
+            inner = here[key] = {"name" if keys[i] == "model" else "kind": inner}
+        here = inner
+    last: Any = keys[-1]
+    if isinstance(here, list):
+        _get(here, last, override)
+        last = int(last)
+    elif not isinstance(here, dict):
+        raise RecipeError(f"'{'.'.join(keys[:-1])}' holds no keys", where=f"--set {override}")
+    here[last] = value
+
+
+def _get(here: Any, key: str, override: str) -> Any:
+    if isinstance(here, dict):
+        return here.get(key)
+    if isinstance(here, list) and key.isdigit() and int(key) < len(here):
+        return here[int(key)]
+    raise RecipeError(f"there is no '{key}' to set", where=f"--set {override}", fix="Lists are counted from 0.")
+
+
+def _told(error: ValidationError) -> str:
+    """Each of pydantic's findings as a sentence, the first five."""
+    lines = []
+    for found in error.errors()[:5]:
+        key = ".".join(str(part) for part in found["loc"]) or "recipe"
+        kind = found["type"]
+        if kind == "extra_forbidden":
+            last = str(found["loc"][-1])
+            lines.append(f"{key}: unknown key{nearest(last, _keys(found['loc'][:-1]))}")
+        elif kind == "missing":
+            lines.append(f"{key}: is missing")
+        else:
+            told = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            given = found["input"]
+            shown = "" if isinstance(given, dict) else f", not {json.dumps(given, default=str)[:80]}"
+            expected = "expected " if found["msg"].startswith("Input should be ") else ""
+            lines.append(f"{key}: {expected}{told}{shown if expected else ''}")
+    return "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _keys(loc: Sequence[int | str]) -> list[str]:
+    """The keys that are known at a place in the recipe."""
+    here: Any = Recipe
+    for part in loc:
+        if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, Section)):
+            continue
+        field = here.model_fields.get(str(part))
+        here = _section_in(field.annotation) if field else None
+    return list(here.model_fields) if isinstance(here, type) and issubclass(here, Section) else []
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return annotation
+    for inner in typing.get_args(annotation):
+        found = _section_in(inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _recipes() -> Any:
+    return files("tunesmith") / "recipes"
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()

@@ -1,0 +1,203 @@
+"""What commands print for people. What they print for programs comes from the same values."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from tunesmith.runs import STAGES, Run, read_json
+
+if TYPE_CHECKING:
+    from tunesmith.models.plan import Plan
+    from tunesmith.pipeline import Result
+    from tunesmith.preview import Check
+
+SAID = {
+    "better": "[bold green]better[/bold green]: the whole interval of the difference is above zero",
+    "worse": "[bold red]worse[/bold red]: the whole interval of the difference is below zero",
+    "not_proven": "[bold yellow]not proven[/bold yellow]: the interval of the difference holds zero",
+}
+LEFT_OUT_AT_MOST = 20
+
+
+def _console() -> Console:
+    return Console()
+
+
+def number(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def span(score: dict[str, float]) -> str:
+    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
+
+
+def summary(result: Result) -> dict[str, Any]:
+    """A run as a program wants it."""
+    run = result.run
+    return {
+        "run": run.name,
+        "path": str(run.path),
+        "stages": {s: "complete" if run.complete(s) else "missing" for s in STAGES},
+        "scorecard": result.scorecard,
+        "data": (run.manifest("data") or {}).get("counts"),
+        "train": (run.manifest("train") or {}).get("summary"),
+        "package": (run.manifest("package") or {}).get("check"),
+        "report": str(run.report) if run.report.is_file() else None,
+        "adapter": str(run.adapter) if run.adapter.is_dir() else None,
+        "model": str(run.model) if run.model.is_dir() else None,
+    }
+
+
+def ending(result: Result) -> None:
+    """The verdict, where the report lies, and what to try next."""
+    out, run, card = _console(), result.run, result.scorecard
+    if card is None:
+        out.print(f"Run [bold]{run.name}[/bold] in {run.path}: not evaluated yet.")
+        out.print(f"Next: tunesmith evaluate {run.name}", markup=False)
+        return
+    table = Table(title=f"{run.name}: {card['n']} held-out rows", title_justify="left")
+    table.add_column("metric")
+    for column in ("baseline", "tuned", "difference", "95% interval"):
+        table.add_column(column, justify="right")
+    for name, scores in card["metrics"].items():
+        gap = scores["difference"]
+        table.add_row(
+            f"[bold]{name}[/bold] (goal)" if name == card["goal_metric"] else name,
+            number(scores["baseline"]["value"]),
+            number(scores["tuned"]["value"]),
+            f"{'+' if gap['value'] >= 0 else ''}{number(gap['value'])}",
+            f"[{number(gap['low'])}, {number(gap['high'])}]",
+        )
+    out.print(table)
+    out.print(f"Verdict on {card['goal_metric']}: {SAID[card['verdict']]}.")
+    out.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
+    if run.model.is_dir():
+        out.print(f"Model:  {run.model}", highlight=False, soft_wrap=True)
+    out.print("Next:", highlight=False)
+    for command, why in (
+        (f"tunesmith chat {run.name} --base", "talk with it, the base beside it"),
+        (f"tunesmith runs show {run.name}", "its stages and figures"),
+        ("tunesmith init YOUR-DATA.jsonl", "the same with your own rows"),
+    ):
+        out.print(f"  {command:<38} {why}", markup=False, highlight=False)
+
+
+def check(found: Check) -> None:
+    """Counts, what was left out and why, and three rows with their loss coloured."""
+    from tunesmith.pipeline import describe_counts
+
+    out = _console()
+    out.print(describe_counts(found.counts), highlight=False)
+    out.print(f"Answers: {found.answers}", highlight=False)
+    if found.left_out:
+        table = Table("row", "reason", "why", title="Left out", title_justify="left")
+        for row in found.left_out[:LEFT_OUT_AT_MOST]:
+            table.add_row(row["row"], row["reason"], row["why"])
+        out.print(table)
+        more = len(found.left_out) - LEFT_OUT_AT_MOST
+        if more > 0:
+            out.print(f"and {more} more (all of them with --json)")
+    out.print("As the model sees them ([green]green[/green]: carries loss):")
+    for tokens in found.shown:
+        line = Text()
+        for token, weight in tokens:
+            line.append(token, style="black on green" if weight else "dim")
+        out.print(line)
+        carrying = sum(1 for _, weight in tokens if weight)
+        out.print(f"{len(tokens)} tokens, {carrying} with loss\n", highlight=False)
+
+
+def plan(found: Plan) -> None:
+    out = _console()
+    table = Table(show_header=False)
+    share = found.trained_parameters / found.parameters
+    table.add_row("parameters", f"{found.parameters:,}, {found.trained_parameters:,} trained ({share:.1%})")
+    table.add_row("rows, tokens", f"{found.rows:,} rows, {found.tokens:,} tokens in {found.steps:,} steps")
+    table.add_row("precision", f"{found.precision} base, float32 adapter")
+    table.add_row("time", f"about {_duration(found.seconds)} of training")
+    table.add_row(
+        "peak memory", f"about {found.peak_bytes / 2**30:.1f} GiB of {found.available_bytes / 2**30:.1f} free"
+    )
+    for part, size in found.memory.items():
+        table.add_row(f"  {part}", f"{size / 2**20:,.0f} MiB")
+    out.print(table)
+    if not found.fits:
+        out.print("It does not fit. Cheapest change first: a smaller train.pack_tokens, a smaller model.")
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 90
+        else f"{seconds / 60:.0f} min"
+        if seconds < 5400
+        else f"{seconds / 3600:.1f} h"
+    )
+
+
+def line(run: Run) -> dict[str, Any]:
+    """A run in a list."""
+    card = read_json(run.scorecard) if run.scorecard.is_file() else None
+    goal = card["metrics"][card["goal_metric"]] if card else None
+    return {
+        "run": run.name,
+        "stages": " ".join(s for s in STAGES if run.complete(s)) or "-",
+        "verdict": card["verdict"] if card else "-",
+        "goal": card["goal_metric"] if card else "-",
+        "baseline": span(goal["baseline"]) if goal else "-",
+        "tuned": span(goal["tuned"]) if goal else "-",
+    }
+
+
+def differences(one: Run, other: Run) -> list[dict[str, str]]:
+    """Recipe keys, versions and scores in which two runs differ."""
+    import yaml
+
+    sides = []
+    for run in (one, other):
+        flat = _flat(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+        manifest = run.manifest() or {}
+        flat |= {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
+        if run.scorecard.is_file():
+            card = read_json(run.scorecard)
+            flat |= {"verdict": card["verdict"]} | {m: span(s["tuned"]) for m, s in card["metrics"].items()}
+        sides.append(flat)
+    first, second = sides
+    keys = [k for k in dict.fromkeys([*first, *second]) if k != "name" and first.get(k) != second.get(k)]
+    return [{"what": k, one.name: str(first.get(k, "-")), other.name: str(second.get(k, "-"))} for k in keys]
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = {str(i): v for i, v in enumerate(value)}.items()
+    else:
+        return {path: value}
+    return {k: v for key, inner in pairs for k, v in _flat(inner, f"{path}.{key}" if path else str(key)).items()}
+
+
+def table(rows: list[dict[str, Any]], empty: str) -> None:
+    out = _console()
+    if not rows:
+        out.print(empty, markup=False)
+        return
+    shown = Table(*rows[0].keys())
+    for row in rows:
+        shown.add_row(*(Text(str(v)) for v in row.values()))
+    out.print(shown)
+
+
+def doctor(found: dict[str, Any]) -> None:
+    shown = Table(show_header=False)
+    for key, value in found.items():
+        if isinstance(value, dict):
+            value = ", ".join(f"{k} {v}" for k, v in value.items())
+        elif isinstance(value, list):
+            value = "\n".join(map(str, value)) or "none"
+        shown.add_row(key, Text(str(value)))
+    _console().print(shown)

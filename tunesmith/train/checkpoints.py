@@ -1,0 +1,110 @@
+"""Checkpoints: weights, optimizer, random states and position, in safetensors and JSON, whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from tunesmith.errors import RunError
+from tunesmith.progress import say
+from tunesmith.runs import read_json, whole_folder, write_json
+
+
+@dataclass
+class State:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps taken.
+        tokens: tokens that went through them.
+        best_step, best_loss: the validation with the lowest loss so far, if any was taken.
+        stale: validations since then.
+        precision, threads: what the steps so far were computed with; going on keeps the precision.
+    """
+
+    precision: str
+    threads: int
+    step: int = 0
+    tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0
+
+
+def save(
+    folder: Path,
+    state: State,
+    weights: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    keep: int,
+) -> None:
+    """Write `step-N` and remove all but the newest `keep`."""
+    tensors = {f"weight/{name}": p.detach().contiguous() for name, p in weights.items()}
+    for name, parameter in weights.items():
+        for what, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{what}/{name}"] = torch.as_tensor(value).contiguous()
+    tensors["random/torch"] = torch.get_rng_state()
+    if torch.cuda.is_available():
+        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    with whole_folder(folder / f"step-{state.step:06d}") as temporary:
+        save_file(tensors, temporary / "state.safetensors")
+        write_json(temporary / "state.json", asdict(state))
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def newest(folder: Path) -> State | None:
+    """Where the newest whole checkpoint is; None where there is none."""
+    for path in reversed(_all(folder)):
+        try:
+            state = State(**read_json(path / "state.json"))
+            with safe_open(path / "state.safetensors", framework="pt"):  # the header must fit the file
+                return state
+        except (RunError, TypeError, SafetensorError, OSError) as error:
+            say(f"checkpoint {path.name} is damaged and left aside ({error})")
+    return None
+
+
+def restore(
+    folder: Path, state: State, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> None:
+    """Load the checkpoint of `state` into the weights, the optimizer and the random states."""
+    path = folder / f"step-{state.step:06d}"
+    _load(load_file(path / "state.safetensors"), weights, optimizer, path)
+
+
+def _load(
+    tensors: dict[str, torch.Tensor],
+    weights: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    path: Path,
+) -> None:
+    names = {name.removeprefix("weight/") for name in tensors if name.startswith("weight/")}
+    if names != set(weights):
+        raise RunError(
+            "the checkpoint's weights are of another adapter",
+            where=str(path),
+            fix="Remove the run's train folder to start again.",
+        )
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(tensors[f"weight/{name}"])
+            state: dict[str, Any] = {}
+            for key, value in tensors.items():
+                if key.startswith("optimizer/") and key.endswith(f"/{name}"):
+                    what = key.split("/")[1]
+                    state[what] = value if what == "step" else value.to(parameter.device)
+            optimizer.state[parameter] = state
+    torch.set_rng_state(tensors["random/torch"])
+    if "random/cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["random/cuda"])
+
+
+def _all(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step-*"))

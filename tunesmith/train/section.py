@@ -1,0 +1,53 @@
+"""The recipe's `train`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tunesmith import plugins
+from tunesmith.section import Section
+
+
+class TrainSection(Section):
+    """How the model is trained."""
+
+    method: plugins.field("objective") = "sft"  # type: ignore[valid-type]
+    """The training method: sft."""
+    adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
+    """What is trained on top of the frozen base: {kind: lora, rank, alpha, dropout, targets}."""
+    epochs: float = Field(3, gt=0)
+    """Passes over the training rows; may be a fraction."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in an optimizer step. How they are packed for the machine does not change the result."""
+    pack_tokens: int = Field(1024, ge=1)
+    """Tokens in one forward pass; rows of a step are packed up to it, and gradients are added up."""
+    max_length: int = Field(1024, ge=8)
+    """Longest row in tokens; `data.over_length` says what becomes of longer ones."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """The peak rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the rate falls after the warm-up, to zero at the last step."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps in which the rate rises from zero."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay rates of the moments."""
+    clip: float = Field(1.0, gt=0)
+    """Largest norm of a step's gradient; a longer one is scaled down."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the frozen weights and the products; adapters are always float32. `auto`: what this machine is faster at."""
+    validate_every: int | None = Field(None, ge=1)
+    """Steps between validations; once an epoch if not given. The last step always validates."""
+    checkpoint_every: int = Field(50, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints stay on disk, besides the best weights."""
+    keep_best: bool = True
+    """End with the weights of the lowest validation loss instead of the last ones."""
+    early_stopping: int | None = Field(None, ge=1)
+    """Stop after this many validations without a lower loss."""

@@ -1,0 +1,261 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import torch
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.conversation.render import Rendered, Renderer
+from tunesmith.errors import DataError, Interrupted, TrainingError
+from tunesmith.models.load import load_model
+from tunesmith.models.machine import Machine, reuse_buffers
+from tunesmith.models.packed import PackedForward, pack
+from tunesmith.models.resolve import ResolvedModel
+from tunesmith.progress import bar, say
+from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_text
+from tunesmith.train import checkpoints
+from tunesmith.train.batching import Schedule, learning_rate, packs
+from tunesmith.train.checkpoints import State
+from tunesmith.train.section import TrainSection
+
+
+@dataclass(frozen=True)
+class TrainInputs:
+    """What the loop works on."""
+
+    training: Sequence[Conversation]
+    validation: Sequence[Conversation]
+    model: ResolvedModel
+    renderer: Renderer
+    machine: Machine
+    seed: int
+
+
+def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
+    """Train an adapter into `run.adapter`, going on from the newest checkpoint if there is one.
+
+    Returns what the manifest tells of it: steps, tokens, best step, precision, which forward was used.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite; names the rows of that step.
+        Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
+    """
+    rows = encode(section, inputs.training, inputs.renderer)
+    held_out = encode(section, inputs.validation, inputs.renderer) if inputs.validation else []
+    lengths = [len(r) for r in rows]
+    schedule = Schedule.of(len(rows), section.batch_size, section.epochs, section.max_steps, inputs.seed)
+    validate_every = section.validate_every or schedule.steps_per_epoch
+    state = checkpoints.newest(run.checkpoints) or State(
+        precision=inputs.machine.precision if section.precision == "auto" else section.precision,
+        threads=torch.get_num_threads(),
+    )
+    if state.threads != torch.get_num_threads():
+        say(f"going on with {torch.get_num_threads()} threads after {state.threads}: last digits may differ")
+
+    reuse_buffers()
+    device = inputs.machine.device
+    base = load_model(inputs.model, getattr(torch, state.precision), device)
+    torch.manual_seed(inputs.seed)
+    model = section.adapter.attach(base)
+    forward = PackedForward(model, probe(rows))
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(
+        weights.values(), lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
+    )
+    size = 4 * sum(p.numel() for p in weights.values())
+    need_room(run.path, size * (3 * (section.keep_checkpoints + 1) + 2), "Training")
+    if state.step:
+        checkpoints.restore(run.checkpoints, state, weights, optimizer)
+        say(f"Going on from step {state.step} of {schedule.total}")
+    _forget_after(run, state.step)
+    run.event("train_started", step=state.step, total=schedule.total, forward=forward.why)
+
+    model.train()
+    with _stop_requests() as stop, bar("Training", schedule.total, state.step) as progress:
+        while state.step < schedule.total and not _stale(section, state):
+            chosen = schedule.step(state.step)
+            rate = learning_rate(state.step, schedule.total, section.learning_rate, section.warmup, section.schedule)
+            began = time.perf_counter()
+            loss, norm = _step(section, forward, rows, packs(chosen, lengths, section.pack_tokens))
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
+                raise _not_finite(loss, norm, state, [inputs.training[i].id for i in chosen], run)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+            seconds = time.perf_counter() - began
+            state.step += 1
+            tokens = sum(lengths[i] for i in chosen)
+            state.tokens += tokens
+            line: dict[str, Any] = {
+                "step": state.step,
+                "epoch": round(state.step / schedule.steps_per_epoch, 4),
+                "loss": loss,
+                "learning_rate": rate,
+                "grad_norm": norm,
+                "tokens": tokens,
+                "tokens_per_second": round(tokens / seconds, 1),
+                "memory_bytes": _memory(device),
+            }
+            last = state.step == schedule.total
+            if held_out and (state.step % validate_every == 0 or last):
+                line["validation_loss"] = _validate(section, forward, held_out)
+                if _improved(state, line["validation_loss"]) and section.keep_best:
+                    with whole_folder(run.stage("train") / "best") as folder:
+                        model.save_pretrained(folder)
+            append_jsonl(run.metrics, line)
+            progress.advance(1, f"loss {loss:.3f}  {line['tokens_per_second']:.0f} tokens/s")
+            if state.step % section.checkpoint_every == 0 or last or stop.is_set():
+                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
+            if stop.is_set() and not last:
+                raise Interrupted(
+                    f"stopped after step {state.step} of {schedule.total}; everything is saved",
+                    fix="The same command goes on from here.",
+                )
+
+    with whole_folder(run.adapter) as folder:
+        if section.keep_best and state.best_step is not None:
+            shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
+        else:
+            model.save_pretrained(folder)
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "best_step": state.best_step if section.keep_best else None,
+        "best_validation_loss": state.best_loss,
+        "parameters": {"total": sum(p.numel() for p in base.parameters()), "trained": size // 4},
+        "precision": state.precision,
+        "threads": state.threads,
+        "forward": forward.why,
+    }
+
+
+def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Rendered]:
+    """Tokens and loss weights of each row.
+
+    Raises:
+        DataError: a row has no token to learn from, or is longer than `train.max_length`.
+    """
+    encoded = [section.method.encode(row, renderer) for row in rows]
+    for row, rendered in zip(rows, encoded, strict=True):
+        if not rendered.trained:
+            raise DataError(
+                "no token of this row carries loss",
+                where=row.id,
+                fix="Check the roles, weights and template.",
+            )
+        if len(rendered) > section.max_length:
+            raise DataError(
+                f"has {len(rendered)} tokens, train.max_length is {section.max_length}",
+                where=row.id,
+                fix="Raise train.max_length, or set data.over_length.",
+            )
+    return encoded
+
+
+def probe(rows: Sequence[Rendered], longest: int = 64) -> list[Rendered]:
+    """Two short rows of different lengths, to compare packed with one-by-one losses."""
+    first, second = rows[0], rows[-1]
+    return [
+        Rendered(first.ids[:longest], first.weights[:longest]),
+        Rendered(second.ids[: longest // 2 + 1], second.weights[: longest // 2 + 1]),
+    ]
+
+
+def _step(
+    section: TrainSection, forward: PackedForward, rows: Sequence[Rendered], groups: list[list[int]]
+) -> tuple[float, float]:
+    """Gradients of one optimizer step, clipped: its loss, and the gradient's norm before clipping."""
+    method = section.method
+    size = sum(method.size(rows[i]) for group in groups for i in group)
+    total = 0.0
+    for group in groups:
+        # Each pack adds the sum over its tokens, divided by the whole step's: packing changes nothing.
+        loss = method.loss(forward, pack([rows[i] for i in group], group, forward.device)) / size
+        loss.backward()
+        total += loss.item()
+    trained = [p for p in forward.model.parameters() if p.requires_grad]
+    return total, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
+
+
+@torch.no_grad()
+def _validate(section: TrainSection, forward: PackedForward, rows: Sequence[Rendered]) -> float:
+    """Loss per unit of weight over the held-out rows."""
+    forward.model.eval()
+    total = 0.0
+    groups = packs(list(range(len(rows))), [len(r) for r in rows], section.pack_tokens)
+    with bar("Validating", len(groups)) as progress:
+        for group in groups:
+            total += section.method.loss(forward, pack([rows[i] for i in group], group, forward.device)).item()
+            progress.advance()
+    forward.model.train()
+    return total / sum(section.method.size(r) for r in rows)
+
+
+def _improved(state: State, loss: float) -> bool:
+    if state.best_loss is None or loss < state.best_loss:
+        state.best_step, state.best_loss, state.stale = state.step, loss, 0
+        return True
+    state.stale += 1
+    return False
+
+
+def _stale(section: TrainSection, state: State) -> bool:
+    return section.early_stopping is not None and state.stale >= section.early_stopping
+
+
+def _not_finite(loss: float, norm: float, state: State, rows: list[str], run: Run) -> TrainingError:
+    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
+    run.event("not_finite", step=state.step + 1, loss=str(loss), grad_norm=str(norm), rows=rows)
+    return TrainingError(
+        f"{what} in step {state.step + 1}, on rows {', '.join(rows)}",
+        where=str(run.path),
+        fix=f"The weights of step {state.step} are kept in {run.checkpoints}. "
+        "Look at those rows; a lower train.learning_rate often helps.",
+    )
+
+
+def _forget_after(run: Run, step: int) -> None:
+    """Drop the metrics of steps that a kill left without a checkpoint: they will be taken again."""
+    kept = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
+    write_text(run.metrics, "".join(json_line(row) for row in kept))
+
+
+def _memory(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.max_memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+@contextlib.contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets, so that the step at hand can be finished and saved."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def ask(signum: int, frame: object) -> None:
+        if stop.is_set():  # asked twice: now
+            raise KeyboardInterrupt
+        say("Finishing this step and saving; once more to stop at once")
+        stop.set()
+
+    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
