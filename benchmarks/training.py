@@ -54,6 +54,10 @@ def run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
     return figures
 
 
+def told(figures: dict[str, Any]) -> str:
+    return f"{figures['tokens_per_second']:.0f} tokens/s, {figures['peak_bytes'] / 2**30:.2f} GiB"
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rows", default="tunesmith/recipes/quickstart/train.jsonl")
@@ -99,12 +103,7 @@ def main() -> None:
                 )
                 ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
                 pairs.append((ratio, ours, theirs))
-                print(
-                    f"{mode} {number}: ours {ours['tokens_per_second']:.0f} tokens/s, {ours['peak_bytes'] / 2**30:.2f} GiB;"
-                    f" TRL {theirs['tokens_per_second']:.0f} tokens/s, {theirs['peak_bytes'] / 2**30:.2f} GiB;"
-                    f" ratio {ratio:.2f}",
-                    flush=True,
-                )
+                print(f"{mode} {number}: ours {told(ours)}; TRL {told(theirs)}; ratio {ratio:.2f}", flush=True)
             ratios = sorted(p[0] for p in pairs)
             print(
                 json.dumps(

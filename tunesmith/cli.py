@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -34,25 +36,26 @@ def main() -> None:
     """Run the command line; an error of ours is a sentence and an exit code, never a traceback."""
     debug = "--debug" in sys.argv
     arguments = [a for a in sys.argv[1:] if a != "--debug"]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a row's text must not fail on a narrow terminal
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=arguments, prog_name="tunesmith")
     except TunesmithError as error:
-        if debug:
-            raise
-        _fail(error, "--json" in arguments)
+        _fail(error, "--json" in arguments, debug)
     except KeyboardInterrupt:
         print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except OSError as error:
-        if debug:
-            raise
         told = TunesmithError(
             f"{error.strerror or error}", where=str(error.filename or "system"), fix="--debug shows where."
         )
-        _fail(told, "--json" in arguments)
+        _fail(told, "--json" in arguments, debug)
 
 
-def _fail(error: TunesmithError, as_json: bool) -> NoReturn:
+def _fail(error: TunesmithError, as_json: bool, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
     if as_json:
         print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
     else:
@@ -133,15 +136,13 @@ def check(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
     """Validate a recipe and every row without training; show what carries loss. Exit code 2 if a run would stop."""
     _hush(as_json)
     from tunesmith import preview, show
-    from tunesmith.recipe import load
 
     found = preview.check(recipe, sets or [])
     if not _answer(found.as_dict(), as_json):
         show.check(found)
-    allowed = load(recipe, sets or [])[0].data.max_rejected
-    if found.counts["rejected"] > allowed * found.counts["read"]:
+    if found.error is not None:
         if not as_json:
-            print(f"A run would stop here: data.max_rejected allows {allowed:.1%}.", file=sys.stderr)
+            print(f"A run would stop here: {found.error['what']}\n{found.error['fix']}", file=sys.stderr)
         sys.exit(2)
 
 

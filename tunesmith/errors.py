@@ -64,6 +64,12 @@ class Interrupted(TunesmithError):
     exit_code = 130
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without its pages of advice."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:200]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean 'x'?` where a known name is close, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

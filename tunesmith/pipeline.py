@@ -55,7 +55,7 @@ def run(
         for stage in STAGES:
             if stage in stages:
                 journey.walk(stage)
-        _finish(there, resolved)
+                _finish(there, resolved)  # after each, so that a later one's failure hides nothing
     return Result(there)
 
 
@@ -159,24 +159,23 @@ class Journey:
         r = self.recipe
         model = {"model": self.model.as_dict(), "renderer": self.renderer.hash, "seed": r.seed}
         if stage == "data":
-            return model | {
-                "section": r.data.model_dump(mode="json"),
-                "max_length": r.train.max_length,
-                "sources": self.sources,
-            }
+            # Where files lie does not matter, what they hold does.
+            section = r.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
+            section["split"] = {part: None if isinstance(s, str) else s for part, s in section["split"].items()}
+            return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
             kept = r.train.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})
             return model | {"section": kept}
-        section = r.evaluate if stage == "evaluate" else r.package
-        return model | {"section": section.model_dump(mode="json"), "goal": r.goal.model_dump(mode="json")}
+        kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
+        return model | {"section": kept, "goal": r.goal.model_dump(mode="json")}
 
     @cached_property
-    def sources(self) -> list[str]:
-        """Hashes of the data's files, in the recipe's order."""
+    def sources(self) -> list[tuple[str, str]]:
+        """Names and hashes of the data's files, in the recipe's order."""
         from tunesmith.data.prepare import source_files
 
         files = source_files(self.recipe.data, self.folder)
-        return [runs.hash_file(path) for part in files.values() for _, path in part]
+        return [(path.name, runs.hash_file(path)) for part in files.values() for _, path in part]
 
     @contextlib.contextmanager
     def artifact(self, stage: str, key: str) -> Iterator[Path]:
@@ -319,6 +318,9 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
 def _finish(run: Run, recipe: Recipe) -> None:
     """Bring the files at the run's top up to date with its stages; the run's manifest comes last."""
     done = {stage: m for stage in STAGES if (m := run.complete(stage))}
+    told = (run.manifest() or {}).get("stages", {})
+    if {s: m["key"] for s, m in done.items()} == {s: m["key"] for s, m in told.items()}:
+        return
     if "evaluate" in done:
         from tunesmith.evaluate.report import write_report
 

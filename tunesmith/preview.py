@@ -24,12 +24,16 @@ class Check:
         counts: as in the data stage's manifest.
         answers: json, label or text.
         left_out: every row that was rejected or removed: row, reason, why.
+        cut: every row that was shortened or cut into several to fit: row, why.
+        error: why a run would stop over its rejected rows, as an error's `as_dict`; None if it would go on.
         shown: three conversations as [(token's text, its loss weight), ...].
     """
 
     counts: dict[str, Any]
     answers: str
     left_out: list[dict[str, str]]
+    cut: list[dict[str, str]]
+    error: dict[str, str | None] | None
     shown: list[list[tuple[str, float]]]
 
     def as_dict(self) -> dict[str, Any]:
@@ -42,7 +46,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     Raises:
         TunesmithError: what would have stopped the run.
     """
-    from tunesmith.data.prepare import load_rows, prepare
+    from tunesmith.data.prepare import load_rows, prepare, too_many_rejected
 
     journey = _journey(recipe, overrides)
     with tempfile.TemporaryDirectory() as folder:
@@ -50,20 +54,20 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         section = journey.recipe.data.model_copy(update={"max_rejected": 1.0})
         told = prepare(section, journey.data_inputs(), Path(folder))
         rows = load_rows(Path(folder) / "train.jsonl")
-        rejected = [
-            {"row": r["row"], "reason": r["reason"], "why": r["why"]}
-            for r in read_jsonl(Path(folder) / "rejected.jsonl")
-        ]
-        removed = [
+        rejected = read_jsonl(Path(folder) / "rejected.jsonl")
+        left_out = [{"row": r["row"], "reason": r["reason"], "why": r["why"]} for r in rejected]
+        left_out += [
             {"row": r["row"], "reason": r["step"], "why": r["why"]} for r in read_jsonl(Path(folder) / "removed.jsonl")
         ]
+        cut = read_jsonl(Path(folder) / "cut.jsonl")
+    error = too_many_rejected(journey.recipe.data.max_rejected, told["counts"]["read"], rejected)
     method, renderer = journey.recipe.train.method, journey.renderer
     shown = []
     for row in rows[:SHOWN]:
         rendered = method.encode(row, renderer)
         texts = [renderer.tokenizer.decode([i]) for i in rendered.ids]
         shown.append(list(zip(texts, rendered.weights, strict=True)))
-    return Check(told["counts"], told["answers"]["kind"], rejected + removed, shown)
+    return Check(told["counts"], told["answers"]["kind"], left_out, cut, error.as_dict() if error else None, shown)
 
 
 def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import typing
@@ -13,6 +14,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
 
+from tunesmith import plugins
 from tunesmith.data.section import DataSection
 from tunesmith.errors import RecipeError, nearest
 from tunesmith.evaluate.section import EvaluateSection, GoalSection
@@ -21,6 +23,9 @@ from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
 from tunesmith.section import Section
 from tunesmith.train.section import TrainSection
+
+# Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
+POINTS = {"method": "objective", "adapter": "adapter"}
 
 
 def _model(value: Any) -> Any:
@@ -90,6 +95,8 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]
         raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except UnicodeDecodeError as error:
         raise RecipeError(f"is not UTF-8 ({error})", where=str(path), fix="Save it as UTF-8.") from error
+    except RecursionError as error:
+        raise RecipeError("is not a recipe: nested too deep", where=str(path), fix="Check the brackets.") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -112,7 +119,7 @@ def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "reci
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(_told(error), where=where, fix="All keys: tunesmith schema, docs/recipe.md.") from None
+        raise RecipeError(_told(error, raw), where=where, fix="All keys: tunesmith schema, docs/recipe.md.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -141,21 +148,29 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise RecipeError(f"'{text}' is not YAML", where=f"--set {path}") from error
+        raise RecipeError(
+            f"'{text}' is not YAML",
+            where=f"--set {path}",
+            fix="Values are written as in a recipe: 3, true, [a, b], text.",
+        ) from error
     here: Any = raw
-    for i, key in enumerate(keys[:-1]):
+    for key in keys[:-1]:
         inner = _get(here, key, override)
         if inner is None:
             inner = here[key] = {}
-        elif isinstance(inner, str) and keys[i] in ("model", "method", "adapter"):
-            inner = here[key] = {"name" if keys[i] == "model" else "kind": inner}
+        elif isinstance(inner, str) and (key == "model" or key in POINTS):
+            inner = here[key] = {"name" if key == "model" else "kind": inner}
         here = inner
     last: Any = keys[-1]
     if isinstance(here, list):
         _get(here, last, override)
         last = int(last)
     elif not isinstance(here, dict):
-        raise RecipeError(f"'{'.'.join(keys[:-1])}' holds no keys", where=f"--set {override}")
+        raise RecipeError(
+            f"'{'.'.join(keys[:-1])}' holds no keys, but a value",
+            where=f"--set {override}",
+            fix="Set the value itself, or check the key: tunesmith schema.",
+        )
     here[last] = value
 
 
@@ -167,7 +182,7 @@ def _get(here: Any, key: str, override: str) -> Any:
     raise RecipeError(f"there is no '{key}' to set", where=f"--set {override}", fix="Lists are counted from 0.")
 
 
-def _told(error: ValidationError) -> str:
+def _told(error: ValidationError, raw: dict[str, Any]) -> str:
     """Each of pydantic's findings as a sentence, the first five."""
     lines = []
     for found in error.errors()[:5]:
@@ -175,7 +190,7 @@ def _told(error: ValidationError) -> str:
         kind = found["type"]
         if kind == "extra_forbidden":
             last = str(found["loc"][-1])
-            lines.append(f"{key}: unknown key{nearest(last, _keys(found['loc'][:-1]))}")
+            lines.append(f"{key}: unknown key{nearest(last, _keys(found['loc'][:-1], raw))}")
         elif kind == "missing":
             lines.append(f"{key}: is missing")
         else:
@@ -187,14 +202,18 @@ def _told(error: ValidationError) -> str:
     return "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
 
 
-def _keys(loc: Sequence[int | str]) -> list[str]:
-    """The keys that are known at a place in the recipe."""
+def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
+    """The keys that are known at a place in the recipe `raw`."""
     here: Any = Recipe
     for part in loc:
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # a loc also names branches of a union
+            raw = raw[part]
         if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, Section)):
             continue
         field = here.model_fields.get(str(part))
         here = _section_in(field.annotation) if field else None
+        if here is Section and part in POINTS and isinstance(raw, dict):
+            here = plugins.load(POINTS[str(part)], raw["kind"])
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, Section) else []
 
 

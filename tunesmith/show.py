@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from tunesmith.preview import Check
 
 SAID = {
-    "better": "[bold green]better[/bold green]: the whole interval of the difference is above zero",
-    "worse": "[bold red]worse[/bold red]: the whole interval of the difference is below zero",
+    "better": "[bold green]better[/bold green]: the whole interval of the difference is on the good side of zero",
+    "worse": "[bold red]worse[/bold red]: the whole interval of the difference is on the bad side of zero",
     "not_proven": "[bold yellow]not proven[/bold yellow]: the interval of the difference holds zero",
 }
-LEFT_OUT_AT_MOST = 20
+LISTED_AT_MOST = 20
 
 
 def _console() -> Console:
@@ -93,12 +93,14 @@ def check(found: Check) -> None:
     out = _console()
     out.print(describe_counts(found.counts), highlight=False)
     out.print(f"Answers: {found.answers}", highlight=False)
-    if found.left_out:
-        table = Table("row", "reason", "why", title="Left out", title_justify="left")
-        for row in found.left_out[:LEFT_OUT_AT_MOST]:
-            table.add_row(row["row"], row["reason"], row["why"])
+    for title, rows in (("Left out", found.left_out), ("Cut to fit", found.cut)):
+        if not rows:
+            continue
+        table = Table(*rows[0], title=f"{title}: {len(rows)}", title_justify="left")
+        for row in rows[:LISTED_AT_MOST]:
+            table.add_row(*map(Text, row.values()))
         out.print(table)
-        more = len(found.left_out) - LEFT_OUT_AT_MOST
+        more = len(rows) - LISTED_AT_MOST
         if more > 0:
             out.print(f"and {more} more (all of them with --json)")
     out.print("As the model sees them ([green]green[/green]: carries loss):")

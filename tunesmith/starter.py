@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tunesmith import recipe
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.prepare import answers_kind, detect, read_rows
+from tunesmith.data.layouts import Unusable
+from tunesmith.data.prepare import DETECTION_ROWS, answers_kind, detect, read_rows
 from tunesmith.data.readers import Broken
 from tunesmith.data.section import ColumnsSection, SourceSection
 from tunesmith.errors import DataError, RecipeError
@@ -54,30 +59,37 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
     """
     if not data.is_file():
         raise DataError(f"no such file: {data}", where="DATA", fix="Give the file that holds your rows.")
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name.split(".")[0]).strip("-.") or "my-run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", data.name.split(".")[0]).strip("-._")[:100] or "my-run"
     target = out or Path(f"{name}.yaml")
     if target.exists() and not force:
         raise RecipeError("is there already", where=str(target), fix="Choose another with --out, or use --force.")
     source, guessed = _source(data)
     layout = detect(source, data)
-    answers, rows = [], 0
+    answers, rows, wrong = [], 0, ""
     for number, row in read_rows(source, data):
         rows += 1
-        if rows <= LOOKED_AT and not isinstance(row, Broken):
-            try:
-                answers.append(Conversation(tuple(layout.messages(row, source)), str(number)))
-            except Exception as error:  # a bad row is for `check` to report, with all the others
-                del error
-    kind = answers_kind(answers) if answers else "text"
-    columns = f"\n      columns: {json.dumps(guessed)}".replace('"', "") if guessed else ""
-    path = data if data.is_absolute() else Path("../" * len(target.parent.parts)) / data
+        if len(answers) == LOOKED_AT:
+            continue
+        try:
+            if isinstance(row, Broken):
+                raise Unusable(row.reason, row.why)
+            answers.append(Conversation(tuple(layout.messages(row, source)), str(number)))
+        except Unusable as error:  # for `check` to report, with all the others
+            wrong = wrong or f"row {number}: {error.why}"
+    if not rows:
+        raise DataError("holds no rows", where=str(data), fix="Give a file with rows.")
+    if not answers:
+        raise DataError(f"holds no row that can be used ({wrong})", where=str(data), fix="Mend its rows.")
+    kind = answers_kind(answers)
+    columns = f"\n      columns: {json.dumps(guessed, ensure_ascii=False)}" if guessed else ""
+    path = data if data.is_absolute() else os.path.relpath(data.absolute(), target.absolute().parent)
     text = TEMPLATE.format(
         file=data.name,
         out=target,
-        name=name,
+        name=name if yaml.safe_load(name) == name else json.dumps(name),  # such as 2024 and true
         goal=GOALS[kind],
         kind=kind,
-        path=json.dumps(str(path)),
+        path=json.dumps(str(path), ensure_ascii=False),
         layout=layout.name,
         columns=columns,
     )
@@ -93,18 +105,36 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
 
 
 def _source(data: Path) -> tuple[SourceSection, dict[str, str] | None]:
-    """The source as detected; where no layout fits, two text columns are taken for question and answer."""
+    """The source as detected; where no layout fits, two text columns are taken for question and answer.
+
+    The one with the most text is most likely asked, the last of the others answered: not one that only
+    holds numbers, if there is a choice, for that may well be a row's id.
+    """
     plain = SourceSection(path=str(data))
     try:
         detect(plain, data)
         return plain, None
     except DataError:
-        first = next((row for _, row in read_rows(plain, data) if not isinstance(row, Broken)), {})
-        texts = [c for c, v in first.items() if isinstance(v, str)]
+        rows = itertools.islice(
+            (row for _, row in read_rows(plain, data) if not isinstance(row, Broken)), DETECTION_ROWS
+        )
+        texts: dict[str, list[str]] = {}
+        for row in rows:
+            for column, value in row.items():
+                if isinstance(value, str) and value.strip():
+                    texts.setdefault(column, []).append(value)
         if len(texts) < 2:
             raise
-        # The longest text is most likely asked, the last of the others answered.
-        asked = max(texts, key=lambda c: len(str(first[c])))
-        answered = [c for c in texts if c != asked][-1]
-        columns = {"prompt": asked, "completion": answered}
+        asked = max(texts, key=lambda column: sum(map(len, texts[column])))
+        others = [column for column in texts if column != asked]
+        spoken = [column for column in others if not all(_is_number(value) for value in texts[column])]
+        columns = {"prompt": asked, "completion": (spoken or others)[-1]}
         return plain.model_copy(update={"columns": ColumnsSection(**columns)}), columns
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

@@ -7,14 +7,14 @@ the table in plugins.py is the order of detection.
 from __future__ import annotations
 
 import json
-import string
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Message
-from tunesmith.data.section import SourceSection
+from tunesmith.data.section import SourceSection, placeholders
 
 Row = dict[str, Any]
+LARGEST_WEIGHT = 1_000_000
 COMPLETIONS = ("completion", "response", "output", "answer", "target")
 
 
@@ -31,6 +31,7 @@ class Layout:
 
     name: ClassVar[str]
     needs: ClassVar[str]
+    takes_template: ClassVar[bool] = True
 
     @classmethod
     def fits(cls, row: Row) -> bool:
@@ -44,7 +45,7 @@ class Layout:
 class Chat(Layout):
     """`messages: [{role, content}, ...]`, as OpenAI has it."""
 
-    name, needs = "chat", "messages"
+    name, needs, takes_template = "chat", "messages", False
 
     @classmethod
     def fits(cls, row: Row) -> bool:
@@ -58,7 +59,7 @@ class Chat(Layout):
 class ShareGpt(Layout):
     """`conversations: [{from, value}, ...]`, with an optional `system`."""
 
-    name, needs = "sharegpt", "conversations"
+    name, needs, takes_template = "sharegpt", "conversations", False
     ROLES: ClassVar[dict[str, str]] = {
         "human": "user",
         "gpt": "assistant",
@@ -92,7 +93,8 @@ class Instruction(Layout):
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
         history: list[Message] = []
-        for turn in row.get("history") or []:
+        turns = row.get("history") or []
+        for turn in turns if isinstance(turns, list) else [turns]:
             if not (isinstance(turn, list) and len(turn) == 2):
                 raise Unusable("bad_history", "history must be a list of [question, answer]")
             history += [Message("user", str(turn[0])), Message("assistant", str(turn[1]))]
@@ -154,9 +156,15 @@ class Columns(Layout):
 
 def _list(row: Row, column: str) -> list[Any]:
     value = row.get(column)
+    if value is None:
+        raise _lacks(row, column)
     if not isinstance(value, list):
-        raise Unusable("lacks_field", f"lacks '{column}' (it has: {', '.join(row) or 'nothing'})")
+        raise Unusable("bad_message", f"'{column}' is not a list of messages")
     return value
+
+
+def _lacks(row: Row, column: str) -> Unusable:
+    return Unusable("lacks_field", f"lacks '{column}' (it has: {', '.join(row) or 'nothing'})")
 
 
 def _message(turn: Any, role_key: str, text_key: str, names: dict[str, str]) -> Message:
@@ -168,8 +176,8 @@ def _message(turn: Any, role_key: str, text_key: str, names: dict[str, str]) -> 
     if turn.get("tool_calls") or turn.get("function_call"):
         raise Unusable("tool_calls", "calls a tool, which a text conversation can't hold")
     weight = turn.get("weight", 1)
-    if not isinstance(weight, int | float) or weight < 0:
-        raise Unusable("bad_weight", f"weight {weight!r} is not a number from 0 up")
+    if not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_WEIGHT:
+        raise Unusable("bad_weight", f"weight {weight!r} is not a number from 0 to {LARGEST_WEIGHT:,}")
     return Message(role, _content(turn[text_key]), float(weight))
 
 
@@ -189,12 +197,12 @@ def _first(row: Row, names: Iterable[str]) -> str | None:
 def _value(row: Row, column: str) -> str:
     """A column as text. Objects and lists are written as compact JSON, which is how a model would give them."""
     if column not in row or row[column] is None:
-        raise Unusable("lacks_field", f"lacks '{column}' (it has: {', '.join(row) or 'nothing'})")
+        raise _lacks(row, column)
     value = row[column]
     if isinstance(value, str):
         return value
     if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
     return str(value)
 
 
@@ -205,8 +213,7 @@ def _system(row: Row, column: str) -> list[Message]:
 def _joined(row: Row, columns: Iterable[str], source: SourceSection) -> str:
     """The user's text: the source's template filled in, or the columns that there are, a blank line apart."""
     if source.template is not None:
-        wanted = [name for _, name, _, _ in string.Formatter().parse(source.template) if name]
-        return source.template.format(**{name: _value(row, name) for name in wanted})
+        return "".join(text + (_value(row, name) if name else "") for text, name in placeholders(source.template))
     columns = list(columns)
     main = [c for c in columns if c not in ("input", "context")]
     for column in main:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.readers import Broken, Row
 from tunesmith.data.section import DataSection, SourceSection
 from tunesmith.data.split import hold_out, same_question
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
 from tunesmith.progress import bar
 from tunesmith.runs import hash_file, json_line, need_room
 
@@ -45,6 +46,7 @@ class Ledger:
     made: int = 0
     rejected: list[dict[str, Any]] = field(default_factory=list)
     removed: list[dict[str, Any]] = field(default_factory=list)
+    cut: list[dict[str, str]] = field(default_factory=list)
 
     def reject(self, where: str, reason: str, why: str, text: str) -> None:
         self.rejected.append({"row": where, "reason": reason, "why": why, "text": text})
@@ -54,7 +56,8 @@ class Ledger:
 
 
 def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl, test.jsonl, rejected.jsonl and removed.jsonl into `target`.
+    """Write train.jsonl, validation.jsonl, test.jsonl and, of the other rows, rejected.jsonl, removed.jsonl
+    and cut.jsonl into `target`.
 
     Returns what the manifest tells: counts, the answers' kind, and each source file's hash.
 
@@ -65,30 +68,33 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     room = sum(path.stat().st_size for paths in files.values() for _, path in paths)
     need_room(target, 4 * room, "Preparing the data")
     ledger = Ledger()
+
+    def stop_if_too_many() -> None:
+        error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
+        if error is not None:
+            raise error
+
     with bar("Reading rows") as progress:
         parts = {
             part: [row for source, path in paths for row in _rows(source, path, section, ledger, progress.advance)]
             for part, paths in files.items()
         }
-    _stop_if_too_many(section, ledger)
+    stop_if_too_many()
     with bar("Measuring rows", sum(map(len, parts.values()))) as progress:
         for part, rows in parts.items():
-            parts[part] = list(_fitting(rows, section, inputs, ledger, progress.advance))
+            parts[part] = list(_fitting(rows, section.over_length, inputs, ledger, progress.advance))
+    stop_if_too_many()
 
     every = [row for rows in parts.values() for row in rows]
     kind = answers_kind(every) if section.answers == "auto" else section.answers
     parts = _split(section, parts, inputs.seed, kind == "label", ledger)
     if not parts["train"]:
-        raise DataError(
-            f"no row is left to train on: {ledger.read} read, {len(ledger.rejected)} rejected, "
-            f"{_steps(ledger) or 'none'} removed",
-            where="data",
-            fix="Run `tunesmith check` to see why rows were left out.",
-        )
+        raise _nothing_left(ledger, parts)
     for part in PARTS:
         (target / f"{part}.jsonl").write_text("".join(json_line(r.as_dict()) for r in parts[part]), "utf-8")
     (target / "rejected.jsonl").write_text("".join(map(json_line, ledger.rejected)), "utf-8")
     (target / "removed.jsonl").write_text("".join(map(json_line, ledger.removed)), "utf-8")
+    (target / "cut.jsonl").write_text("".join(map(json_line, ledger.cut)), "utf-8")
 
     accepted = sum(len(rows) for rows in parts.values())
     if ledger.read + ledger.made != accepted + len(ledger.rejected) + len(ledger.removed):
@@ -101,6 +107,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
             "rejected": len(ledger.rejected),
             "removed": _steps(ledger),
             **({"made": ledger.made} if ledger.made else {}),
+            **({"cut": len(ledger.cut)} if ledger.cut else {}),
             **{part: len(parts[part]) for part in PARTS},
         },
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
@@ -135,8 +142,10 @@ def source_files(section: DataSection, folder: Path) -> dict[str, list[tuple[Sou
 def _paths(pattern: str, folder: Path, key: str) -> list[Path]:
     expanded = Path(os.path.expandvars(pattern)).expanduser()
     whole = expanded if expanded.is_absolute() else folder / expanded
-    paths = [whole] if whole.is_file() else [Path(p) for p in sorted(glob.glob(str(whole), recursive=True))]
+    paths = [whole] if whole.is_file() else [Path(p) for p in sorted(glob.glob(str(whole), recursive=True))]  # noqa: PTH207
     paths = [p for p in paths if p.is_file()]
+    if not paths and whole.is_dir():
+        raise DataError(f"is a folder: {whole}", where=key, fix="Name its files, for example with /*.jsonl at the end.")
     if not paths:
         unset = " ($ names a variable that is not set)" if "$" in str(expanded) else ""
         raise DataError(f"no such file: {whole}{unset}", where=key, fix="Paths are relative to the recipe's folder.")
@@ -162,10 +171,8 @@ def detect(source: SourceSection, path: Path) -> type[Layout]:
     Raises:
         DataError: none fits; lists the columns.
     """
-    if source.columns is not None:
-        return plugins.load("layout", "columns")
-    if source.layout != "auto":
-        return plugins.load("layout", source.layout)
+    if source.columns is not None or source.layout != "auto":
+        return plugins.load("layout", "columns" if source.columns is not None else source.layout)
     rows = []
     for _, row in read_rows(source, path):
         if not isinstance(row, Broken):
@@ -182,7 +189,14 @@ def detect(source: SourceSection, path: Path) -> type[Layout]:
             where=str(path),
             fix=f"Say which are which: columns: {{prompt: ..., completion: ...}}. Known layouts: {fitting}.",
         )
-    return layouts[scores.index(max(scores))]
+    found = layouts[scores.index(max(scores))]
+    if source.template is not None and not found.takes_template:
+        raise DataError(
+            f"its rows are of layout {found.name}, in which a template has nothing to fill",
+            where=str(path),
+            fix="Leave data.sources[].template out, or name the columns to use instead: columns.",
+        )
+    return found
 
 
 def _rows(
@@ -221,9 +235,16 @@ def _wanted(row: Row, source: SourceSection, where: str) -> bool:
                 where=f"{where}, data.sources[].where",
                 fix="Name a column of the file.",
             )
-        if row[column] not in (value if isinstance(value, list) else [value]):
+        if not any(_same(row[column], v) for v in (value if isinstance(value, list) else [value])):
             return False
     return True
+
+
+def _same(found: Any, wanted: Any) -> bool:
+    """Whether a row's value is the one asked for; CSV only has text, so a number or yes-no is compared as such."""
+    if isinstance(found, str) and not isinstance(wanted, str):
+        return found.strip().casefold() == str(wanted).casefold()
+    return found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
 
 
 def _usable(row: Conversation) -> None:
@@ -239,51 +260,94 @@ def _usable(row: Conversation) -> None:
         raise Unusable("no_loss", "no token would carry loss: every answer's weight is 0")
 
 
-def _stop_if_too_many(section: DataSection, ledger: Ledger) -> None:
-    if len(ledger.rejected) <= section.max_rejected * ledger.read:
-        return
-    shown = "\n".join(f"  {r['row']}: {r['why']}" for r in ledger.rejected[:NAMED_AT_MOST])
-    more = len(ledger.rejected) - NAMED_AT_MOST
-    raise DataError(
-        f"{len(ledger.rejected)} of {ledger.read} rows can't be used (data.max_rejected allows "
-        f"{section.max_rejected:.1%})\n{shown}" + (f"\n  and {more} more" if more > 0 else ""),
-        where=ledger.rejected[0]["row"],
-        fix="Mend the rows, or go on without them: --set data.max_rejected="
-        f"{min(1.0, max(0.01, -(-100 * len(ledger.rejected) // ledger.read) / 100)):g}",
+def too_many_rejected(allowed: float, read: int, rejected: Sequence[dict[str, Any]]) -> DataError | None:
+    """The error of a set of which a larger share than `allowed` can't be used."""
+    if len(rejected) <= allowed * read:
+        return None
+    share = min(1.0, max(0.01, -(-100 * len(rejected) // read) / 100))
+    return DataError(
+        f"{len(rejected)} of {read} rows can't be used (data.max_rejected allows {allowed:.1%})\n{_named(rejected)}",
+        where=rejected[0]["row"],
+        fix=f"Mend the rows, or go on without them: --set data.max_rejected={share:g}",
+    )
+
+
+def _named(rows: Sequence[dict[str, Any]]) -> str:
+    """The first rows and what is wrong with each, a line apiece."""
+    lines = [f"  {row['row']}: {row['why']}" for row in rows[:NAMED_AT_MOST]]
+    more = len(rows) - NAMED_AT_MOST
+    return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))
+
+
+def _nothing_left(ledger: Ledger, parts: dict[str, list[Conversation]]) -> DataError:
+    out = ledger.rejected + ledger.removed
+    removed = ", ".join(f"{n} removed ({step})" for step, n in _steps(ledger).items()) or "none removed"
+    told = f"{ledger.read} rows read, {len(ledger.rejected)} rejected, {removed}"
+    held = ", ".join(f"{len(parts[part])} held out for {part}" for part in PARTS[1:] if parts[part])
+    return DataError(
+        f"no row is left to train on: {told}{', ' + held if held else ''}" + (f"\n{_named(out)}" if out else ""),
+        where="data",
+        fix="Hold out fewer rows (data.split)."
+        if held and not out
+        else "Change what leaves those rows out, or mend them.",
     )
 
 
 def _fitting(
-    rows: Sequence[Conversation], section: DataSection, inputs: DataInputs, ledger: Ledger, advance: Any
+    rows: Sequence[Conversation], policy: str, inputs: DataInputs, ledger: Ledger, advance: Any
 ) -> Iterator[Conversation]:
     """Rows that fit `max_length`, and what the policy makes of those that don't."""
-    limit = inputs.max_length
+    too_long: list[tuple[int, dict[str, str]]] = []
     for row in rows:
         advance()
-        rendered = inputs.renderer.render(row)
-        length = len(rendered)
-        if not rendered.trained:
-            raise DataError(
-                "no token of this row carries loss under the model's chat template",
-                where=row.id,
-                fix="Check the order of roles in it, or give another template: model.chat_template.",
-            )
-        if length <= limit:
+        try:
+            length = _measured(row, inputs.renderer)
+        except Unusable as error:
+            ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
+            continue
+        if length <= inputs.max_length:
             yield row
             continue
-        why = f"has {length} tokens, train.max_length is {limit}"
-        if section.over_length == "error":
-            raise DataError(
-                why,
-                where=row.id,
-                fix="Raise train.max_length, or say what to do with such rows: data.over_length: "
-                "drop, truncate or split.",
-            )
-        kept = {"drop": _dropped, "truncate": _cut, "split": _pieces}[section.over_length](row, inputs)
-        if not kept:
+        why = f"has {length} tokens, train.max_length is {inputs.max_length}"
+        if policy == "error":
+            too_long.append((length, {"row": row.id, "why": why}))
+            continue
+        kept = {"drop": _dropped, "truncate": _cut, "split": _pieces}[policy](row, inputs)
+        if kept:
+            ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
+        else:
             ledger.remove(row, row.id, "over_length", why)
         ledger.made += max(len(kept) - 1, 0)
         yield from kept
+    if too_long:
+        raise DataError(
+            f"{len(too_long)} of {len(rows)} rows are too long\n{_named([told for _, told in too_long])}",
+            where=too_long[0][1]["row"],
+            fix=f"Raise train.max_length (the longest needs {max(length for length, _ in too_long)}), or say what to do "
+            "with such rows: --set data.over_length=drop, truncate or split.",
+        )
+
+
+def _measured(row: Conversation, renderer: Renderer) -> int:
+    """A row's length in tokens.
+
+    Raises:
+        Unusable: the model's template refuses it, or leaves nothing in it to learn.
+    """
+    try:
+        rendered = renderer.render(row)
+    except ModelError as error:
+        raise Unusable("refused_by_template", error.what) from error
+    if not rendered.trained:
+        raise Unusable("no_loss", "no token of it carries loss under the model's chat template")
+    return len(rendered)
+
+
+def _what_became(kept: Sequence[Conversation]) -> str:
+    if len(kept) > 1:
+        return f"cut into {len(kept)} rows"
+    cut = kept[0].metadata.get("cut_characters")
+    return f"{cut} characters cut off" if cut else "cut into 1 row"
 
 
 def _dropped(row: Conversation, inputs: DataInputs) -> list[Conversation]:
@@ -328,11 +392,15 @@ def _pieces(row: Conversation, inputs: DataInputs) -> list[Conversation]:
             pieces.append(turn)
         else:
             return []
-    return [replace(row, messages=tuple(system + p), id=f"{row.id}#{i}") for i, p in enumerate(pieces, 1)]
+    taught = [p for p in pieces if any(m.role == "assistant" and m.weight for m in p)]
+    return [replace(row, messages=tuple(system + p), id=f"{row.id}#{i}") for i, p in enumerate(taught, 1)]
 
 
-def _length(messages: list[Message], inputs: DataInputs) -> int:
-    return len(inputs.renderer.render(Conversation(tuple(messages))))
+def _length(messages: list[Message], inputs: DataInputs) -> float:
+    try:
+        return len(inputs.renderer.render(Conversation(tuple(messages))))
+    except ModelError:  # a template may refuse a piece, such as one that opens with an answer
+        return math.inf
 
 
 def _split(

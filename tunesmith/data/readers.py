@@ -34,7 +34,7 @@ Rows = Iterator[tuple[int, Row | Broken]]
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
     with path.open("rb") as file:
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix.lower() == ".gz" else file
 
 
 def _text(path: Path, file: BinaryIO) -> Iterator[str]:
@@ -51,6 +51,20 @@ def _text(path: Path, file: BinaryIO) -> Iterator[str]:
 
 def _not_utf8(text: str) -> bool:
     return any("\udc80" <= c <= "\udcff" for c in text)
+
+
+def _half_characters(row: Row, text: str) -> bool:
+    r"""Whether JSON escapes leave half a character (\ud83d alone), which no tokenizer or UTF-8 file can hold."""
+    if "\\ud" not in text and "\\uD" not in text:
+        return False
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+HALF = "holds half a character: an escape such as \\ud83d without its second half"
 
 
 def _refuse_constant(name: str) -> Any:
@@ -80,7 +94,7 @@ def _parse(line: str) -> Row | Broken:
         return Broken("broken_json", f"is not JSON ({error})", text)
     if not isinstance(value, dict):
         return Broken("not_an_object", f"is a JSON {type(value).__name__}, not an object", text)
-    return value
+    return Broken("half_character", HALF, text) if _half_characters(value, text) else value
 
 
 def read_json(path: Path) -> Rows:
@@ -90,62 +104,81 @@ def read_json(path: Path) -> Rows:
     if not text.strip():
         return
     if _not_utf8(text):
-        raise DataError("is not UTF-8", where=str(path), fix="Save the file as UTF-8.")
+        line = next(i for i, line in enumerate(text.split("\n"), 1) if _not_utf8(line))
+        raise DataError("is not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.")
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
+        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         raise DataError(
             f"is not JSON ({error})",
-            where=str(path),
+            where=f"{path}:{line}" if line else str(path),
             fix="Mend it there; one object a line is called .jsonl.",
         ) from error
     if isinstance(value, dict):
-        lists = [v for v in value.values() if isinstance(v, list)]
+        # A lone conversation is a row itself, not a list of rows.
+        lists = [v for k, v in value.items() if isinstance(v, list) and k not in ("messages", "conversations")]
         value = lists[0] if len(lists) == 1 else [value]
     if not isinstance(value, list):
         raise DataError("holds no list of rows", where=str(path), fix="Expected a JSON list of objects.")
     for number, row in enumerate(value, 1):
-        if isinstance(row, dict):
-            yield number, row
+        if not isinstance(row, dict):
+            yield number, Broken("not_an_object", f"is a {type(row).__name__}, not an object", json.dumps(row))
+        elif _half_characters(row, text):
+            yield number, Broken("half_character", HALF, json.dumps(row))
         else:
-            yield (
-                number,
-                Broken("not_an_object", f"is a {type(row).__name__}, not an object", json.dumps(row)),
-            )
+            yield number, row
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
     """A header and rows; row numbers are the line on which a row begins (the header's is 1)."""
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     with _opened(path) as file:
-        lines = csv.reader(_text(path, file), delimiter=delimiter, strict=True)
-        header = next(lines, None)
-        if header is None:
-            return
+        records = _records(_text(path, file), delimiter)
+        at, header, text = next(records, (1, [], ""))
+        if isinstance(header, csv.Error):
+            raise DataError(f"its header is not CSV ({header})", where=f"{path}:{at}", fix="Mend the quotes there.")
+        if _not_utf8(text):
+            raise DataError("its header is not UTF-8", where=f"{path}:{at}", fix="Save the file as UTF-8.")
         if len(set(header)) != len(header):
             raise DataError(
-                f"two columns have the same name ({', '.join(header)})", where=f"{path}:1", fix="Rename one."
+                f"two columns have the same name ({', '.join(header)})", where=f"{path}:{at}", fix="Rename one."
             )
-        number = lines.line_num + 1
-        while True:
-            try:
-                values = next(lines)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield number, Broken("broken_csv", f"is not CSV ({error})", "")
-                number = lines.line_num + 1
-                continue
-            at, number = number, lines.line_num + 1
-            if not values:
-                continue
-            if len(values) != len(header):
+        for at, values, text in records:
+            if isinstance(values, csv.Error):
+                yield at, Broken("broken_csv", f"is not CSV ({values})", _shown(text))
+            elif len(values) != len(header):
                 why = f"has {len(values)} fields where the header has {len(header)}"
-                yield at, Broken("broken_csv", why, _shown(delimiter.join(values)))
-            elif any(map(_not_utf8, values)):
-                yield at, Broken("not_utf8", "is not UTF-8", _shown(delimiter.join(values)))
+                yield at, Broken("broken_csv", why, _shown(text))
+            elif _not_utf8(text):
+                yield at, Broken("not_utf8", "is not UTF-8", _shown(text))
             else:
                 yield at, dict(zip(header, values, strict=True))
+
+
+def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error, str]]:
+    """The records of a CSV file that are not blank: (line, fields or what is wrong with it, as it stands there)."""
+    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    taken: list[str] = []
+
+    def taking() -> Iterator[str]:
+        for line in lines:
+            taken.append(line)
+            yield line
+
+    reader = csv.reader(taking(), delimiter=delimiter, strict=True)
+    while True:
+        at = reader.line_num + 1
+        taken.clear()
+        values: list[str] | csv.Error
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            values = error
+        text = "".join(taken).rstrip("\r\n")
+        if text.strip():
+            yield at, values, text
 
 
 def read_tsv(path: Path) -> Rows:
@@ -158,7 +191,7 @@ def read_parquet(path: Path) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if path.suffix == ".gz":
+    if path.suffix.lower() == ".gz":
         raise DataError("a gzipped Parquet file", where=str(path), fix="Unpack it; Parquet compresses by itself.")
     try:
         number = 0
@@ -167,5 +200,5 @@ def read_parquet(path: Path) -> Rows:
                 for row in batch.to_pylist():
                     number += 1
                     yield number, row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damage shows as any of these
         raise DataError(f"is not Parquet, or damaged ({error})", where=str(path), fix="Check the file.") from error

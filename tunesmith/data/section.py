@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import string
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from tunesmith import plugins
+from tunesmith.errors import nearest
 from tunesmith.section import Section
+
+
+def placeholders(template: str) -> list[tuple[str, str | None]]:
+    """A template as [(text, the column that follows it, or None), ...]; {{ and }} stand for braces.
+
+    Raises:
+        ValueError: a brace that is not closed, or more in it than a column's name.
+    """
+    found = []
+    for text, name, spec, conversion in string.Formatter().parse(template):
+        if name == "" or spec or conversion:
+            raise ValueError("only {column} can stand in a template; a brace itself is written {{ or }}")
+        found.append((text, name))
+    return found
 
 
 class ColumnsSection(Section):
@@ -40,8 +57,28 @@ class SourceSection(Section):
     where: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(default_factory=dict)
     """Keep only rows whose column has this value (or one of these); the others are counted as removed."""
 
+    @field_validator("layout")
+    @classmethod
+    def _known_layout(cls, value: str) -> str:
+        known = ["auto", *plugins.known("layout")]
+        if value not in known:
+            raise ValueError(f"no layout is called '{value}'{nearest(value, known)}; known: {', '.join(known)}")
+        return value
+
+    @field_validator("template")
+    @classmethod
+    def _fillable(cls, value: str | None) -> str | None:
+        fields = placeholders(value) if value is not None else []
+        if value is not None and not any(name for _, name in fields):
+            raise ValueError("a template names the row's columns in braces, as in 'Classify: {text}'")
+        return value
+
     @model_validator(mode="after")
     def _fits(self) -> SourceSection:
+        if self.columns and self.layout not in ("auto", "columns"):
+            raise ValueError(f"`columns` and layout {self.layout} exclude each other; leave one out")
+        if self.template is not None and self.layout in ("chat", "sharegpt"):
+            raise ValueError(f"a template has nothing to fill in rows of layout {self.layout}")
         if self.layout == "columns" and self.columns is None:
             raise ValueError("layout columns needs `columns: {prompt: ..., completion: ...}`")
         if self.columns and self.columns.prompt is None and self.template is None:

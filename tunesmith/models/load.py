@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.render import Renderer
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, first_line
 from tunesmith.models.resolve import ResolvedModel
 
 if TYPE_CHECKING:
@@ -36,15 +36,22 @@ def load_renderer(model: ResolvedModel) -> Renderer:
     silence()
     try:
         tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # its parsers, in Rust and in Python, raise anything
         raise ModelError(
-            f"its tokenizer can't be loaded ({str(error).splitlines()[0]})",
+            f"its tokenizer can't be loaded ({first_line(error)})",
             where=str(model.path),
             fix="Give the whole model folder, with tokenizer.json and tokenizer_config.json.",
         ) from error
     ends: list[int] = []
     if (model.path / "generation_config.json").is_file():
-        found = GenerationConfig.from_pretrained(model.path).eos_token_id
+        try:
+            found = GenerationConfig.from_pretrained(model.path).eos_token_id
+        except (OSError, ValueError, TypeError) as error:
+            raise ModelError(
+                f"its generation_config.json can't be read ({first_line(error)})",
+                where=str(model.path),
+                fix="Fetch the model again, or remove that file.",
+            ) from error
         ends = found if isinstance(found, list) else [found] if found is not None else []
     if model.end_of_turn:
         token = tokenizer.get_vocab().get(model.end_of_turn)
@@ -71,15 +78,25 @@ def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") ->
 
     silence()
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            model.path, dtype=dtype, trust_remote_code=model.trust_remote_code, use_safetensors=True
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model.path,
+            dtype=dtype,
+            trust_remote_code=model.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"can't be loaded as a causal language model ({str(error).splitlines()[0]})",
+            f"can't be loaded as a causal language model ({first_line(error)})",
             where=str(model.path),
             fix="Check that the folder is whole and that this version of transformers knows its model_type.",
         ) from error
+    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"lacks {len(report['missing_keys'])} of its weights, such as {min(report['missing_keys'])}",
+            where=str(model.path),
+            fix="Fetch the model again; a base without a language model's head can't be used.",
+        )
     return loaded.to(device).eval()
 
 
@@ -96,7 +113,7 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
         tuned = PeftModel.from_pretrained(base, str(adapter))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"the adapter does not fit the model ({str(error).splitlines()[0]})",
+            f"the adapter does not fit the model ({first_line(error)})",
             where=str(adapter),
             fix="Use the base that it was trained on.",
         ) from error

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tunesmith.errors import ModelError, nearest
+import yaml
+
+from tunesmith.errors import ModelError, first_line, nearest
 from tunesmith.models.catalogue import EMBEDDED
 from tunesmith.models.section import ModelSection
 from tunesmith.progress import bar, say
 from tunesmith.runs import hash_file, hash_json, need_room, whole_folder, write_json
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
+CODE = ("*.py",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 CONVERT = (
     "Pickle files can run code when they are opened. If you trust this one, convert it once: python -c "
@@ -78,10 +83,11 @@ def resolve(section: ModelSection) -> ResolvedModel:
     elif path.is_dir():
         source, folder = "folder", path
         _refuse_pickles({p.name for p in path.iterdir()}, str(path))
-        identity = _content_hash(path)
-    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and not path.suffix == ".gguf":
+        identity = _content_hash(path, WANTED + CODE * section.trust_remote_code)
+    elif name.count("/") == 1 and not name.startswith((".", "/", "~")) and path.suffix != ".gguf":
         source, hub_id = "hub", name
-        folder, identity, licence = _from_hub(name, section.revision)
+        folder = _from_hub(name, section.revision, WANTED + CODE * section.trust_remote_code)
+        identity, licence = folder.name, _licence(folder)
     else:
         raise ModelError(
             f"no model '{name}'{nearest(name, EMBEDDED)}",
@@ -120,13 +126,15 @@ def _refuse_pickles(files: set[str], where: str) -> None:
 
 
 def _refuse_remote_code(folder: Path, section: ModelSection) -> None:
-    config = folder / "config.json"
-    if not config.is_file():
+    if not (folder / "config.json").is_file():
         raise ModelError("has no config.json", where=str(folder), fix="Give the whole model folder.")
-    try:
-        asks = "auto_map" in json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"is not JSON ({error})", where=str(config), fix="Fetch the model again.") from error
+    asks = False
+    for file in (folder / "config.json", folder / "tokenizer_config.json"):
+        if file.is_file():
+            try:
+                asks |= "auto_map" in dict(json.loads(file.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ModelError(f"is not a JSON object ({error})", where=str(file), fix="Fetch the model again.") from error
     if asks and not section.trust_remote_code:
         raise ModelError(
             f"model '{section.name}' brings its own Python code, which only runs where the recipe allows it",
@@ -135,7 +143,7 @@ def _refuse_remote_code(folder: Path, section: ModelSection) -> None:
         )
 
 
-def _content_hash(folder: Path) -> str:
+def _content_hash(folder: Path, wanted: Sequence[str]) -> str:
     """Hash of the files that make the model; file hashes are remembered by path, size and time of change."""
     memory = cache_folder() / "hashes.json"
     try:
@@ -144,7 +152,7 @@ def _content_hash(folder: Path) -> str:
         known = {}
     hashes = {}
     before = len(known)
-    for path in sorted(p for pattern in WANTED for p in folder.glob(pattern)):
+    for path in sorted(p for pattern in wanted for p in folder.glob(pattern)):
         stat = path.stat()
         key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
         known[key] = hashes[path.name] = known.get(key) or hash_file(path)
@@ -191,7 +199,7 @@ def _unpack(file: Path, target: Path) -> None:
         )
     except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError) as error:
         raise ModelError(
-            f"can't be read as a model ({error})",
+            f"can't be read as a model ({first_line(error)})",
             where=str(file),
             fix="Check the file, or give the model's safetensors folder instead.",
         ) from error
@@ -202,7 +210,8 @@ def _unpack(file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def _from_hub(name: str, revision: str | None) -> tuple[Path, str, str | None]:
+def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
+    import httpx2
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -214,15 +223,15 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str, str | None]:
         RevisionNotFoundError,
     )
 
-    licence = None
     where = f"model.name: {name}"
     try:
-        if not constants.HF_HUB_OFFLINE:
-            info = HfApi().model_info(name, revision=revision)
-            _refuse_pickles({s.rfilename for s in info.siblings or []}, name)
-            licence = info.card_data.get("license") if info.card_data else None
+        # Without a network, what was fetched earlier still does.
+        with contextlib.suppress(httpx2.NetworkError, httpx2.TimeoutException):
+            if not constants.HF_HUB_OFFLINE:
+                info = HfApi().model_info(name, revision=revision)
+                _refuse_pickles({s.rfilename for s in info.siblings or []}, name)
         with bar(f"Fetching {name}"):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(WANTED)))
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "README.md"]))
     except GatedRepoError as error:
         raise ModelError(
             "is gated: its owner must let you in",
@@ -245,11 +254,25 @@ def _from_hub(name: str, revision: str | None) -> tuple[Path, str, str | None]:
             where=where,
             fix="Check the network and HF_HUB_OFFLINE, or give a folder that holds the model.",
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
         raise ModelError(
-            f"could not be fetched ({type(error).__name__}: {str(error).splitlines()[0][:200]})",
+            f"could not be fetched ({type(error).__name__}: {first_line(error)})",
             where=where,
             fix="Try again, or give a folder that holds the model.",
         ) from error
     _refuse_pickles({p.name for p in folder.iterdir()}, str(folder))
-    return folder, folder.name, licence
+    return folder
+
+
+def _licence(folder: Path) -> str | None:
+    """The licence that a model's card names. Read from disk, so that it is the same without a network."""
+    from huggingface_hub import ModelCard
+
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    try:
+        named = ModelCard.load(card).data.get("license")
+    except (ValueError, yaml.YAMLError):  # a card may be anything
+        return None
+    return named if isinstance(named, str) else None

@@ -16,6 +16,6 @@ class PackageSection(Section):
     """Of the merged weights; `auto` is what the base model's own file has."""
     tolerance: float | None = Field(None, gt=0)
     """Largest difference between the merged model's and the adapter's logits, as a share of the logits'
-    standard deviation; 0.001 for float32 and 0.1 for 16 bits, if not given."""
+    standard deviation; 0.001 for float32 and 0.3 for 16 bits, if not given."""
     check_rows: int = Field(8, ge=1)
     """How many test rows that is checked on."""

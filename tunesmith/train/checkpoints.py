@@ -22,7 +22,7 @@ class State:
 
     Attributes:
         step: optimizer steps taken.
-        tokens: tokens that went through them.
+        tokens, seconds: what went through them, and how long that took.
         best_step, best_loss: the validation with the lowest loss so far, if any was taken.
         stale: validations since then.
         precision, threads: what the steps so far were computed with; going on keeps the precision.
@@ -32,6 +32,7 @@ class State:
     threads: int
     step: int = 0
     tokens: int = 0
+    seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
     stale: int = 0

@@ -66,6 +66,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     reuse_buffers()
     device = inputs.machine.device
     base = load_model(inputs.model, getattr(torch, state.precision), device)
+    parameters = sum(p.numel() for p in base.parameters())
     torch.manual_seed(inputs.seed)
     model = section.adapter.attach(base)
     forward = PackedForward(model, probe(rows))
@@ -99,6 +100,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             state.step += 1
             tokens = sum(lengths[i] for i in chosen)
             state.tokens += tokens
+            state.seconds += seconds
             line: dict[str, Any] = {
                 "step": state.step,
                 "epoch": round(state.step / schedule.steps_per_epoch, 4),
@@ -133,9 +135,10 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     return {
         "steps": state.step,
         "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
         "best_step": state.best_step if section.keep_best else None,
         "best_validation_loss": state.best_loss,
-        "parameters": {"total": sum(p.numel() for p in base.parameters()), "trained": size // 4},
+        "parameters": {"total": parameters, "trained": size // 4},
         "precision": state.precision,
         "threads": state.threads,
         "forward": forward.why,

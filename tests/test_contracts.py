@@ -1,0 +1,236 @@
+"""Habits: who may import whom, a light command line, a frozen surface, recipes and documents that work."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import write_recipe
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "tunesmith"
+# From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
+LEVELS = [
+    {"errors", "section"},
+    {"plugins", "progress"},
+    {"runs"},
+    {"conversation"},
+    {"models"},
+    {"inference"},
+    {"data", "train", "evaluate", "package"},
+    {"recipe"},
+    {"pipeline"},
+    {"preview", "starter", "doctor", "show", "talk"},
+    {"cli"},
+]
+COMMAND = """
+import sys
+from tunesmith.cli import main
+sys.argv = ["tunesmith", "{}"]
+try:
+    main()
+except SystemExit:
+    pass
+"""
+LEVEL = {room: number for number, rooms in enumerate(LEVELS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """The rooms that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module == "tunesmith":
+            modules = [f"tunesmith.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or ""]
+        else:
+            continue
+        found |= {m.split(".")[1] for m in modules if m.startswith("tunesmith.")}
+    return found - {"__version__"}
+
+
+def test_rooms_only_know_the_rooms_below_them() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room in ("__init__", "__main__"):
+            continue
+        for other in imports(path) - {room}:
+            allowed = LEVEL[other] < LEVEL[room] or (room in LEVELS[9] | LEVELS[10] and other in LEVELS[9])
+            assert allowed, f"{path.relative_to(ROOT)} imports tunesmith.{other}"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import tunesmith",
+        "import tunesmith.recipe, tunesmith.plugins, tunesmith.runs",
+        COMMAND.format("--help"),
+        COMMAND.format("schema"),
+    ],
+)
+def test_importing_and_asking_for_help_stay_light(code: str) -> None:
+    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{'torch', 'transformers', 'peft', 'sklearn'}}))"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_help_answers_in_half_a_second() -> None:
+    taken = []
+    for _ in range(5):
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "tunesmith", "--help"], check=True, capture_output=True)
+        taken.append(time.perf_counter() - start)
+    assert min(taken) < 0.5
+
+
+def test_public_names() -> None:
+    import tunesmith
+
+    assert tunesmith.__all__ == [
+        "Recipe", "Result", "TunesmithError", "__version__", "check", "open_run", "plan", "run",
+    ]  # fmt: skip
+    assert all(getattr(tunesmith, name) is not None for name in tunesmith.__all__)
+    with pytest.raises(AttributeError):
+        _ = tunesmith.nothing
+
+
+def test_the_command_line_is_frozen() -> None:
+    """Flags don't grow by the way: a change here is a decision."""
+    import typer.main
+
+    from tunesmith.cli import app
+
+    def surface(command: Any, name: str = "") -> dict[str, list[str]]:
+        if hasattr(command, "commands"):
+            return {k: v for n, c in command.commands.items() for k, v in surface(c, f"{name} {n}".strip()).items()}
+        options = [max(p.opts, key=len) for p in command.params if p.opts[0].startswith("-")]
+        return {name: sorted(o for o in options if o != "--help")}
+
+    stage = ["--json", "--runs", "--set"]
+    assert surface(typer.main.get_command(app)) == {
+        "run": stage,
+        "train": stage,
+        "evaluate": stage,
+        "package": stage,
+        "init": ["--force", "--json", "--out"],
+        "check": ["--json", "--set"],
+        "plan": ["--json", "--set"],
+        "chat": ["--base", "--json", "--runs", "--say"],
+        "doctor": ["--json"],
+        "schema": ["--json"],
+        "version": ["--json"],
+        "runs list": ["--json", "--runs"],
+        "runs show": ["--json", "--runs"],
+        "runs diff": ["--json", "--runs"],
+        "runs rm": ["--json", "--runs", "--yes"],
+    }
+
+
+def recipe_files() -> list[Path]:
+    return sorted([*(PACKAGE / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
+
+
+@pytest.mark.parametrize("path", recipe_files(), ids=lambda p: p.stem)
+def test_every_recipe_runs_two_steps_on_a_tiny_model(
+    path: Path, tunesmith: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any
+) -> None:
+    if "BANKING77" in path.read_text(encoding="utf-8"):
+        monkeypatch.setenv("BANKING77", str(request.getfixturevalue("shared") / "banking77"))
+    sets = [f"model={tiny_model}", "train.max_steps=2", "train.max_length=1024", "evaluate.rows=4"]
+    arguments = [part for s in [*sets, "evaluate.max_new_tokens=2"] for part in ("--set", s)]
+    said = tunesmith("run", path, *arguments, "--json")
+    assert said.code == 0, said.out
+    assert said.json["train"]["steps"] == 2
+    assert said.json["scorecard"]["verdict"] in ("better", "not_proven", "worse")
+
+
+def commands(path: Path) -> list[str]:
+    """What a document tells its reader to type: lines after a `$ ` in console blocks."""
+    blocks = re.findall(r"```console\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if line.startswith("$ ")]
+    return [line[2:].split("  #")[0].strip() for line in lines]
+
+
+def test_the_commands_of_the_documents_work(
+    tunesmith: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `tunesmith ...` of the README and docs/, in order, with the base model swapped for a tiny one."""
+    quick = yaml.safe_load((PACKAGE / "recipes/quickstart.yaml").read_text(encoding="utf-8"))
+    from tunesmith.models import catalogue
+
+    monkeypatch.setattr(catalogue, "EMBEDDED", {})
+    small = ("model=" + str(tiny_model), "train.max_steps=2", "train.max_length=1024", "evaluate.rows=4")
+    (tmp_path / "your-rows.jsonl").write_text('{"prompt": "Hello?", "completion": "Yes"}\n' * 30)
+    (tmp_path / "my-rows.jsonl").write_text('{"question": "Hello?", "answer": "Yes"}\n' * 30)
+    rows = "".join(f"Ticket {i} is about cards,{('cards', 'loans')[i % 2]}\n" for i in range(40))
+    (tmp_path / "tickets.csv").write_text(f"text,category\n{rows}")
+    assert quick["name"] == "quickstart"
+    ran = []
+    for path in (ROOT / "docs/quickstart.md", ROOT / "README.md"):
+        for command in commands(path):
+            words = shlex.split(command)
+            if words[0] == "make":
+                assert words[1] in (ROOT / "Makefile").read_text()
+                continue
+            assert words[0].endswith("tunesmith"), command
+            words = words[1:]
+            if words[0] == "init":
+                words.append("--force")
+            elif words[0] in ("run", "check", "plan", "train"):
+                words += [part for s in small for part in ("--set", s)]
+            elif words[0] == "chat" and "--say" not in words:
+                words += ["--say", "Hello"]
+            said = tunesmith(*words)
+            assert said.code == 0, f"{command}: {said.out}{said.err}"
+            ran.append(words[0])
+    assert {"run", "check", "plan", "init", "chat", "doctor", "runs"} <= set(ran)
+
+
+def test_the_reference_page_is_what_the_code_says() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools/reference.py", "--check"], check=False)
+    assert done.returncode == 0, "run: python tools/reference.py"
+
+
+def test_the_quickstart_rows_are_what_their_generator_makes() -> None:
+    done = subprocess.run([sys.executable, ROOT / "tools/quickstart_data.py", "--check"], check=False)
+    assert done.returncode == 0, "run: python tools/quickstart_data.py"
+
+
+def test_every_extension_point_names_things_that_are_there() -> None:
+    from tunesmith import plugins
+
+    for point, table in plugins.BUILT_IN.items():
+        for name in table:
+            assert plugins.load(point, name) is not None
+
+
+def test_a_run_that_is_up_to_date_does_nothing_and_evaluate_alone_reruns_what_follows(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("run", path, "--json").code == 0
+
+    def finished() -> dict[str, str]:
+        return {
+            s: (tmp_path / f"runs/tiny/{s}/manifest.json").stat().st_mtime_ns
+            for s in ("data", "train", "evaluate", "package")
+        }  # type: ignore[misc]
+
+    first = finished()
+    again = tunesmith("run", path)
+    assert again.code == 0 and again.err.count("up to date") == 4
+    assert finished() == first
+    assert tunesmith("run", path, "--set", "evaluate.max_new_tokens=3").code == 0
+    second = finished()
+    assert {s for s in first if first[s] != second[s]} == {"evaluate", "package"}

@@ -1,0 +1,62 @@
+"""The merged model is what it says it is, in plain transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_recipe
+
+
+@pytest.mark.parametrize("precision", ["auto", "bfloat16"])
+def test_plain_transformers_loads_the_package_and_agrees_with_the_adapter(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, precision: str
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe["package"] = {"precision": precision}
+    said = tunesmith("run", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out
+    folder = tmp_path / "runs/tiny/package/model"
+    check = json.loads((folder.parent / "manifest.json").read_text())["check"]
+    assert check["largest_difference"] <= check["tolerance"]
+    assert check["precision"] == ("float32" if precision == "auto" else precision)
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=torch.float32)
+    adapter = PeftModel.from_pretrained(base, tmp_path / "runs/tiny/train/adapter")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What colour is it?"}], add_generation_prompt=True, return_tensors="pt"
+    )["input_ids"]
+    with torch.no_grad():
+        expected, found = adapter(input_ids=ids).logits, merged(input_ids=ids).logits
+    near = 1e-4 if precision == "auto" else 0.3
+    assert (expected - found).abs().max() <= near * expected.std()
+    assert merged.generation_config.eos_token_id == [tokenizer.eos_token_id]
+
+
+def test_a_merge_that_drifts_fails_the_stage_and_leaves_no_model(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["package"] = {"precision": "bfloat16", "tolerance": 1e-6}
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 2
+    assert "merged and adapter differ" in said.err and "package.precision: float32" in said.err
+    assert not (tmp_path / "runs/tiny/package").exists()
+
+
+def test_python_runs_and_chats(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    import tunesmith as ts
+
+    run = ts.run(recipe, runs_folder=tmp_path / "runs")
+    assert run.scorecard is not None and run.scorecard["n"] == 8
+    assert isinstance(run.chat("What colour is it?"), str)
+    assert isinstance(ts.open_run("tiny", tmp_path / "runs").chat("What?", base=True), str)
+    said = tunesmith("chat", "tiny", "--say", "What colour is it?", "--base", "--json")
+    assert said.code == 0 and set(said.json) == {"prompt", "tuned", "base"}
