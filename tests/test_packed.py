@@ -13,16 +13,19 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.packed import PackedForward, best_fit, pack
+from tunesmith.models.packed import PackedForward, best_fit, common_beginning
 from tunesmith.train.adapters.fused import LoraProduct, fuse
 
 
-def rows(seed: int = 0) -> list[Rendered]:
-    random = torch.Generator().manual_seed(seed)
+def rows(shared: int = 0) -> list[Rendered]:
+    """Rows of random tokens, the second half of each carrying loss; the first `shared` tokens are the same."""
+    random = torch.Generator().manual_seed(0)
+    beginning = torch.randint(0, 256, (shared,), generator=random).tolist()
     found = []
     for length in (5, 17, 3, 30):
         ids = torch.randint(0, 256, (length,), generator=random).tolist()
-        found.append(Rendered(ids, [0.0] * (length // 2) + [1.0] * (length - length // 2)))
+        weights = [0.0] * (shared + length // 2) + [1.0] * (length - length // 2)
+        found.append(Rendered(beginning + ids, weights))
     return found
 
 
@@ -42,19 +45,20 @@ def plain_loss(model: Any, row: Rendered) -> torch.Tensor:
         ("gpt2", {}),
     ],
 )
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("tied", "shared"), [(True, 0), (False, 12)])
 def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
-    tmp_path: Path, architecture: str, extra: dict[str, Any], tied: bool
+    tmp_path: Path, architecture: str, extra: dict[str, Any], tied: bool, shared: int
 ) -> None:
     folder = make_model(tmp_path, architecture=architecture, tie_word_embeddings=tied, **extra)
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
-    forward = PackedForward(model, rows()[:2])
+    forward = PackedForward(model, rows(shared))
     assert forward.packed, forward.why
-    batch = pack(rows(), range(4))
-    nll_N, places_N = forward.nll(batch)
-    assert len(nll_N) == sum(r.trained for r in rows()) == len(places_N)
+    batch = forward.pack(rows(shared))
+    assert batch.layout.shared == shared and len(batch.ids_T) == sum(map(len, rows())) + shared
+    nll_N = forward.nll(batch)
+    assert len(nll_N) == sum(r.trained for r in rows(shared))
     nll_N.sum().backward()
-    total = torch.stack([plain_loss(reference, row) for row in rows()]).sum()
+    total = torch.stack([plain_loss(reference, row) for row in rows(shared)]).sum()
     total.backward()
     torch.testing.assert_close(nll_N.sum(), total, rtol=1e-5, atol=1e-4)
     expected = dict(reference.named_parameters())
@@ -67,10 +71,10 @@ def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:
     mamba = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "a", architecture="mamba"), dtype=torch.float32)
     capped = make_model(tmp_path / "b", architecture="gemma2", head_dim=8, attn_logit_softcapping=1.0)
     for model in (mamba, AutoModelForCausalLM.from_pretrained(capped, dtype=torch.float32)):
-        forward = PackedForward(model, rows()[:2])
+        forward = PackedForward(model, rows(12))
         assert not forward.packed and "one row at a time" in forward.why
-        nll_N, _ = forward.nll(pack(rows(), range(4)))
-        total = torch.stack([plain_loss(model, row) for row in rows()]).sum()
+        nll_N = forward.nll(forward.pack(rows(12)))
+        total = torch.stack([plain_loss(model, row) for row in rows(12)]).sum()
         torch.testing.assert_close(nll_N.sum(), total, rtol=1e-4, atol=1e-4)
 
 
@@ -99,6 +103,16 @@ def test_fused_lora_equals_pefts(tiny_model: Path) -> None:
     torch.testing.assert_close(sides[0][0], sides[1][0], rtol=1e-5, atol=1e-5)
     for name, gradient in sides[1][1].items():
         torch.testing.assert_close(sides[0][1][name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_what_rows_share_stops_at_the_first_token_that_differs_or_is_learnt() -> None:
+    alike = list(range(20))
+    one, other = Rendered([*alike, 1, 2], [0.0] * 22), Rendered([*alike, 3], [0.0] * 21)
+    assert common_beginning([one, other]) == 20
+    assert common_beginning([one]) == 0
+    assert common_beginning([one, Rendered(alike, [0.0] * 20)]) == 19  # a token is left of each row
+    assert common_beginning([one, Rendered([*alike, 3], [0.0] * 10 + [1.0] * 11)]) == 10
+    assert common_beginning([one, Rendered([*alike[:5], 9, *alike[6:]], [0.0] * 20)]) == 0  # too little to gain
 
 
 @settings(max_examples=200, deadline=None)

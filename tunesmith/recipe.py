@@ -157,7 +157,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = _get(here, key, override)
         if inner is None:
-            inner = here[key] = {}
+            inner = here[key] = {"kind": TrainSection.model_fields[key].default} if key in POINTS else {}
         elif isinstance(inner, str) and (key == "model" or key in POINTS):
             inner = here[key] = {"name" if key == "model" else "kind": inner}
         here = inner

@@ -130,8 +130,8 @@ def need_room(folder: Path, needed: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise MachineError(
-            f"{what} needs about {needed / 2**20:,.0f} MiB of disk and {free / 2**20:,.0f} MiB are free",
-            where=str(folder),
+            f"{what} needs about {-(-needed // 2**20):,} MiB of disk and {free // 2**20:,} MiB are free",
+            where=str(folder.resolve()),
             fix="Free some room, or choose another place with --runs.",
         )
 

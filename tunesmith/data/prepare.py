@@ -323,8 +323,8 @@ def _fitting(
         raise DataError(
             f"{len(too_long)} of {len(rows)} rows are too long\n{_named([told for _, told in too_long])}",
             where=too_long[0][1]["row"],
-            fix=f"Raise train.max_length (the longest needs {max(length for length, _ in too_long)}), or say what to do "
-            "with such rows: --set data.over_length=drop, truncate or split.",
+            fix=f"Raise train.max_length (the longest needs {max(length for length, _ in too_long)}), or say "
+            "what to do with such rows: --set data.over_length=drop, truncate or split.",
         )
 
 
@@ -376,7 +376,7 @@ def _cut(row: Conversation, inputs: DataInputs) -> list[Conversation]:
 
 
 def _pieces(row: Conversation, inputs: DataInputs) -> list[Conversation]:
-    """The row cut between turns into rows that fit, each with the system message; nothing if a turn alone is too long."""
+    """The row cut between turns into rows that fit, each with the system message; nothing if a turn is too long."""
     system = [m for m in row.messages[:1] if m.role == "system"]
     turns: list[list[Message]] = [[]]
     for message in row.messages[len(system) :]:

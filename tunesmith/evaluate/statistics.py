@@ -47,12 +47,10 @@ def difference(metric: Metric, baseline: Floats, tuned: Floats, draws: Floats) -
     """
     spread = metric.value(draws @ tuned) - metric.value(draws @ baseline)
     spread = spread[np.isfinite(spread)]
-    low, high = (float(x) for x in np.percentile(spread, [2.5, 97.5]))
-    below, above = (
-        (1 + np.sum(spread <= 0)) / (len(spread) + 1),
-        (1 + np.sum(spread >= 0)) / (len(spread) + 1),
-    )
+    low, high = _bounds(spread, len(tuned))
     value = float(metric.value(tuned.sum(0)) - metric.value(baseline.sum(0)))
+    widened = value + (spread - value) * expansion(len(tuned))
+    below, above = (1 + np.sum(widened <= 0)) / (len(spread) + 1), (1 + np.sum(widened >= 0)) / (len(spread) + 1)
     return {"value": value, "low": low, "high": high, "p": float(min(1.0, 2 * min(below, above)))}
 
 

@@ -13,7 +13,7 @@ from tunesmith.conversation.render import Rendered
 from tunesmith.inference.engine import Score, Tick
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
-from tunesmith.models.packed import PackedForward, best_fit, pack
+from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 
 BATCH_ROWS = 32
@@ -104,20 +104,16 @@ class TransformersEngine:
 
     @torch.no_grad()
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
-        first, last = rows[0], rows[-1]
-        probe = [Rendered(first.ids[:64], first.weights[:64]), Rendered(last.ids[:33], last.weights[:33])]
         try:
-            forward = PackedForward(self.model, probe)
+            forward = PackedForward(self.model, rows)
             sums = [0.0] * len(rows)
             counts = [0] * len(rows)
-            for group in best_fit([len(r) for r in rows], SCORE_TOKENS):
-                batch = pack([rows[i] for i in group], group, self.device)
-                nll_N, places_N = forward.nll(batch)
-                ends = torch.tensor(batch.lengths, device=self.device).cumsum(0)
-                owner_N = torch.searchsorted(ends, places_N, right=True)
-                for where, value in zip(owner_N.tolist(), nll_N.double().tolist(), strict=True):
-                    sums[group[where]] += value
-                    counts[group[where]] += 1
+            for group in packs(range(len(rows)), rows, SCORE_TOKENS):
+                batch = forward.pack([rows[i] for i in group])
+                values = forward.nll(batch).double().tolist()
+                for number, value in zip(batch.owner_N.tolist(), values, strict=True):
+                    sums[group[number]] += value
+                    counts[group[number]] += 1
                 tick(len(group))
         finally:
             self.model.set_attn_implementation(self._attention)

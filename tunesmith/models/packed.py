@@ -1,8 +1,10 @@
 """Many rows in one forward pass, none seeing another, and the loss only where a token carries it.
 
 Rows lie end to end in one sequence without padding; positions restart with each row, and attention is
-computed row by row, so that packing changes no number but the time. Logits are made only for the tokens
-that carry loss, a chunk at a time, so that memory does not grow with the vocabulary.
+computed row by row, so that packing changes no number but the time. What all rows of a pack begin with (a
+system prompt, as a rule) is computed once: every row attends to it, and its gradient is the sum of theirs.
+Logits are made only for the tokens that carry loss, a chunk at a time, so that memory does not grow with the
+vocabulary.
 
 Any decoder that takes its attention from transformers' attention interface can be run like this. For the
 others (and for whatever `PackedForward` finds to give another loss), rows go through the model one by one.
@@ -25,7 +27,7 @@ from tunesmith.conversation.render import Rendered
 
 ATTENTION = "tunesmith_packed"
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
-_lengths: ContextVar[list[int]] = ContextVar("lengths of the rows in the sequence")
+SHARED_AT_LEAST = 8  # a shorter common beginning is not worth a mask
 
 
 class CannotPack(Exception):
@@ -33,37 +35,86 @@ class CannotPack(Exception):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How rows lie in a sequence: `shared` tokens that all rows begin with, then each row's other tokens."""
+
+    shared: int
+    lengths: list[int]
+
+
+@dataclass(frozen=True)
 class Pack:
-    """Rows laid end to end.
+    """Rows laid end to end, after the beginning that they share.
 
     Attributes:
         ids_T: token ids.
-        positions_T: 0, 1, ... from each row's start.
-        weights_T: the loss's weight for predicting the token at this place; 0 at each row's start.
-        lengths: tokens in each row; sums to T.
-        rows: which rows these are, by the caller's count.
+        positions_T: each token's place in its row.
+        layout: where the rows lie; `layout.shared` and `layout.lengths` sum to T.
+        places_N: the tokens that carry weight.
+        before_N: for each of them, the token that predicts it.
+        weights_N: their losses' weights.
+        owner_N: which row each belongs to, counted within the pack.
     """
 
     ids_T: Tensor
     positions_T: Tensor
-    weights_T: Tensor
-    lengths: list[int]
-    rows: list[int]
+    layout: Layout
+    places_N: Tensor
+    before_N: Tensor
+    weights_N: Tensor
+    owner_N: Tensor
 
 
-def pack(rendered: Sequence[Rendered], rows: Sequence[int], device: str | torch.device = "cpu") -> Pack:
-    """Lay rows end to end."""
-    lengths = [len(r) for r in rendered]
-    ids = [token for r in rendered for token in r.ids]
-    weights = [weight for r in rendered for weight in (0.0, *r.weights[1:])]
-    positions = [i for length in lengths for i in range(length)]
+_layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
+
+
+def common_beginning(rows: Sequence[Rendered]) -> int:
+    """How many tokens all rows begin with and none learns (a system prompt, as a rule), or 0 where so few
+    are not worth it. At least one token of each row is left."""
+    if len(rows) < 2:
+        return 0
+    first, *others = rows
+    limit = min(len(r) for r in rows) - 1
+    shared = 0
+    while shared < limit and not any(r.weights[shared] for r in rows):
+        if any(r.ids[shared] != first.ids[shared] for r in others):
+            break
+        shared += 1
+    return shared if shared >= SHARED_AT_LEAST else 0
+
+
+def pack(rows: Sequence[Rendered], device: str | torch.device = "cpu", share: bool = True) -> Pack:
+    """Lay rows end to end; what all of them begin with is there, and computed, once."""
+    shared = common_beginning(rows) if share else 0
+    ids = rows[0].ids[:shared]
+    positions = list(range(shared))
+    places, before, weights, owner = [], [], [], []
+    for number, row in enumerate(rows):
+        start = len(ids) - shared
+        for i in range(max(shared, 1), len(row)):
+            if row.weights[i]:
+                places.append(start + i)
+                before.append(start + i - 1 if i > shared else shared - 1)
+                weights.append(row.weights[i])
+                owner.append(number)
+        ids = ids + row.ids[shared:]
+        positions += range(shared, len(row))
     return Pack(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
+        Layout(shared, [len(r) - shared for r in rows]),
+        torch.tensor(places, dtype=torch.long, device=device),
+        torch.tensor(before, dtype=torch.long, device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
-        lengths,
-        list(rows),
+        torch.tensor(owner, dtype=torch.long, device=device),
     )
+
+
+def packs(indices: Sequence[int], rows: Sequence[Rendered], capacity: int) -> list[list[int]]:
+    """Some rows, by index, grouped so that each group's tokens fit `capacity`."""
+    shared = common_beginning([rows[i] for i in indices])
+    groups = best_fit([len(rows[i]) - shared for i in indices], max(capacity - shared, 1))
+    return [[indices[j] for j in group] for group in groups]
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -96,19 +147,22 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each row. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
 
-    An entry of transformers' attention interface; the rows' lengths come from `lengths_are`.
+    An entry of transformers' attention interface; how rows lie in T comes from `laid_out`.
     """
     if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise CannotPack("attention with a soft cap, sinks or a position bias")
-    lengths = _lengths.get()
+    layout = _layout.get()
+    shared, parts = layout.shared, [layout.shared, *layout.lengths]
     grouped = query.shape[1] != key.shape[1]
+    first_k, first_v = key[:, :, :shared], value[:, :, :shared]
     out = []
-    rows = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    for q, k, v in rows:
-        mask = None
-        if sliding_window is not None and q.shape[2] > sliding_window:
-            at = torch.arange(q.shape[2], device=q.device)
-            mask = (at[:, None] >= at) & (at[:, None] - at < sliding_window)
+    rows = zip(query.split(parts, 2), key.split(parts, 2), value.split(parts, 2), strict=True)
+    for number, (q, k, v) in enumerate(rows):
+        if number and shared:
+            k, v = torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)
+        elif not q.shape[2]:
+            continue
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
         out.append(
             F.scaled_dot_product_attention(
                 q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -117,13 +171,22 @@ def packed_attention(
     return torch.cat(out, 2).transpose(1, 2).contiguous(), None
 
 
+def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
+    """Which keys [K] the last queries [Q] of a row see; None where plain causal attention says it."""
+    if queries == keys and (window is None or keys <= window):
+        return None
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)
+    return k <= q if window is None else (k <= q) & (q - k < window)
+
+
 @contextlib.contextmanager
-def lengths_are(lengths: list[int]) -> Iterator[None]:
-    token = _lengths.set(lengths)
+def laid_out(layout: Layout) -> Iterator[None]:
+    token = _layout.set(layout)
     try:
         yield
     finally:
-        _lengths.reset(token)
+        _layout.reset(token)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -169,66 +232,76 @@ def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor) -> Ten
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
 
 
+def _probe(rows: Sequence[Rendered], longest: int = 64) -> list[Rendered]:
+    """Three short rows of different lengths that begin alike, made of the first tokens of given ones."""
+    first, second = rows[0].ids[:longest], rows[-1].ids[: longest // 2]
+    alike = (first * SHARED_AT_LEAST)[:SHARED_AT_LEAST]
+    return [Rendered(alike + ids, [1.0] * (SHARED_AT_LEAST + len(ids))) for ids in (first, second, first[::-1])]
+
+
 class PackedForward:
     """A causal language model as a function from packs to per-token losses.
 
     Args:
         model: a transformers causal LM, with or without PEFT's layers in it.
-        probe: two or more short rows on which packed and one-by-one losses are compared; where they
+        rows: of the first two, the beginnings are taken to compare packed with one-by-one losses; where they
             differ by more than `tolerance` nats a token, rows go one by one (`why` says so).
     """
 
-    def __init__(self, model: Any, probe: Sequence[Rendered], tolerance: float | None = None) -> None:
+    def __init__(self, model: Any, rows: Sequence[Rendered], tolerance: float | None = None) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = next(self.model.parameters()).device
         self.packed, self.why = True, "rows packed, attention per row, logits where loss is"
         self._slow_attention = self.model.config._attn_implementation
         coarse = next(self.model.parameters()).dtype != torch.float32
-        self._check(probe, tolerance or (0.1 if coarse else 1e-3))
+        self._check(_probe(rows), tolerance or (0.1 if coarse else 1e-3))
 
-    def nll(self, batch: Pack) -> tuple[Tensor, Tensor]:
-        """Negative log-likelihood [N] of the N tokens that carry weight, and where they are in the pack [N]."""
-        places_N = batch.weights_T.nonzero()[:, 0]
-        if self.packed:
-            return self._together(batch, places_N), places_N
-        return self._one_by_one(batch, places_N), places_N
+    def pack(self, rows: Sequence[Rendered]) -> Pack:
+        """Rows as this model can take them."""
+        return pack(rows, self.device, share=self.packed)
 
-    def _together(self, batch: Pack, places_N: Tensor) -> Tensor:
+    def nll(self, batch: Pack) -> Tensor:
+        """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight."""
+        return self._together(batch) if self.packed else self._one_by_one(batch)
+
+    def _together(self, batch: Pack) -> Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
-        with lengths_are(batch.lengths):
+        with laid_out(batch.layout):
             hidden = backbone(
                 input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False
             ).last_hidden_state[0]
-        return head_nll(hidden[places_N - 1], self.model.get_output_embeddings(), batch.ids_T[places_N])
+        return head_nll(hidden[batch.before_N], self.model.get_output_embeddings(), batch.ids_T[batch.places_N])
 
-    def _one_by_one(self, batch: Pack, places_N: Tensor) -> Tensor:
+    def _one_by_one(self, batch: Pack) -> Tensor:
         losses = []
         start = 0
-        for length in batch.lengths:
-            here = places_N[(places_N >= start) & (places_N < start + length)]
-            if len(here):
+        for number, length in enumerate(batch.layout.lengths):
+            mine = batch.owner_N == number
+            if mine.any():
                 ids = batch.ids_T[start : start + length][None]
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, here - start - 1]
-                losses.append(F.cross_entropy(logits.float(), batch.ids_T[here], reduction="none"))
+                logits = self.model(input_ids=ids, use_cache=False).logits[0, batch.before_N[mine] - start]
+                targets = batch.ids_T[batch.places_N[mine]]
+                losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
             start += length
         return torch.cat(losses)
 
     @torch.no_grad()
     def _check(self, probe: Sequence[Rendered], tolerance: float) -> None:
-        everything = [Rendered(r.ids, [1.0] * len(r)) for r in probe]
-        batch = pack(everything, range(len(probe)), self.device)
-        places_N = batch.weights_T.nonzero()[:, 0]
+        everything = [Rendered(r.ids, [0.0] * SHARED_AT_LEAST + [1.0] * (len(r) - SHARED_AT_LEAST)) for r in probe]
         training = self.model.training
         self.model.eval()
         try:
-            expected = self._one_by_one(batch, places_N)
+            expected = self._one_by_one(pack(everything, self.device, share=False))
             from transformers import AttentionInterface
 
             AttentionInterface.register(ATTENTION, packed_attention)
             self.model.set_attn_implementation(ATTENTION)
             if self.model.config._attn_implementation != ATTENTION:
                 raise CannotPack("this architecture does not use transformers' attention interface")
-            off = (self._together(batch, places_N) - expected).abs().mean().item()
+            off = max(
+                (self._together(pack(everything, self.device, share)) - expected).abs().mean().item()
+                for share in (True, False)
+            )
             if not off <= tolerance:
                 raise CannotPack(f"packed losses are off by {off:.2g} nats a token")
         except (CannotPack, AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:

@@ -4,12 +4,9 @@ on from any step without having lived through the ones before."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from tunesmith.models.packed import best_fit
 
 
 @dataclass(frozen=True)
@@ -42,11 +39,6 @@ class Schedule:
         epoch, within = divmod(number, self.steps_per_epoch)
         order = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
         return [int(i) for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
-
-
-def packs(rows: list[int], lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """A step's rows, packed into sequences of at most `capacity` tokens."""
-    return [[rows[i] for i in group] for group in best_fit([lengths[r] for r in rows], capacity)]
 
 
 def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:

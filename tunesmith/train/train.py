@@ -20,12 +20,12 @@ from tunesmith.conversation.render import Rendered, Renderer
 from tunesmith.errors import DataError, Interrupted, TrainingError
 from tunesmith.models.load import load_model
 from tunesmith.models.machine import Machine, reuse_buffers
-from tunesmith.models.packed import PackedForward, pack
+from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
 from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_text
 from tunesmith.train import checkpoints
-from tunesmith.train.batching import Schedule, learning_rate, packs
+from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.checkpoints import State
 from tunesmith.train.section import TrainSection
 
@@ -69,7 +69,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     parameters = sum(p.numel() for p in base.parameters())
     torch.manual_seed(inputs.seed)
     model = section.adapter.attach(base)
-    forward = PackedForward(model, probe(rows))
+    forward = PackedForward(model, rows)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         weights.values(), lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
@@ -88,7 +88,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             chosen = schedule.step(state.step)
             rate = learning_rate(state.step, schedule.total, section.learning_rate, section.warmup, section.schedule)
             began = time.perf_counter()
-            loss, norm = _step(section, forward, rows, packs(chosen, lengths, section.pack_tokens))
+            loss, norm = _step(section, forward, rows, packs(chosen, rows, section.pack_tokens))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
                 raise _not_finite(loss, norm, state, [inputs.training[i].id for i in chosen], run)
@@ -168,15 +168,6 @@ def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Render
     return encoded
 
 
-def probe(rows: Sequence[Rendered], longest: int = 64) -> list[Rendered]:
-    """Two short rows of different lengths, to compare packed with one-by-one losses."""
-    first, second = rows[0], rows[-1]
-    return [
-        Rendered(first.ids[:longest], first.weights[:longest]),
-        Rendered(second.ids[: longest // 2 + 1], second.weights[: longest // 2 + 1]),
-    ]
-
-
 def _step(
     section: TrainSection, forward: PackedForward, rows: Sequence[Rendered], groups: list[list[int]]
 ) -> tuple[float, float]:
@@ -186,7 +177,7 @@ def _step(
     total = 0.0
     for group in groups:
         # Each pack adds the sum over its tokens, divided by the whole step's: packing changes nothing.
-        loss = method.loss(forward, pack([rows[i] for i in group], group, forward.device)) / size
+        loss = method.loss(forward, forward.pack([rows[i] for i in group])) / size
         loss.backward()
         total += loss.item()
     trained = [p for p in forward.model.parameters() if p.requires_grad]
@@ -198,10 +189,10 @@ def _validate(section: TrainSection, forward: PackedForward, rows: Sequence[Rend
     """Loss per unit of weight over the held-out rows."""
     forward.model.eval()
     total = 0.0
-    groups = packs(list(range(len(rows))), [len(r) for r in rows], section.pack_tokens)
+    groups = packs(range(len(rows)), rows, section.pack_tokens)
     with bar("Validating", len(groups)) as progress:
         for group in groups:
-            total += section.method.loss(forward, pack([rows[i] for i in group], group, forward.device)).item()
+            total += section.method.loss(forward, forward.pack([rows[i] for i in group])).item()
             progress.advance()
     forward.model.train()
     return total / sum(section.method.size(r) for r in rows)

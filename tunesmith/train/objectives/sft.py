@@ -31,5 +31,4 @@ class Sft(Section):
 
     def loss(self, forward: PackedForward, batch: Pack) -> Tensor:
         """Weighted sum over tokens of -log p(token | what precedes it), in nats."""
-        nll_N, places_N = forward.nll(batch)
-        return (nll_N * batch.weights_T[places_N]).sum()
+        return (forward.nll(batch) * batch.weights_N).sum()

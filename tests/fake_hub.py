@@ -1,0 +1,84 @@
+"""The part of a model hub that fetching a model needs, on this machine: pages, trees, files, doors and locks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class FakeHub:
+    """Serves folders as repositories. `gated` ones open to `token` only; `asked` tells what was wanted."""
+
+    repositories: dict[str, Path]
+    gated: set[str] = field(default_factory=set)
+    token: str = "hf_test"
+    asked: list[str] = field(default_factory=list)
+
+    def __enter__(self) -> FakeHub:
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                hub.answer(self)
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        path = unquote(urlsplit(request.path).path)
+        self.asked.append(f"{request.command} {path}")
+        parts = path.removeprefix("/api/models").strip("/").split("/")
+        name, rest = "/".join(parts[:2]), parts[2:]
+        if name not in self.repositories:
+            return _send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if name in self.gated and request.headers.get("Authorization") != f"Bearer {self.token}":
+            return _send(request, 401, b"{}", {"X-Error-Code": "GatedRepo"})
+        folder = self.repositories[name]
+        revision = rest[1] if len(rest) > 1 else "main"
+        if revision not in ("main", COMMIT):
+            return _send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        files = sorted(p for p in folder.iterdir() if p.is_file())
+        if path.startswith("/api/") and rest[:1] == ["tree"]:
+            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p)} for p in files]
+            return _send(request, 200, json.dumps(tree).encode())
+        if path.startswith("/api/"):
+            page = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
+            return _send(request, 200, json.dumps(page).encode())
+        wanted = folder / rest[2]
+        if not wanted.is_file():
+            return _send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
+        headers = {"ETag": f'"{_etag(wanted)}"', "X-Repo-Commit": COMMIT}
+        return _send(request, 200, wanted.read_bytes(), headers)
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    request.send_response(status)
+    for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})).items():
+        request.send_header(key, value)
+    request.end_headers()
+    if request.command != "HEAD":
+        request.wfile.write(body)
