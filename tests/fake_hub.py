@@ -77,7 +77,9 @@ def _etag(path: Path) -> str:
 
 def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
     request.send_response(status)
-    for key, value in ({"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})).items():
+    for key, value in (
+        {"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
+    ).items():
         request.send_header(key, value)
     request.end_headers()
     if request.command != "HEAD":

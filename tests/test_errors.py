@@ -216,6 +216,12 @@ def test_files(refuse: Any, recipe: Any, tmp_path: Path) -> None:
     refuse("rows.csv:1", "header is not CSV", change=source(path="rows.csv"))
     (tmp_path / "rows.csv").write_text("prompt,prompt\na,b\n")
     refuse("rows.csv:1", "same name", change=source(path="rows.csv"))
+    (tmp_path / "rows.csv").write_text("text,category\na,b\n")
+    columns = {"prompt": "text", "completion": "categry"}
+    refuse(
+        "rows.csv", "no column 'categry'; did you mean 'category'?", "text, category",
+        change=source(path="rows.csv", columns=columns),
+    )  # fmt: skip
     (tmp_path / "rows.csv").write_text('prompt,completion\na,b\nc\n"d,e\nf,g\n')
     error = refuse("rows.csv:3", "1 fields where the header has 2", change=source(path="rows.csv"))
     assert "rows.csv:4: is not CSV" in error["what"]
@@ -231,26 +237,33 @@ def test_files(refuse: Any, recipe: Any, tmp_path: Path) -> None:
 
 
 def test_rows_longer_than_the_context(refuse: Any, tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
-    def row(i: int, words: int) -> str:
-        turn = [{"role": "user", "content": f"{i} " * words}, {"role": "assistant", "content": "red"}]
-        return json.dumps({"messages": [*turn, *turn]})
+    def row(i: int, *lengths: int) -> str:
+        turns = [(f"{i} " + "a" * n, "red") for n in lengths]
+        roles = ("user", "assistant")
+        return json.dumps(
+            {"messages": [{"role": r, "content": c} for t in turns for r, c in zip(roles, t, strict=True)]}
+        )
 
-    rows = [row(10 + i, 60 if i in (3, 8) else 2) for i in range(12)]
+    # Row 4 is one long question after a short one; row 9 is two that only fit apart.
+    rows = [row(i, *{3: (2, 300), 8: (70, 70)}.get(i, (2, 2))) for i in range(12)]
     recipe["data"]["split"] = {"validation": 1, "test": 1}
     error = refuse("2 of 12 rows are too long", "rows.jsonl:4", "over_length=drop", rows=rows, verb="check")
     assert "rows.jsonl:9: has " in error["what"] and "train.max_length is 128" in error["what"]
     path = tmp_path / "tiny.yaml"
-    for policy, accepted, extra in (
-        ("drop", 10, {"removed": {"over_length": 2}}),
-        ("truncate", 10, {"removed": {"over_length": 2}}),
-        ("split", 10, {"removed": {"over_length": 2}}),
+    for policy, accepted, removed, cut, left_out in (
+        ("drop", 10, {"over_length": 2}, [], ["rows.jsonl:4", "rows.jsonl:9"]),
+        ("truncate", 12, {}, ["rows.jsonl:4", "rows.jsonl:9"], []),
+        ("split", 12, {"over_length": 1}, ["rows.jsonl:9"], ["rows.jsonl:4"]),
     ):
         said = tunesmith("check", path, f"--set=data.over_length={policy}", "--json")
         assert said.code == 0, said
         counts = said.json["counts"]
-        # two messages of 60 words each: nothing but leaving them out helps
-        assert counts["accepted"] == accepted and counts["removed"] == extra["removed"], policy
-        assert [r["row"] for r in said.json["left_out"]] == ["rows.jsonl:4", "rows.jsonl:9"]
+        assert counts["accepted"] == accepted == counts["train"] + 2 and counts["removed"] == removed, policy
+        assert counts["read"] + counts.get("made", 0) == accepted + sum(removed.values())
+        assert [r["row"] for r in said.json["left_out"]] == left_out
+        assert [r["row"] for r in said.json["cut"]] == cut and counts.get("cut", 0) == len(cut)
+        people = tunesmith("check", path, f"--set=data.over_length={policy}")
+        assert all(row in people.out for row in cut + left_out)
 
 
 def test_a_tokenizer_without_a_template(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:

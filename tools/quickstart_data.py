@@ -131,39 +131,25 @@ TRAIN = Bank(
     },
     high=phrases("""
         This is urgent. | Please answer today. | I need an answer within the hour. | Super urgent!!
-        ASAP please! | I need this solved by tonight. | It cannot wait. | This is an emergency.
-        Please hurry, I leave tomorrow morning. | I must have this settled today. | Please act immediately.
+        ASAP please! | I need this solved by tonight. | It cannot wait.
+        Please hurry, I leave tomorrow morning. | This is an emergency.
+        I must have this settled today. | Please act immediately.
         My guests come tonight, so be quick. | I need help right now. | Tomorrow is too late.
         Please call me back in the next hour. | We are stuck until you fix this. | Top priority please.
-        I have to know before noon today. | Drop everything for this one, please. | Do this now, please.
-        Reply before the day is over. | I need it today, not next week. | Sort it out before tomorrow.
-        We open in two hours and need this. | I have no time left. | As fast as you can, please.
-        This has to happen straight away. | The matter is very pressing. | Please deal with this first.
-        My flight leaves tonight. | I count on you to act today. | Do not make me wait, please.
-        Without this I cannot work tomorrow.
+        I have to know before noon today. | Drop everything for this one, please.
         """),
     low=phrases("""
         No rush. | Take your time. | Whenever you have a moment. | It is not urgent. | There is no hurry.
         This can wait until next week. | Any time this month is fine. | Answer when it suits you.
         I am in no hurry at all. | No need to reply soon. | It is a small thing, so it can wait. | I can wait.
         Please do not rush. | Sometime next month will do. | Low priority for me. | Nothing pressing.
-        Please answer at your own pace. | I do not need an answer today. | Do it when things are calm.
-        You have weeks for this. | This is not a pressing matter. | Leave it until after the holidays.
-        By the end of the month is good. | There is plenty of time. | It does not have to be now.
-        A reply next month is fine. | After the weekend is soon enough. | See to the urgent cases first.
-        Whatever day suits you. | I do not mind waiting. | This is far from an emergency.
         Just when you get round to it.
         """),
     asides=phrases("""
         My order number is {n}. | I bought it on {d}. | It cost {x}. | I paid {x} in all. | I am not happy.
         I ordered it today. | My neighbour is very pleased with hers. | I have been a customer for 6 years.
         It was a birthday present. | The invoice says {x}. | I wrote to you on {d}. | This is really annoying!
-        I saw it for {x} elsewhere. | I have lost all patience with you. | What a mess! | Today is my day off.
-        I bought one last year too. | A friend told me about you. | The shop in town had it too.
-        The weather is awful today. | I am very disappointed. | We moved here last week.
-        My daughter picked the colour. | I live on the third floor. | Your shop is usually great.
-        I have written three times already! | It was {x} in the sale. | You told me so yesterday.
-        I will buy from you again next month.
+        I saw it for {x} elsewhere.
         """),
     greetings=phrases("Hello, | Hi! | Dear team, | Good morning, | Hey,"),
     closings=phrases("Thanks a lot! | Best regards, Anna | Thank you. | Kind regards, Tom | Cheers, Lee"),

@@ -41,7 +41,7 @@ class Recipe(Section):
     """Behind every random choice."""
     goal: GoalSection = GoalSection()
     """What decides the verdict."""
-    model: Annotated[ModelSection, BeforeValidator(_model)]
+    model: Annotated[ModelSection, BeforeValidator(_model, json_schema_input_type=str | ModelSection)]
     """The base model."""
     data: DataSection
     """The rows."""
@@ -196,7 +196,7 @@ def _told(error: ValidationError, raw: dict[str, Any]) -> str:
         else:
             told = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
             given = found["input"]
-            shown = "" if isinstance(given, dict) else f", not {json.dumps(given, default=str)[:80]}"
+            shown = ", not " + ("a mapping" if isinstance(given, dict) else json.dumps(given, default=str)[:80])
             expected = "expected " if found["msg"].startswith("Input should be ") else ""
             lines.append(f"{key}: {expected}{told}{shown if expected else ''}")
     return "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
@@ -233,4 +233,6 @@ def _recipes() -> Any:
 
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, for editors."""
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | Recipe.model_json_schema()
+    schema = Recipe.model_json_schema()
+    schema["required"].remove("name")  # a file's own name stands in for it
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema"} | schema

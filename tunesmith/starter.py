@@ -65,7 +65,8 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
         raise RecipeError("is there already", where=str(target), fix="Choose another with --out, or use --force.")
     source, guessed = _source(data)
     layout = detect(source, data)
-    answers, rows, wrong = [], 0, ""
+    answers: list[Conversation] = []
+    rows, wrong = 0, ""
     for number, row in read_rows(source, data):
         rows += 1
         if len(answers) == LOOKED_AT:

@@ -17,9 +17,9 @@ from tunesmith.conversation.message import Conversation, Message
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.readers import Broken, Row
-from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.data.section import DataSection, SourceSection, placeholders
 from tunesmith.data.split import hold_out, same_question
-from tunesmith.errors import DataError, ModelError
+from tunesmith.errors import DataError, ModelError, nearest
 from tunesmith.progress import bar
 from tunesmith.runs import hash_file, json_line, need_room
 
@@ -169,8 +169,10 @@ def detect(source: SourceSection, path: Path) -> type[Layout]:
     """The layout that fits most of a file's first rows.
 
     Raises:
-        DataError: none fits; lists the columns.
+        DataError: none fits, or a column that the source names is in no row; lists the columns.
     """
+    if source.columns is not None:
+        _know_columns(source, path)
     if source.columns is not None or source.layout != "auto":
         return plugins.load("layout", "columns" if source.columns is not None else source.layout)
     rows = []
@@ -197,6 +199,24 @@ def detect(source: SourceSection, path: Path) -> type[Layout]:
             fix="Leave data.sources[].template out, or name the columns to use instead: columns.",
         )
     return found
+
+
+def _know_columns(source: SourceSection, path: Path) -> None:
+    named = [c for c in source.columns.model_dump().values() if c] if source.columns else []
+    named += [c for _, c in placeholders(source.template or "") if c]
+    seen: dict[str, None] = {}
+    for _, row in read_rows(source, path):
+        if not isinstance(row, Broken):
+            seen |= dict.fromkeys(row)
+        if all(c in seen for c in named):
+            return
+    absent = next(c for c in named if c not in seen)
+    if seen:
+        raise DataError(
+            f"has no column '{absent}'{nearest(absent, seen)} (its columns: {', '.join(seen)})",
+            where=str(path),
+            fix="Check data.sources[].columns and template.",
+        )
 
 
 def _rows(
@@ -231,7 +251,7 @@ def _wanted(row: Row, source: SourceSection, where: str) -> bool:
     for column, value in source.where.items():
         if column not in row:
             raise DataError(
-                f"has no column '{column}' (its columns: {', '.join(row)})",
+                f"has no column '{column}'{nearest(column, row)} (its columns: {', '.join(row)})",
                 where=f"{where}, data.sources[].where",
                 fix="Name a column of the file.",
             )

@@ -109,10 +109,9 @@ def read_json(path: Path) -> Rows:
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else None
         raise DataError(
             f"is not JSON ({error})",
-            where=f"{path}:{line}" if line else str(path),
+            where=f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path),
             fix="Mend it there; one object a line is called .jsonl.",
         ) from error
     if isinstance(value, dict):

@@ -93,9 +93,9 @@ def _source(value: Any) -> Any:
 class SplitSection(Section):
     """Rows held out of training: a share (below 1), a count, or a file of their own."""
 
-    validation: float | str = 0.1
+    validation: int | float | str = 0.1
     """Watched during training: 0.1, 200, or a path."""
-    test: float | str = 0.1
+    test: int | float | str = 0.1
     """For the proof at the end: 0.1, 200, or a path."""
 
     @model_validator(mode="after")
@@ -109,7 +109,9 @@ class SplitSection(Section):
 class DataSection(Section):
     """Where rows come from and how they are split."""
 
-    sources: list[Annotated[SourceSection, BeforeValidator(_source)]] = Field(min_length=1)
+    sources: list[Annotated[SourceSection, BeforeValidator(_source, json_schema_input_type=str | SourceSection)]] = (
+        Field(min_length=1)
+    )
     """The files."""
     system: str | None = None
     """A system prompt for rows that have none."""
