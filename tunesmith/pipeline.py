@@ -210,8 +210,13 @@ class Journey:
 
     def data_inputs(self) -> Any:
         from tunesmith.data.prepare import DataInputs
+        from tunesmith.models.load import context_length
 
-        return DataInputs(self.renderer, self.recipe.train.max_length, self.recipe.seed, self.folder)
+        longest = self.recipe.train.max_length
+        context = context_length(self.model) or longest
+        if context < longest:
+            say(f"rows may have {context} tokens, the model's context (train.max_length is {longest})")
+        return DataInputs(self.renderer, min(longest, context), self.recipe.seed, self.folder)
 
     def rows(self, part: str) -> list[Any]:
         from tunesmith.data.prepare import load_rows
@@ -353,6 +358,8 @@ def _finish(run: Run, recipe: Recipe) -> None:
 def describe_counts(counts: dict[str, Any]) -> str:
     """The data stage's counts as a sentence."""
     removed = "".join(f", {n} removed ({step})" for step, n in counts["removed"].items())
+    if counts.get("cut"):
+        removed += f", {counts['cut']} cut"
     return (
         f"{counts['read']} rows read, {counts['accepted']} accepted, {counts['rejected']} rejected{removed}; "
         f"{counts['train']} to train on, {counts['validation']} for validation, {counts['test']} for the test"

@@ -25,7 +25,7 @@ data = Dataset.from_list([{"prompt": r[:-1], "completion": r[-1:]} for r in rows
 tokenizer = AutoTokenizer.from_pretrained(model_path)
 
 settings: dict = {"output_dir": "/tmp/trl-out", "max_steps": steps, "report_to": "none", "save_strategy": "no"}
-settings |= {"logging_steps": 1, "disable_tqdm": True, "seed": 7}
+settings |= {"logging_steps": 1, "disable_tqdm": True, "seed": 7, "use_cpu": not torch.cuda.is_available()}
 model = model_path
 if mode == "best":
     settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": False}

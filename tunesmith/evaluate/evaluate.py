@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
@@ -39,7 +41,7 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     Raises:
         DataError: there is no test row.
     """
-    rows = inputs.rows[: section.rows]
+    rows = drawn(inputs.rows, section.rows, inputs.seed)
     if not rows:
         raise DataError("no test rows to evaluate on", where="data.split.test", fix="Hold some out: test: 0.1")
     goal, metrics = chosen(section, inputs)
@@ -87,6 +89,13 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         lines.append(json_line(line))
     (target / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
     return scorecard
+
+
+def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Conversation]:
+    """`count` of the rows by seed, in their order (a file's first rows are often all of one kind)."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return [rows[i] for i in sorted(np.random.default_rng(seed).choice(len(rows), count, replace=False))]
 
 
 def chosen(section: EvaluateSection, inputs: EvaluateInputs) -> tuple[str, list[Metric]]:

@@ -38,7 +38,7 @@ class EvaluateSection(Section):
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest answer in tokens; a quarter more than the longest test answer, if not given."""
     rows: int | None = Field(None, ge=1)
-    """Only the first so many test rows; all if not given."""
+    """Only so many test rows, drawn by seed; all if not given."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples behind each interval."""
 

@@ -16,7 +16,7 @@ from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 
-BATCH_ROWS = 32
+BATCH_ROWS = 64
 SCORE_TOKENS = 2048
 
 

@@ -67,6 +67,15 @@ def load_renderer(model: ResolvedModel) -> Renderer:
     return renderer
 
 
+def context_length(model: ResolvedModel) -> int | None:
+    """The longest sequence in tokens that the model's configuration allows, where it says so."""
+    import json
+
+    config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    length = config.get("text_config", config).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
 def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
     """The base model's weights in `dtype`, in evaluation mode.
 

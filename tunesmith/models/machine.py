@@ -75,8 +75,8 @@ def _flags() -> str:
 def machine() -> Machine:
     """This machine, probed at first use (about five seconds) and read from the cache after that.
 
-    Sets the limit on oneDNN's instructions for this process where one is needed, so it must be called
-    before torch multiplies anything.
+    Sets the limit on oneDNN's instructions for this process where one is needed, and how long OpenMP's
+    threads spin, so it must be called before torch is imported.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch")])[:16]
@@ -89,6 +89,8 @@ def machine() -> Machine:
         write_json(file, asdict(found))
     if found.isa and ISA not in os.environ:
         os.environ[ISA] = found.isa
+    # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     return found
 
 
