@@ -12,7 +12,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tunesmith import __version__
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import RunError, TunesmithError, first_line
 
 app = typer.Typer(
     name="tunesmith",
@@ -40,17 +40,27 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a row's text must not fail on a narrow terminal
             stream.reconfigure(errors="backslashreplace")
     try:
-        app(args=arguments, prog_name="tunesmith")
+        code = app(args=arguments, prog_name="tunesmith", standalone_mode=False)
     except TunesmithError as error:
         _fail(error, "--json" in arguments, debug)
-    except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
     except OSError as error:
         told = TunesmithError(
             f"{error.strerror or error}", where=str(error.filename or "system"), fix="--debug shows where."
         )
         _fail(told, "--json" in arguments, debug)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
+            error.show()
+            sys.exit(error.exit_code)
+        what = f"something went wrong that should not have ({type(error).__name__}: {first_line(error)})"
+        fault = TunesmithError(what, fix="--debug shows where. Please report it.")
+        fault.exit_code = 1
+        _fail(fault, "--json" in arguments, debug)
+    if code == 130:
+        print("Stopped. The same command does what is left.", file=sys.stderr)
+    sys.exit(code or 0)
 
 
 def _fail(error: TunesmithError, as_json: bool, debug: bool) -> NoReturn:
@@ -252,7 +262,9 @@ def runs_rm(
     from tunesmith.runs import get
 
     found = get(run, runs)
-    if not yes and not as_json:
+    if as_json and not yes:
+        raise RunError("is only removed with --yes where nobody can be asked", where=str(found.path), fix="Add --yes.")
+    if not yes:
         typer.confirm(f"Remove {found.path} with all its files?", abort=True)
     with found.lock():
         shutil.rmtree(found.path)

@@ -19,7 +19,7 @@ import yaml
 
 from tunesmith import recipe as recipes
 from tunesmith import runs
-from tunesmith.errors import RunError
+from tunesmith.errors import DataError, RunError
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
@@ -49,11 +49,19 @@ def run(
     """
     resolved, folder, origin = open_recipe(recipe, overrides)
     there = Run(runs.runs_folder(runs_folder) / resolved.name)
+    wanted = (stages,) if isinstance(stages, str) else tuple(stages)
+    unknown = [stage for stage in wanted if stage not in STAGES]
+    if unknown:
+        raise RunError(f"no stage is called '{unknown[0]}'", where="stages", fix=f"There are: {', '.join(STAGES)}.")
     with there.lock():
-        _claim(there, resolved, folder, origin)
+        _refuse_anothers(there, absolute(resolved, folder), origin)
         journey = Journey(resolved, folder, there)
+        journey.key(next(s for s in STAGES if s in wanted))  # what can't be run leaves the run as it was
+        _claim(there, absolute(resolved, folder), origin)
         for stage in STAGES:
-            if stage in stages:
+            if stage in wanted:
+                if stage == "train":
+                    journey.look_ahead(wanted)
                 journey.walk(stage)
                 _finish(there, resolved)  # after each, so that a later one's failure hides nothing
     return Result(there)
@@ -144,6 +152,7 @@ class Journey:
                 "inputs": told.pop("inputs", {}),
                 "outputs": runs.outputs_of(target, "adapter" if stage == "train" else "."),
                 **told,
+                "model": self.model.as_dict(),
                 "seed": self.recipe.seed,
                 "versions": runs.versions(),
                 "machine": self.machine.as_dict(),
@@ -154,10 +163,20 @@ class Journey:
         self.run.event("stage_finished", stage=stage, seconds=manifest["seconds"])
         gc.collect()
 
+    def look_ahead(self, stages: Sequence[str]) -> None:
+        """Raise before training what would only come up after it: no test rows, no room for the result."""
+        counts = (self.run.manifest("data") or {})["counts"]
+        if "evaluate" in stages and not counts["test"]:
+            raise DataError(
+                "no test rows to prove anything on", where="data.split.test", fix="Hold some out, such as test: 0.1."
+            )
+        weights = sum(p.stat().st_size for p in self.model.path.glob("*.safetensors"))
+        runs.need_room(self.run.path, weights * (4 if "package" in stages else 1), "The run")
+
     def facts(self, stage: str) -> dict[str, Any]:
         """What a stage's result depends on, besides the stages before it."""
         r = self.recipe
-        model = {"model": self.model.as_dict(), "renderer": self.renderer.hash, "seed": r.seed}
+        model = {"model": self.model.identity, "renderer": self.renderer.hash, "seed": r.seed}
         if stage == "data":
             # Where files lie does not matter, what they hold does.
             section = r.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
@@ -186,20 +205,26 @@ class Journey:
             return
         target = self.run.stage(stage)
         mark = target / "started.json"
-        if target.exists() and not (mark.exists() and runs.read_json(mark)["key"] == key):
-            if self.run.complete(stage):
-                kept = self.run.path / "replaced" / f"train-{runs.read_json(mark)['key'][:8]}"
-                say(f"train: its settings or rows changed; the earlier result is kept in {kept}")
-                shutil.rmtree(kept, ignore_errors=True)
-                kept.parent.mkdir(exist_ok=True)
-                shutil.copyfile(self.run.metrics, target / "metrics.jsonl")
-                target.replace(kept)
-            else:
-                shutil.rmtree(target)
-            self.run.metrics.unlink(missing_ok=True)
+        earlier = runs.read_json(mark)["key"] if mark.exists() else None
+        if target.exists() and earlier != key:
+            self._set_aside(target, earlier)
         target.mkdir(exist_ok=True)
         runs.write_json(mark, {"key": key})
         yield target
+
+    def _set_aside(self, target: Path, key: str | None) -> None:
+        """Keep what an earlier recipe trained, finished or not: hours may be in it."""
+        if self.run.complete("train") or self.run.checkpoints.is_dir():
+            kept = self.run.path / "replaced" / f"train-{(key or 'unknown')[:8]}"
+            say(f"train: its settings or rows changed; what was trained before is kept in {kept}")
+            shutil.rmtree(kept, ignore_errors=True)
+            kept.parent.mkdir(exist_ok=True)
+            if self.run.metrics.exists():
+                shutil.copyfile(self.run.metrics, target / "metrics.jsonl")
+            target.replace(kept)
+        else:
+            shutil.rmtree(target)
+        self.run.metrics.unlink(missing_ok=True)
 
     def _data(self, target: Path) -> dict[str, Any]:
         from tunesmith.data.prepare import prepare
@@ -256,7 +281,8 @@ class Journey:
     def engine(self, adapter: Path | None) -> Engine:
         from tunesmith import plugins
 
-        engine: Engine = plugins.load("engine", "transformers")(self.model, self.machine, adapter)
+        machine, model = self.machine, self.model  # the machine first: its limits must stand before torch is there
+        engine: Engine = plugins.load("engine", "transformers")(model, machine, adapter)
         return engine
 
     def _package(self, target: Path) -> dict[str, Any]:
@@ -279,27 +305,29 @@ NEEDS: dict[str, tuple[str, ...]] = {
 OPTIONAL = {("package", "evaluate")}
 
 
-def _claim(run: Run, recipe: Recipe, folder: Path, origin: str | None) -> None:
-    """Take the run's folder for this recipe.
+def _refuse_anothers(run: Run, resolved: dict[str, Any], origin: str | None) -> None:
+    """Raise where the run's name is taken by another recipe."""
+    if not run.recipe.is_file():
+        return
+    earlier = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    came_from = runs.read_json(run.origin).get("recipe") if run.origin.is_file() else None
+    differing = [k for k in ("model", "data", "train", "seed") if earlier.get(k) != resolved[k]]
+    if differing and (origin is None or origin != came_from):
+        raise RunError(
+            f"run '{run.name}' was made by another recipe ({came_from or 'from Python'}); "
+            f"it differs in: {', '.join(differing)}",
+            where=str(run.path),
+            fix=f"Use another name (--set name=...), or remove that run: tunesmith runs rm {run.name}",
+        )
 
-    Raises:
-        RunError: another recipe made it.
-    """
-    resolved = absolute(recipe, folder)
-    if run.recipe.is_file():
-        earlier = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-        came_from = runs.read_json(run.origin).get("recipe") if run.origin.is_file() else None
-        differing = [k for k in ("model", "data", "train", "seed") if earlier.get(k) != resolved[k]]
-        if differing and (origin is None or origin != came_from):
-            raise RunError(
-                f"run '{run.name}' was made by another recipe ({came_from or 'from Python'}); "
-                f"it differs in: {', '.join(differing)}",
-                where=str(run.path),
-                fix=f"Use another name (--set name=...), or remove that run: tunesmith runs rm {run.name}",
-            )
-    run.path.mkdir(parents=True, exist_ok=True)
+
+def _claim(run: Run, resolved: dict[str, Any], origin: str | None) -> None:
+    """Write the recipe into the run's folder; a run that a recipe of the same content owns stays that one's."""
+    told = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    if run.recipe.is_file() and run.origin.is_file() and run.recipe.read_text(encoding="utf-8") == told:
+        return
+    runs.write_text(run.recipe, told)
     runs.write_json(run.origin, {"recipe": origin})
-    runs.write_text(run.recipe, yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
 
 def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -314,9 +342,10 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
     for part, given in keys["data"]["split"].items():
         if isinstance(given, str):
             keys["data"]["split"][part] = whole(given)
-    name = Path(keys["model"]["name"]).expanduser()
-    if name.exists():
-        keys["model"]["name"] = str(name.resolve())
+    for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
+        if name.exists():
+            keys["model"]["name"] = str(name.resolve())
+            break
     return keys
 
 
@@ -324,15 +353,21 @@ def _finish(run: Run, recipe: Recipe) -> None:
     """Bring the files at the run's top up to date with its stages; the run's manifest comes last."""
     done = {stage: m for stage in STAGES if (m := run.complete(stage))}
     told = (run.manifest() or {}).get("stages", {})
-    if {s: m["key"] for s, m in done.items()} == {s: m["key"] for s, m in told.items()}:
+    copies = {}
+    if "evaluate" in done:
+        copies[run.scorecard] = (run.stage("evaluate") / "scorecard.json").read_text(encoding="utf-8")
+    if "package" in done:
+        copies[run.card] = (run.model / "README.md").read_text(encoding="utf-8")
+    current = {s: m["key"] for s, m in done.items()} == {s: m["key"] for s, m in told.items()}
+    there = all(path.is_file() and path.read_text(encoding="utf-8") == text for path, text in copies.items())
+    if current and there and ("evaluate" not in done or run.report.is_file()):
         return
+    for path, text in copies.items():
+        runs.write_text(path, text)
     if "evaluate" in done:
         from tunesmith.evaluate.report import write_report
 
-        shutil.copyfile(run.stage("evaluate") / "scorecard.json", run.scorecard)
         write_report(run)
-    if "package" in done:
-        shutil.copyfile(run.model / "README.md", run.card)
     runs.write_json(
         run.path / "manifest.json",
         {
@@ -349,7 +384,7 @@ def _finish(run: Run, recipe: Recipe) -> None:
                 }
                 for stage, m in done.items()
             },
-            "model": next(iter(done.values()))["facts"]["model"] if done else None,
+            "model": next(iter(done.values()))["model"] if done else None,
             "versions": runs.versions(),
         },
     )
@@ -404,8 +439,16 @@ class Result:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
         recipe, folder = recipes.load(self.run.recipe)
         journey = Journey(recipe, folder, self.run)
+        data = self.run.manifest("data") or {}
+        trained_on = (self.run.manifest("train") or {}).get("model", {}).get("identity")
+        if not base and trained_on != journey.model.identity:
+            raise RunError(
+                "was trained on another base model than the recipe names now",
+                where=str(self.path),
+                fix="Run the recipe again.",
+            )
         engine = journey.engine(None if base else self.run.adapter)
-        return Chatter(engine, journey.renderer, recipe.data.system)
+        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:
         return hash(self.run)

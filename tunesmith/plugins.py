@@ -32,7 +32,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "tsv": "tunesmith.data.readers:read_tsv",
         "parquet": "tunesmith.data.readers:read_parquet",
     },
-    # A row's layout: `data.sources[].layout`. A Layout with fits(row) and convert(row, source).
+    # A row's layout: `data.sources[].layout`. A Layout with fits(row) and messages(row, source).
     "layout": {
         "chat": "tunesmith.data.layouts:Chat",
         "sharegpt": "tunesmith.data.layouts:ShareGpt",

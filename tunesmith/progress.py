@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
@@ -57,6 +58,25 @@ def bar(title: str, total: float | None = None, done: float = 0) -> Iterator[Bar
         shown = Bar(title, total, lambda now, note: progress.update(task, completed=now, note=note))
         shown.done = done
         yield shown
+
+
+@contextlib.contextmanager
+def clock(title: str, seconds: float) -> Iterator[None]:
+    """A bar that moves with time, for a wait of a known length that nothing counts."""
+    through = threading.Event()
+    with bar(title, seconds) as shown:
+
+        def tick() -> None:
+            while not through.wait(0.5):
+                shown.advance(min(0.5, max(seconds - shown.done, 0)))
+
+        ticker = threading.Thread(target=tick, daemon=True)
+        ticker.start()
+        try:
+            yield
+        finally:
+            through.set()
+            ticker.join()
 
 
 @contextlib.contextmanager

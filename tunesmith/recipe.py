@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tunesmith import plugins
 from tunesmith.data.section import DataSection
@@ -51,6 +51,12 @@ class Recipe(Section):
     """How to prove it."""
     package: PackageSection = PackageSection()
     """What to hand on."""
+
+    @model_validator(mode="after")
+    def _stopping_needs_validation(self) -> Recipe:
+        if self.train.early_stopping and self.data.split.validation == 0:
+            raise ValueError("train.early_stopping needs validation rows: data.split.validation is 0")
+        return self
 
     @field_validator("name")
     @classmethod

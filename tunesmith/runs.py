@@ -58,7 +58,7 @@ def hash_file(path: Path) -> str:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old content or the new, never a part."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -248,7 +248,7 @@ def get(name: str, runs: str | Path | None = None) -> Run:
     """
     folder = runs_folder(runs)
     for path in (folder / name, Path(name)):
-        if (path / "recipe.yaml").is_file():
+        if (path / "recipe.yaml").is_file() and (path / "origin.json").is_file():
             return Run(path)
     there = [run.name for run in every(folder)]
     raise RunError(
@@ -260,5 +260,5 @@ def get(name: str, runs: str | Path | None = None) -> Run:
 
 def every(runs: str | Path | None = None) -> list[Run]:
     """All runs of a folder, newest last."""
-    found = [Run(path.parent) for path in runs_folder(runs).glob("*/recipe.yaml")]
-    return sorted(found, key=lambda run: run.recipe.stat().st_mtime)
+    found = [Run(path.parent) for path in runs_folder(runs).glob("*/origin.json")]
+    return sorted(found, key=lambda run: run.origin.stat().st_mtime)

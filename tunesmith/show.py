@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import STAGES, Run, read_json
+from tunesmith.runs import STAGES, Run, read_json, runs_folder
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -57,7 +61,7 @@ def ending(result: Result) -> None:
     out, run, card = _console(), result.run, result.scorecard
     if card is None:
         out.print(f"Run [bold]{run.name}[/bold] in {run.path}: not evaluated yet.")
-        out.print(f"Next: tunesmith evaluate {run.name}", markup=False)
+        out.print(f"Next: {program()} evaluate {read_json(run.origin)['recipe'] or run.recipe}", markup=False)
         return
     table = Table(title=f"{run.name}: {card['n']} held-out rows", title_justify="left")
     table.add_column("metric")
@@ -78,12 +82,21 @@ def ending(result: Result) -> None:
     if run.model.is_dir():
         out.print(f"Model:  {run.model}", highlight=False, soft_wrap=True)
     out.print("Next:", highlight=False)
+    name = run.name if runs_folder() / run.name == run.path else run.path
     for command, why in (
-        (f"tunesmith chat {run.name} --base", "talk with it, the base beside it"),
-        (f"tunesmith runs show {run.name}", "its stages and figures"),
-        ("tunesmith init YOUR-DATA.jsonl", "the same with your own rows"),
+        (f"chat {name} --base", "talk with it, the base beside it"),
+        (f"runs show {name}", "its stages and figures"),
+        ("init YOUR-DATA.jsonl", "the same with your own rows"),
     ):
-        out.print(f"  {command:<38} {why}", markup=False, highlight=False)
+        out.print(f"  {program()} {command:<38} {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def program() -> str:
+    """How this program is called from here: by name where the shell finds it, else by its path."""
+    if shutil.which("tunesmith"):
+        return "tunesmith"
+    here = Path(sys.argv[0])
+    return os.path.relpath(here) if here.is_absolute() else str(here)
 
 
 def check(found: Check) -> None:

@@ -96,11 +96,11 @@ class Renderer:
         """
         messages = conversation.messages
         whole = self._text(messages)
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant" and m.weight]
+        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         ids: list[int] = []
         weights: list[float] = []
         at = 0
-        for i in turns[-1:] if only_last else turns:
+        for i in turns:  # the untrained ones are cut out too: what is asked later is tokenised like that
             before = self._text(messages[:i], ask=True)
             after = self._text(messages[: i + 1])
             if not (after.startswith(before) and whole.startswith(after) and len(before) >= at):
@@ -108,11 +108,12 @@ class Renderer:
             context = self._tokens(whole[at : len(before)])
             answer = self._tokens(after[len(before) :])
             end = self._end_of_turn(answer)
+            weight = 0.0 if only_last and i != turns[-1] else messages[i].weight
             ids += context + answer
-            weights += [0.0] * len(context) + [messages[i].weight] * end + [0.0] * (len(answer) - end)
+            weights += [0.0] * len(context) + [weight] * end + [0.0] * (len(answer) - end)
             at = len(after)
-        if not at:
-            ids = self._tokens(whole)
+        if not any(weights):
+            ids += self._tokens(whole[at:])
             return Rendered(ids, [0.0] * len(ids))
         while not weights[-1]:  # nothing is learnt from what follows the last answer
             ids.pop(), weights.pop()

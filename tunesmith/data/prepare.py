@@ -110,10 +110,17 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
             **({"cut": len(ledger.cut)} if ledger.cut else {}),
             **{part: len(parts[part]) for part in PARTS},
         },
+        "system": _shared_system(parts["train"]),
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
         "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
     }
+
+
+def _shared_system(rows: Sequence[Conversation]) -> str | None:
+    """The system prompt that all rows have: what a chat with the tuned model opens with."""
+    found = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
+    return found.pop() if len(found) == 1 else None
 
 
 def load_rows(file: Path) -> list[Conversation]:

@@ -175,6 +175,8 @@ def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[s
             return
         except csv.Error as error:
             values = error
+        if isinstance(values, csv.Error) and "unexpected end" in str(values):
+            values = csv.Error(f"a quote opens here and is never closed: it takes in {len(taken)} lines")
         text = "".join(taken).rstrip("\r\n")
         if text.strip():
             yield at, values, text

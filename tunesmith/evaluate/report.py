@@ -226,7 +226,7 @@ def _training(manifests: dict[str, dict[str, Any]], steps: Sequence[dict[str, An
 
 
 def _model(manifests: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return next((m["facts"]["model"] for m in manifests.values()), None)
+    return next((m["model"] for m in manifests.values()), None)
 
 
 def _lineage(stage: str, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:

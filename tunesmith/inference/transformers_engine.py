@@ -16,7 +16,7 @@ from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 
-BATCH_ROWS = 64
+BATCH_ROWS, BATCH_TOKENS = 64, 32_768  # of a batch that is generated at once
 SCORE_TOKENS = 2048
 
 
@@ -62,9 +62,10 @@ class TransformersEngine:
     ) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(prompts), BATCH_ROWS):
-            batch = longest_first[start : start + BATCH_ROWS]
-            width = max(len(prompts[i]) for i in batch)
+        while longest_first:
+            width = len(prompts[longest_first[0]])
+            count = max(1, min(BATCH_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
+            batch, longest_first = longest_first[:count], longest_first[count:]
             pad = stop_ids[0] if stop_ids else 0
             ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
             mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])

@@ -72,7 +72,10 @@ def context_length(model: ResolvedModel) -> int | None:
     import json
 
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
-    length = config.get("text_config", config).get("max_position_embeddings")
+    if not isinstance(config, dict):
+        return None
+    config = config.get("text_config") or config
+    length = config.get("max_position_embeddings") or config.get("n_positions")
     return length if isinstance(length, int) else None
 
 
@@ -120,12 +123,12 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
     base = load_model(model, torch.float32 if merge else dtype, device)
     try:
         tuned = PeftModel.from_pretrained(base, str(adapter))
+        if merge:
+            tuned = tuned.merge_and_unload(safe_merge=True).to(dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
             f"the adapter does not fit the model ({first_line(error)})",
             where=str(adapter),
             fix="Use the base that it was trained on.",
         ) from error
-    if merge:
-        tuned = tuned.merge_and_unload(safe_merge=True).to(dtype)
     return tuned.eval()

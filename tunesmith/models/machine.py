@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from tunesmith.models.resolve import cache_folder
+from tunesmith.progress import bar
 from tunesmith.runs import hash_json, versions, write_json
 
 BFLOAT16_MUST_GAIN = 1.3
@@ -31,7 +32,9 @@ def rate(dtype):
     for _ in range(12):
         start = time.perf_counter(); torch.nn.functional.linear(a, b); best = min(best, time.perf_counter() - start)
     return 2 * 1024 * 1024 * 2048 / best / 1e9
-print(json.dumps({"float32": rate(torch.float32), "bfloat16": rate(torch.bfloat16)}))
+cuda = torch.cuda.is_available()
+print(json.dumps({"float32": rate(torch.float32), "bfloat16": rate(torch.bfloat16),
+                  "cuda": cuda, "cuda_bfloat16": cuda and torch.cuda.is_bf16_supported()}))
 """
 
 
@@ -79,7 +82,10 @@ def machine() -> Machine:
     threads spin, so it must be called before torch is imported.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch")])[:16]
+    # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    seen = [os.environ.get(name) for name in (ISA, "CUDA_VISIBLE_DEVICES")]
+    mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
     file = cache_folder() / f"machine-{mark}.json"
     try:
         found = Machine(**json.loads(file.read_text()))
@@ -89,30 +95,28 @@ def machine() -> Machine:
         write_json(file, asdict(found))
     if found.isa and ISA not in os.environ:
         os.environ[ISA] = found.isa
-    # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     return found
 
 
 def _probe(cores: int) -> Machine:
-    gflops = isa = None
-    for limit in (os.environ.get(ISA), "AVX512_CORE_BF16", "AVX512_CORE", "AVX2"):
-        gflops = _try(limit)
-        if gflops:
-            isa = limit
-            break
-    gflops = gflops or {"float32": 0.0, "bfloat16": 0.0}
-    import torch
-
-    cuda = torch.cuda.is_available()
-    gains = gflops["bfloat16"] > BFLOAT16_MUST_GAIN * gflops["float32"]
-    fast = torch.cuda.is_bf16_supported() if cuda else gains
-    rounded = {name: round(rate, 1) for name, rate in gflops.items()}
-    return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rounded, isa)
+    found: dict[str, float] | None = None
+    isa = None
+    with bar("Measuring this machine"):
+        for limit in (None, "AVX512_CORE_BF16", "AVX512_CORE", "AVX2"):
+            found = _try(limit)
+            if found:
+                isa = limit
+                break
+    found = found or {"float32": 0.0, "bfloat16": 0.0}
+    cuda = bool(found.pop("cuda", False))
+    gains = found["bfloat16"] > BFLOAT16_MUST_GAIN * found["float32"]
+    fast = bool(found.pop("cuda_bfloat16", False)) if cuda else gains
+    rates = {name: round(rate, 1) for name, rate in found.items()}
+    return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rates, isa)
 
 
 def _try(limit: str | None) -> dict[str, float] | None:
-    """GFLOP/s by precision, or None where the child died (an instruction that this machine does not have)."""
+    """What a child process measured, or None where it died (of an instruction that this machine does not have)."""
     environment = dict(os.environ) | ({ISA: limit} if limit else {})
     done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False)
     try:

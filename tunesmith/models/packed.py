@@ -270,7 +270,9 @@ class PackedForward:
             hidden = backbone(
                 input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False
             ).last_hidden_state[0]
-        return head_nll(hidden[batch.before_N], self.model.get_output_embeddings(), batch.ids_T[batch.places_N])
+        # index_select: its backward adds in a fixed order, where indexing's need not.
+        picked = hidden.index_select(0, batch.before_N)
+        return head_nll(picked, self.model.get_output_embeddings(), batch.ids_T[batch.places_N])
 
     def _one_by_one(self, batch: Pack) -> Tensor:
         losses = []

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from transformers import GenerationConfig
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
@@ -53,9 +54,12 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
         tokenizer = inputs.renderer.tokenizer
         tokenizer.chat_template = inputs.renderer.template
         tokenizer.save_pretrained(folder)
-        if merged.generation_config is not None:
-            merged.generation_config.eos_token_id = inputs.renderer.stop_ids
-            merged.generation_config.save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=inputs.renderer.stop_ids,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else inputs.renderer.stop_ids[0],
+            do_sample=False,
+        ).save_pretrained(folder)
         del merged
         progress.advance()
         saved = replace(inputs.model, path=folder)

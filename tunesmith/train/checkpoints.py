@@ -68,7 +68,8 @@ def newest(folder: Path) -> State | None:
             with safe_open(path / "state.safetensors", framework="pt"):  # the header must fit the file
                 return state
         except (RunError, TypeError, SafetensorError, OSError) as error:
-            say(f"checkpoint {path.name} is damaged and left aside ({error})")
+            say(f"checkpoint {path.name} is damaged and left out ({error})")
+            shutil.rmtree(path)
     return None
 
 
@@ -108,4 +109,4 @@ def _load(
 
 
 def _all(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step-*"))
+    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))

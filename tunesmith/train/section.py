@@ -30,7 +30,7 @@ class TrainSection(Section):
     learning_rate: float = Field(2e-4, gt=0)
     """The peak rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up, to zero at the last step."""
+    """How the rate falls after the warm-up, towards zero after the last step."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
     weight_decay: float = Field(0.0, ge=0)

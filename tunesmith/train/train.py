@@ -17,7 +17,7 @@ import torch
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Rendered, Renderer
-from tunesmith.errors import DataError, Interrupted, TrainingError
+from tunesmith.errors import DataError, Interrupted, MachineError, TrainingError
 from tunesmith.models.load import load_model
 from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
@@ -88,13 +88,19 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             chosen = schedule.step(state.step)
             rate = learning_rate(state.step, schedule.total, section.learning_rate, section.warmup, section.schedule)
             began = time.perf_counter()
-            loss, norm = _step(section, forward, rows, packs(chosen, rows, section.pack_tokens))
+            try:
+                loss, norm = _step(section, forward, rows, packs(chosen, rows, section.pack_tokens))
+            except RuntimeError as error:
+                raise _out_of_memory(error, section) from error
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
-                raise _not_finite(loss, norm, state, [inputs.training[i].id for i in chosen], run)
+                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", norm)
+                raise _not_finite(what, value, state, [inputs.training[i].id for i in chosen], run)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
+            if not all(p.isfinite().all() for p in weights.values()):
+                raise _not_finite("weights", math.nan, state, [inputs.training[i].id for i in chosen], run)
             optimizer.zero_grad()
             seconds = time.perf_counter() - began
             state.step += 1
@@ -114,6 +120,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
                 line["validation_loss"] = _validate(section, forward, held_out)
+                if not math.isfinite(line["validation_loss"]):
+                    ids = [row.id for row in inputs.validation[:5]]
+                    raise _not_finite("validation loss", line["validation_loss"], state, ids, run)
                 if _improved(state, line["validation_loss"]) and section.keep_best:
                     with whole_folder(run.stage("train") / "best") as folder:
                         model.save_pretrained(folder)
@@ -121,7 +130,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             progress.advance(1, f"loss {loss:.3f}  {line['tokens_per_second']:.0f} tokens/s")
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
-            if stop.is_set() and not last:
+            if stop.is_set():
                 raise Interrupted(
                     f"stopped after step {state.step} of {schedule.total}; everything is saved",
                     fix="The same command goes on from here.",
@@ -151,7 +160,11 @@ def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Render
     Raises:
         DataError: a row has no token to learn from, or is longer than `train.max_length`.
     """
-    encoded = [section.method.encode(row, renderer) for row in rows]
+    with bar("Tokens", len(rows)) as progress:
+        encoded = []
+        for row in rows:
+            encoded.append(section.method.encode(row, renderer))
+            progress.advance()
     for row, rendered in zip(rows, encoded, strict=True):
         if not rendered.trained:
             raise DataError(
@@ -210,14 +223,25 @@ def _stale(section: TrainSection, state: State) -> bool:
     return section.early_stopping is not None and state.stale >= section.early_stopping
 
 
-def _not_finite(loss: float, norm: float, state: State, rows: list[str], run: Run) -> TrainingError:
-    what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
-    run.event("not_finite", step=state.step + 1, loss=str(loss), grad_norm=str(norm), rows=rows)
+def _not_finite(what: str, value: float, state: State, rows: list[str], run: Run) -> TrainingError:
+    run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=rows)
+    saved = sorted(run.checkpoints.glob("step-*"))
     return TrainingError(
-        f"{what} in step {state.step + 1}, on rows {', '.join(rows)}",
+        f"the {what} became {value} in step {state.step + 1}, on rows {', '.join(rows)}",
         where=str(run.path),
-        fix=f"The weights of step {state.step} are kept in {run.checkpoints}. "
-        "Look at those rows; a lower train.learning_rate often helps.",
+        fix=(f"The last good weights are kept in {saved[-1]}. " if saved else "")
+        + "Look at those rows; a lower train.learning_rate often helps.",
+    )
+
+
+def _out_of_memory(error: RuntimeError, section: TrainSection) -> Exception:
+    """Our error where memory ran out, else the one that came."""
+    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        return error
+    return MachineError(
+        f"memory ran out in a training step ({str(error).splitlines()[0][:200]})",
+        where="train.pack_tokens",
+        fix=f"Set it lower than {section.pack_tokens} (the result stays the same), or take a smaller model.",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
@@ -65,6 +65,3 @@ class Lora(Section):
             if self.targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in self.targets)
         ]
         return sum(self.rank * (rows + columns) for rows, columns in chosen)
-
-    def settings(self) -> dict[str, Any]:
-        return self.model_dump(mode="json")
