@@ -77,6 +77,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         TunesmithError: what would have stopped the run before training.
     """
     from tunesmith.data.prepare import load_rows, prepare
+    from tunesmith.models.packed import common_beginning
     from tunesmith.models.plan import estimate, shape_of
     from tunesmith.train.batching import Schedule
 
@@ -102,9 +103,11 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         journey.machine.precision if train.precision == "auto" else train.precision,
         trained,
         [len(r) for r in rendered],
+        common_beginning(rendered),
         sum(r.trained for r in rendered),
         schedule.total,
         schedule.total / schedule.steps_per_epoch,
+        train.batch_size,
         train.pack_tokens,
     )
 

@@ -29,7 +29,7 @@ import json, time, torch
 def rate(dtype):
     a, b = torch.randn(1024, 1024).to(dtype), torch.randn(2048, 1024).to(dtype)
     best = float("inf")
-    for _ in range(12):
+    for _ in range(40):
         start = time.perf_counter(); torch.nn.functional.linear(a, b); best = min(best, time.perf_counter() - start)
     return 2 * 1024 * 1024 * 2048 / best / 1e9
 cuda = torch.cuda.is_available()
@@ -110,7 +110,8 @@ def _probe(cores: int) -> Machine:
     found = found or {"float32": 0.0, "bfloat16": 0.0}
     cuda = bool(found.pop("cuda", False))
     gains = found["bfloat16"] > BFLOAT16_MUST_GAIN * found["float32"]
-    fast = bool(found.pop("cuda_bfloat16", False)) if cuda else gains
+    cuda_is_fast = bool(found.pop("cuda_bfloat16", False))
+    fast = cuda_is_fast if cuda else gains
     rates = {name: round(rate, 1) for name, rate in found.items()}
     return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rates, isa)
 

@@ -107,23 +107,28 @@ def estimate(
     precision: str,
     trained: int,
     lengths: list[int],
+    shared: int,
     loss_tokens: int,
     steps: int,
     epochs: float,
+    batch_size: int,
     pack_tokens: int,
 ) -> Plan:
     """Memory and time of a LoRA run.
 
-    A token costs two floating-point operations a weight forward and two backward (the frozen weights get no
+    Each row has `lengths` tokens, of which all rows share the first `shared`: those are computed once a pack. A
+    token costs two floating-point operations a weight forward and two backward (the frozen weights get no
     gradient of their own), and six a trained weight; the output layer only counts where a token carries loss.
     Memory is the frozen weights, the trained ones with gradient and AdamW's two moments, what one pack keeps
     for backward, and one chunk of logits.
     """
     size = BYTES[precision]
-    in_pack = min(max(pack_tokens, max(lengths)), sum(lengths))
+    own = [length - shared for length in lengths]
+    in_pack = min(max(pack_tokens, max(lengths)), shared + sum(sorted(own)[-batch_size:]))
     products = sum(rows * columns for rows, columns in shape.linear.values())
     tokens = round(sum(lengths) * epochs)
-    work = tokens * (4 * products + 6 * trained) + 4 * round(loss_tokens * epochs) * shape.head
+    computed = sum(own) * epochs * (1 + shared / max(in_pack - shared, 1))
+    work = computed * (4 * products + 6 * trained) + 4 * round(loss_tokens * epochs) * shape.head
     rate = max(machine.gflops.get(precision, 0.0), 1.0) * 1e9
     kept = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
     return Plan(

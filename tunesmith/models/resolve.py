@@ -187,11 +187,12 @@ def _from_gguf(file: Path, name: str) -> Path:
 
 def _unpack(file: Path, target: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
     from tunesmith.models.load import silence
 
     silence()
+    modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # the one bar that its own switch forgets
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         model = AutoModelForCausalLM.from_pretrained(
