@@ -109,7 +109,8 @@ def chosen(section: EvaluateSection, inputs: EvaluateInputs) -> tuple[str, list[
 def _answers(
     make: Callable[[], Engine], rows: Sequence[Conversation], renderer: Renderer, limit: int, side: str
 ) -> Answers:
-    engine = make()
+    with bar(f"Loading, {side}"):
+        engine = make()
     prompts = [renderer.prompt(row.prompt) for row in rows]
     with bar(f"Answers, {side}", len(rows)) as progress:
         given = engine.generate(prompts, limit, renderer.stop_ids, progress.advance)

@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 
 from tunesmith.models.resolve import cache_folder
-from tunesmith.progress import bar
+from tunesmith.progress import clock
 from tunesmith.runs import hash_json, versions, write_json
 
 BFLOAT16_MUST_GAIN = 1.3
@@ -101,7 +101,7 @@ def machine() -> Machine:
 def _probe(cores: int) -> Machine:
     found: dict[str, float] | None = None
     isa = None
-    with bar("Measuring this machine"):
+    with clock("Measuring this machine", 8):
         for limit in (None, "AVX512_CORE_BF16", "AVX512_CORE", "AVX2"):
             found = _try(limit)
             if found:

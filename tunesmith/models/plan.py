@@ -147,6 +147,6 @@ def estimate(
             "activations": in_pack * kept * shape.layers * size,
             "logits": 2 * min(LOGIT_CHUNK, math.ceil(in_pack)) * shape.vocabulary * 4,
         },
-        seconds=round(work / (rate * STEP_EFFICIENCY), 1),
+        seconds=round(work / (rate * STEP_EFFICIENCY), 3),
         available_bytes=psutil.virtual_memory().available,
     )

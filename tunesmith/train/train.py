@@ -88,25 +88,15 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             chosen = schedule.step(state.step)
             rate = learning_rate(state.step, schedule.total, section.learning_rate, section.warmup, section.schedule)
             began = time.perf_counter()
-            try:
-                loss, norm = _step(section, forward, rows, packs(chosen, rows, section.pack_tokens))
-            except RuntimeError as error:
-                raise _out_of_memory(error, section) from error
+            loss, norm = _gradients(section, forward, rows, packs(chosen, rows, section.pack_tokens))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
-                what, value = ("loss", loss) if not math.isfinite(loss) else ("gradient's norm", norm)
-                raise _not_finite(what, value, state, [inputs.training[i].id for i in chosen], run)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
+                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, inputs.training, chosen, run)
+            _update(optimizer, rate)
             if not all(p.isfinite().all() for p in weights.values()):
-                raise _not_finite("weights", math.nan, state, [inputs.training[i].id for i in chosen], run)
-            optimizer.zero_grad()
-            seconds = time.perf_counter() - began
-            state.step += 1
-            tokens = sum(lengths[i] for i in chosen)
-            state.tokens += tokens
-            state.seconds += seconds
+                raise _not_finite({"weights": math.nan}, state, inputs.training, chosen, run)
+            tokens, seconds = sum(lengths[i] for i in chosen), time.perf_counter() - began
+            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + seconds
             line: dict[str, Any] = {
                 "step": state.step,
                 "epoch": round(state.step / schedule.steps_per_epoch, 4),
@@ -119,11 +109,10 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                line["validation_loss"] = _validate(section, forward, held_out)
-                if not math.isfinite(line["validation_loss"]):
-                    ids = [row.id for row in inputs.validation[:5]]
-                    raise _not_finite("validation loss", line["validation_loss"], state, ids, run)
-                if _improved(state, line["validation_loss"]) and section.keep_best:
+                line["validation_loss"] = found = _validate(section, forward, held_out)
+                if not math.isfinite(found):
+                    raise _not_finite({"validation loss": found}, state, inputs.validation, range(5), run)
+                if _improved(state, found) and section.keep_best:
                     with whole_folder(run.stage("train") / "best") as folder:
                         model.save_pretrained(folder)
             append_jsonl(run.metrics, line)
@@ -181,20 +170,40 @@ def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Render
     return encoded
 
 
-def _step(
+def _gradients(
     section: TrainSection, forward: PackedForward, rows: Sequence[Rendered], groups: list[list[int]]
 ) -> tuple[float, float]:
-    """Gradients of one optimizer step, clipped: its loss, and the gradient's norm before clipping."""
+    """Gradients of one optimizer step, clipped: its loss, and the gradient's norm before clipping.
+
+    Raises:
+        MachineError: memory ran out.
+    """
     method = section.method
     size = sum(method.size(rows[i]) for group in groups for i in group)
     total = 0.0
-    for group in groups:
-        # Each pack adds the sum over its tokens, divided by the whole step's: packing changes nothing.
-        loss = method.loss(forward, forward.pack([rows[i] for i in group])) / size
-        loss.backward()
-        total += loss.item()
+    try:
+        for group in groups:
+            # Each pack adds the sum over its tokens, divided by the whole step's: packing changes nothing.
+            loss = method.loss(forward, forward.pack([rows[i] for i in group])) / size
+            loss.backward()
+            total += loss.item()
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        raise MachineError(
+            f"memory ran out in a training step ({str(error).splitlines()[0][:200]})",
+            where="train.pack_tokens",
+            fix=f"Set it lower than {section.pack_tokens} (the result stays the same), or take a smaller model.",
+        ) from error
     trained = [p for p in forward.model.parameters() if p.requires_grad]
     return total, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
+
+
+def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -223,25 +232,19 @@ def _stale(section: TrainSection, state: State) -> bool:
     return section.early_stopping is not None and state.stale >= section.early_stopping
 
 
-def _not_finite(what: str, value: float, state: State, rows: list[str], run: Run) -> TrainingError:
-    run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=rows)
+def _not_finite(
+    values: dict[str, float], state: State, rows: Sequence[Conversation], chosen: Sequence[int], run: Run
+) -> TrainingError:
+    """The error for the first of some values that is not finite, with the rows it came from."""
+    what, value = next((what, value) for what, value in values.items() if not math.isfinite(value))
+    names = [rows[i].id for i in chosen if i < len(rows)]
+    run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=names)
     saved = sorted(run.checkpoints.glob("step-*"))
     return TrainingError(
-        f"the {what} became {value} in step {state.step + 1}, on rows {', '.join(rows)}",
+        f"the {what} became {value} in step {state.step + 1}, on rows {', '.join(names)}",
         where=str(run.path),
         fix=(f"The last good weights are kept in {saved[-1]}. " if saved else "")
         + "Look at those rows; a lower train.learning_rate often helps.",
-    )
-
-
-def _out_of_memory(error: RuntimeError, section: TrainSection) -> Exception:
-    """Our error where memory ran out, else the one that came."""
-    if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-        return error
-    return MachineError(
-        f"memory ran out in a training step ({str(error).splitlines()[0][:200]})",
-        where="train.pack_tokens",
-        fix=f"Set it lower than {section.pack_tokens} (the result stays the same), or take a smaller model.",
     )
 
 

@@ -1,0 +1,87 @@
+"""What the verbs that only look tell is what running finds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tests.conftest import write_recipe
+
+
+def test_plan_foretells_what_training_does(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    plan = tunesmith("plan", path, "--json").json
+    assert not (tmp_path / "runs").exists()
+    told = tunesmith("train", path, "--json").json["train"]
+    assert plan["steps"] == told["steps"] == 6
+    assert plan["trained_parameters"] == told["parameters"]["trained"]
+    assert plan["parameters"] == told["parameters"]["total"] + told["parameters"]["trained"]
+    assert plan["precision"] == told["precision"] or recipe["train"]["precision"] == "float32"
+    assert plan["peak_bytes"] == sum(plan["memory"].values()) and plan["fits"] and plan["seconds"] > 0
+    assert "parameters" in tunesmith("plan", path).out
+
+
+def test_check_colours_what_carries_loss_and_keeps_nothing(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("check", path)
+    assert said.code == 0
+    assert "\x1b[30;42m" in said.out  # black on green
+    assert "60 rows read, 60 accepted, 0 rejected" in said.out.replace("\x1b[0m", "")
+    shown = tunesmith("check", path, "--json").json["shown"]
+    assert len(shown) == 3
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_are_listed_compared_and_removed(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    for name, rank in (("one", 2), ("two", 4)):
+        done = tunesmith("run", path, "--set", f"name={name}", "--set", f"train.adapter.rank={rank}", "--json")
+        assert done.code == 0
+    assert [r["run"] for r in tunesmith("runs", "list", "--json").json] == ["one", "two"]
+    assert tunesmith("runs", "show", "two", "--json").json["train"]["steps"] == 6
+    difference = {d["what"]: (d["one"], d["two"]) for d in tunesmith("runs", "diff", "one", "two", "--json").json}
+    assert difference["train.adapter.rank"] == ("2", "4")
+    assert tunesmith("runs", "rm", "one", "--json").code == 2  # nobody to ask, and not told to
+    assert tunesmith("runs", "rm", "one", "--yes").code == 0
+    assert not (tmp_path / "runs/one").exists()
+    assert [r["run"] for r in tunesmith("runs", "list", "--json").json] == ["two"]
+
+
+def test_only_runs_are_removed(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """A project's own folder may hold a recipe.yaml too."""
+    write_recipe(tmp_path, recipe, "recipe.yaml")
+    said = tunesmith("runs", "rm", ".", "--yes")
+    assert said.code == 2 and "no run is called" in said.err
+    assert (tmp_path / "recipe.yaml").exists()
+
+
+def test_changed_training_sets_the_earlier_one_aside(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("train", path).code == 0
+    before = (tmp_path / "runs/tiny/train/adapter/adapter_model.safetensors").read_bytes()
+    said = tunesmith("train", path, "--set", "train.learning_rate=0.02")
+    assert said.code == 0 and "is kept in" in said.err
+    kept = list((tmp_path / "runs/tiny/replaced").glob("train-*/adapter/adapter_model.safetensors"))
+    assert len(kept) == 1 and kept[0].read_bytes() == before
+
+
+def test_a_run_without_test_rows_stops_before_training(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["data"]["split"]["test"] = 0
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 2 and "no test rows" in said.err
+    assert not (tmp_path / "runs/tiny/train").exists()
+
+
+def test_doctor_and_schema(tunesmith: Any) -> None:
+    found = tunesmith("doctor", "--json").json
+    assert {"versions", "processor", "accelerators", "memory", "extras"} <= set(found)
+    assert tunesmith("schema").json["properties"]["train"]
+
+
+def test_usage_errors_are_exit_code_2(tunesmith: Any) -> None:
+    assert tunesmith("run").code == 2
+    assert tunesmith("nothing").code == 2
+    assert tunesmith("run", "quickstart", "--what").code == 2
