@@ -16,6 +16,7 @@ from tunesmith.models.resolve import ResolvedModel
 BYTES = {"float32": 4, "bfloat16": 2}
 # Of the measured matrix-product rate, the share that a whole training step reaches (benchmarks/RESULTS.md).
 STEP_EFFICIENCY = 0.55
+STEP_SECONDS = 0.02  # what a step takes besides, however small the model
 # Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 14, 6
 PROCESS = 450 * 2**20  # Python, torch and transformers before any weight
@@ -147,6 +148,6 @@ def estimate(
             "activations": in_pack * kept * shape.layers * size,
             "logits": 2 * min(LOGIT_CHUNK, math.ceil(in_pack)) * shape.vocabulary * 4,
         },
-        seconds=round(work / (rate * STEP_EFFICIENCY), 3),
+        seconds=round(work / (rate * STEP_EFFICIENCY) + steps * STEP_SECONDS, 1),
         available_bytes=psutil.virtual_memory().available,
     )
