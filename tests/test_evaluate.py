@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import write_recipe
 from tunesmith.evaluate import metrics
 from tunesmith.evaluate.metrics import Answers
-from tunesmith.evaluate.statistics import difference, interval, resamples, verdict
+from tunesmith.evaluate.statistics import Resamples, difference, interval, verdict
 
 
 def answers(given: list[str], references: list[str]) -> Answers:
@@ -77,7 +77,7 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     shares, means, gaps = 0, 0, 0
     trials, n = 400, 80
     for trial in range(trials):
-        draws = resamples(n, 400, trial)
+        draws = Resamples(n, 400, trial)
         hits = metrics._rows(list((random.random(n) < 0.4).astype(float)))
         found = interval(metrics.exact_match, hits, draws)
         shares += found["low"] <= 0.4 <= found["high"]
@@ -99,7 +99,7 @@ def test_p_values_are_even_where_nothing_differs() -> None:
     found = []
     for trial in range(300):
         one, other = (metrics._rows(list(random.normal(size=50))) for _ in range(2))
-        found.append(difference(metrics.rouge_l, one, other, resamples(50, 300, trial))["p"])
+        found.append(difference(metrics.rouge_l, one, other, Resamples(50, 300, trial))["p"])
     assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.09
     assert 0.4 <= np.mean(found) <= 0.6
 

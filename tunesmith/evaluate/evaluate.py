@@ -15,7 +15,7 @@ from tunesmith.conversation.render import Renderer
 from tunesmith.errors import DataError
 from tunesmith.evaluate.metrics import FITTING, Answers, Metric
 from tunesmith.evaluate.section import EvaluateSection
-from tunesmith.evaluate.statistics import difference, interval, resamples, verdict
+from tunesmith.evaluate.statistics import Resamples, difference, interval, verdict
 from tunesmith.inference.engine import Engine
 from tunesmith.progress import bar
 from tunesmith.runs import json_line, write_json
@@ -50,7 +50,7 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     limit = section.max_new_tokens or longest + longest // 4 + 8
     sides = {side: _answers(inputs.engines[side], rows, inputs.renderer, limit, side) for side in SIDES}
 
-    draws = resamples(len(rows), section.bootstrap, inputs.seed)
+    draws = Resamples(len(rows), section.bootstrap, inputs.seed)
     scores: dict[str, Any] = {}
     for metric in metrics:
         stats = {side: metric.stats(answers) for side, answers in sides.items()}

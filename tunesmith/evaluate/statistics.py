@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.stats import binomtest, norm, t
 
 from tunesmith.evaluate.metrics import Floats, Metric
 
+HELD_AT_ONCE = 2**22  # of the numbers of a bootstrap's draws
 
-def resamples(n: int, count: int, seed: int) -> Floats:
-    """How often each of n rows is drawn in each of `count` bootstrap resamples: [count, n] (Efron 1979)."""
-    return np.random.default_rng([seed, n]).multinomial(n, np.full(n, 1 / n), size=count).astype(np.float64)
+
+@dataclass(frozen=True)
+class Resamples:
+    """`count` bootstrap resamples of n rows (Efron 1979), the same ones each time they are asked for."""
+
+    n: int
+    count: int
+    seed: int
+
+    def sums(self, stats: Floats) -> Floats:
+        """The sum of rows' vectors [n, k] over each resample: [count, k], in bounded memory."""
+        random = np.random.default_rng([self.seed, self.n])
+        chunk = max(1, HELD_AT_ONCE // self.n)
+        sizes = [min(chunk, self.count - start) for start in range(0, self.count, chunk)]
+        even = np.full(self.n, 1 / self.n)
+        return np.concatenate([random.multinomial(self.n, even, size=size) @ stats for size in sizes])
 
 
 def expansion(n: int) -> float:
@@ -26,26 +42,26 @@ def _bounds(spread: Floats, n: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def interval(metric: Metric, stats: Floats, draws: Floats) -> dict[str, float]:
+def interval(metric: Metric, stats: Floats, draws: Resamples) -> dict[str, float]:
     """A metric's value with its 95% interval: Wilson's score interval for a share of rows, else the
-    bootstrap's expanded percentiles. `stats` is [n, k], `draws` as `resamples` gives them."""
+    bootstrap's expanded percentiles. `stats` is [n, k], `draws` the resamples."""
     value = float(metric.value(stats.sum(0)))
     if metric.binary:
         hits, rows = stats.sum(0)
         bounds = binomtest(round(hits), round(rows)).proportion_ci(method="wilson")
         low, high = float(bounds.low), float(bounds.high)
     else:
-        low, high = _bounds(metric.value(draws @ stats), len(stats))
+        low, high = _bounds(metric.value(draws.sums(stats)), len(stats))
     return {"value": value, "low": low, "high": high}
 
 
-def difference(metric: Metric, baseline: Floats, tuned: Floats, draws: Floats) -> dict[str, float]:
+def difference(metric: Metric, baseline: Floats, tuned: Floats, draws: Resamples) -> dict[str, float]:
     """tuned - baseline on the same rows, with the paired bootstrap's 95% interval and two-sided p value.
 
     p is twice the smaller share of resamples on either side of no difference, counting the sample itself
     (Davison and Hinkley 1997, section 4.4), so it is never 0.
     """
-    spread = metric.value(draws @ tuned) - metric.value(draws @ baseline)
+    spread = metric.value(draws.sums(tuned)) - metric.value(draws.sums(baseline))
     spread = spread[np.isfinite(spread)]
     low, high = _bounds(spread, len(tuned))
     value = float(metric.value(tuned.sum(0)) - metric.value(baseline.sum(0)))
