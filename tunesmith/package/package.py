@@ -17,7 +17,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.package.section import PackageSection
-from tunesmith.progress import bar
+from tunesmith.progress import bar, say
 from tunesmith.runs import need_room
 
 CHECKED_TOKENS = 256
@@ -43,10 +43,30 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
     Raises:
         ModelError: merged and adapter give logits further apart than the tolerance.
     """
-    precision = stored_precision(inputs.model.path) if section.precision == "auto" else section.precision
+    stored = stored_precision(inputs.model.path)
     size = sum(p.stat().st_size for p in inputs.model.path.glob("*.safetensors"))
-    need_room(target, 3 * size, "The merged model")
-    folder = target / "model"
+    need_room(target, 4 * size, "The merged model")
+    check = _merge(section, inputs, target / "model", stored if section.precision == "auto" else section.precision)
+    if section.precision == "auto" and stored != "float32" and not _near(check):
+        say(f"rounding the merged weights to {stored} would change the answers: keeping them in float32")
+        check = _merge(section, inputs, target / "model", "float32") | {"instead_of": stored}
+    if not _near(check):
+        raise ModelError(
+            f"merged and adapter differ by {check['largest_difference']:.3g} of the logits' spread "
+            f"({check['tolerance']:g} is allowed) and {check['mean_kl']:.3g} nats of KL "
+            f"({check['tolerated_kl']:g} is allowed)",
+            where="package.tolerance",
+            fix="Merge in float32 (package.precision: float32), or ship the adapter beside its base.",
+        )
+    return {"check": check}
+
+
+def _near(check: dict[str, Any]) -> bool:
+    return bool(check["largest_difference"] <= check["tolerance"] and check["mean_kl"] <= check["tolerated_kl"])
+
+
+def _merge(section: PackageSection, inputs: PackageInputs, folder: Path, precision: str) -> dict[str, Any]:
+    """Write the merged model in `precision` and compare it with base and adapter."""
     rows = [inputs.renderer.render(row).ids[:CHECKED_TOKENS] for row in inputs.rows[: section.check_rows]]
     with bar("Merging and checking", 2) as progress:
         merged = load_tuned(inputs.model, inputs.adapter, getattr(torch, precision))
@@ -62,24 +82,14 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
         ).save_pretrained(folder)
         del merged
         progress.advance()
-        saved = replace(inputs.model, path=folder)
-        check = compare(
+        found = compare(
             load_tuned(inputs.model, inputs.adapter, torch.float32, merge=False),
-            load_model(saved, torch.float32),
+            load_model(replace(inputs.model, path=folder), torch.float32),
             rows,
         )
         progress.advance()
     tolerance = section.tolerance or TOLERANCE[precision]
-    kl = TOLERATED_KL[precision]
-    check |= {"precision": precision, "tolerance": tolerance, "tolerated_kl": kl}
-    if not (check["largest_difference"] <= tolerance and check["mean_kl"] <= kl):
-        raise ModelError(
-            f"merged and adapter differ by {check['largest_difference']:.3g} of the logits' spread "
-            f"({tolerance:g} is allowed) and {check['mean_kl']:.3g} nats of KL ({kl:g} is allowed)",
-            where="package.tolerance",
-            fix="Merge in float32 (package.precision: float32), or ship the adapter beside its base.",
-        )
-    return {"check": check}
+    return found | {"precision": precision, "tolerance": tolerance, "tolerated_kl": TOLERATED_KL[precision]}
 
 
 def stored_precision(folder: Path) -> str:

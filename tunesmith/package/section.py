@@ -13,7 +13,8 @@ class PackageSection(Section):
     """What is handed on."""
 
     precision: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the merged weights; `auto` is what the base model's own file has."""
+    """Of the merged weights; `auto` is what the base model's own file has, or float32 where rounding
+    to that would change the answers."""
     tolerance: float | None = Field(None, gt=0)
     """Largest difference between the merged model's and the adapter's logits, as a share of the logits'
     standard deviation; 0.001 for float32 and 0.3 for 16 bits, if not given."""
