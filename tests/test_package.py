@@ -51,6 +51,26 @@ def test_a_merge_that_drifts_fails_the_stage_and_leaves_no_model(
     assert not (tmp_path / "runs/tiny/package").exists()
 
 
+def test_where_rounding_would_change_the_answers_the_weights_stay_float32(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    import shutil
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base16"
+    shutil.copytree(tiny_model, base)
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    recipe |= {"model": str(base), "package": {"tolerance": 1e-3}}
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    assert "rounding the merged weights to bfloat16 would change the answers" in said.err
+    check = json.loads((tmp_path / "runs/tiny/package/manifest.json").read_text())["check"]
+    assert (check["precision"], check["instead_of"]) == ("float32", "bfloat16")
+    assert check["largest_difference"] <= 1e-3
+
+
 def test_python_runs_and_chats(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     import tunesmith as ts
 

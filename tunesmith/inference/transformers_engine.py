@@ -1,8 +1,10 @@
-"""The engine that runs wherever the model was trained: transformers' own generation, batched."""
+"""The engine that runs wherever the model was trained: on transformers' models, with our own batched decoding where
+it gives what the model's own forward gives, and transformers' generation elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,9 @@ import torch
 from transformers import GenerationConfig
 
 from tunesmith.conversation.render import Rendered
+from tunesmith.inference.decode import Decoder
 from tunesmith.inference.engine import Score, Tick
+from tunesmith.models.attention import CannotPack
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
@@ -55,21 +59,32 @@ class TransformersEngine:
         loaded = load_tuned(model, adapter, dtype, self.device) if adapter else load_model(model, dtype, self.device)
         self.model: Any = loaded
         self._attention = loaded.config._attn_implementation
+        self._forward: PackedForward | None = None
+        self._decoder: Decoder | None = None
 
     @torch.inference_mode()
     def generate(
         self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int], tick: Tick
     ) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
+        if not prompts:
+            return answers
+        with self._packed([Rendered(ids, [0.0] * len(ids)) for ids in prompts]):
+            if self._decoder:
+                for batch in self._decoder.batches([len(p) for p in prompts], max_new_tokens):
+                    for number, ids in self._decoder.greedy([prompts[i] for i in batch], max_new_tokens, stop_ids):
+                        answers[batch[number]] = _until(ids, stop_ids)
+                        tick(1)
+                return answers
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while longest_first:
             width = len(prompts[longest_first[0]])
             count = max(1, min(BATCH_ROWS, BATCH_TOKENS // (width + max_new_tokens)))
             batch, longest_first = longest_first[:count], longest_first[count:]
             pad = stop_ids[0] if stop_ids else 0
-            ids = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
-            mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            out = self._greedy(ids, mask, max_new_tokens, stop_ids)
+            ids_BT = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
+            mask_BT = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+            out = self._greedy(ids_BT, mask_BT, max_new_tokens, stop_ids)
             for i, row in zip(batch, out.tolist(), strict=True):
                 answers[i] = _until(row[width:], stop_ids)
             tick(len(batch))
@@ -103,12 +118,10 @@ class TransformersEngine:
         )
         return out.cpu()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
-        try:
-            forward = PackedForward(self.model, rows)
-            sums = [0.0] * len(rows)
-            counts = [0] * len(rows)
+        sums, counts = [0.0] * len(rows), [0] * len(rows)
+        with self._packed(rows) as forward:
             for group in packs(range(len(rows)), rows, SCORE_TOKENS):
                 batch = forward.pack([rows[i] for i in group])
                 values = forward.nll(batch).double().tolist()
@@ -116,9 +129,21 @@ class TransformersEngine:
                     sums[group[number]] += value
                     counts[group[number]] += 1
                 tick(len(group))
+        return [Score(s, c) for s, c in zip(sums, counts, strict=True)]
+
+    @contextlib.contextmanager
+    def _packed(self, rows: Sequence[Rendered]) -> Iterator[PackedForward]:
+        """The model's packed forward, made with the first rows it sees; its attention is the model's own again
+        outside."""
+        try:
+            if self._forward is None:
+                self._forward = PackedForward(self.model, rows)
+                with contextlib.suppress(CannotPack):
+                    self._decoder = Decoder(self._forward)
+            self.model.set_attn_implementation(self._forward.attention)
+            yield self._forward
         finally:
             self.model.set_attn_implementation(self._attention)
-        return [Score(s, c) for s, c in zip(sums, counts, strict=True)]
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

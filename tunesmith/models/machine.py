@@ -83,7 +83,7 @@ def machine() -> Machine:
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
-    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     seen = [os.environ.get(name) for name in (ISA, "CUDA_VISIBLE_DEVICES")]
     mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
     file = cache_folder() / f"machine-{mark}.json"

@@ -12,9 +12,8 @@ others (and for whatever `PackedForward` finds to give another loss), rows go th
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,22 +23,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
+from tunesmith.models.attention import CannotPack, Layout, laid_out, packed_attention
+from tunesmith.models.fused import fuse, unfuse
 
 ATTENTION = "tunesmith_packed"
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
 SHARED_AT_LEAST = 8  # a shorter common beginning is not worth a mask
-
-
-class CannotPack(Exception):
-    """This model's attention wants something that row-by-row attention does not offer."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How rows lie in a sequence: `shared` tokens that all rows begin with, then each row's other tokens."""
-
-    shared: int
-    lengths: list[int]
 
 
 @dataclass(frozen=True)
@@ -63,9 +52,6 @@ class Pack:
     before_N: Tensor
     weights_N: Tensor
     owner_N: Tensor
-
-
-_layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
 
 
 def common_beginning(rows: Sequence[Rendered]) -> int:
@@ -102,7 +88,7 @@ def pack(rows: Sequence[Rendered], device: str | torch.device = "cpu", share: bo
     return Pack(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
-        Layout(shared, [len(r) - shared for r in rows]),
+        Layout(shared, [len(r) - shared for r in rows], device),
         torch.tensor(places, dtype=torch.long, device=device),
         torch.tensor(before, dtype=torch.long, device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
@@ -132,61 +118,6 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         else:
             bins.append((capacity - lengths[i], [i]))
     return [sorted(members) for _, members in bins]
-
-
-def packed_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Causal attention within each row. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
-
-    An entry of transformers' attention interface; how rows lie in T comes from `laid_out`.
-    """
-    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise CannotPack("attention with a soft cap, sinks or a position bias")
-    layout = _layout.get()
-    shared, parts = layout.shared, [layout.shared, *layout.lengths]
-    grouped = query.shape[1] != key.shape[1]
-    first_k, first_v = key[:, :, :shared], value[:, :, :shared]
-    out = []
-    rows = zip(query.split(parts, 2), key.split(parts, 2), value.split(parts, 2), strict=True)
-    for number, (q, k, v) in enumerate(rows):
-        if number and shared:
-            k, v = torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)
-        elif not q.shape[2]:
-            continue
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, q.device)
-        out.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-            )
-        )
-    return torch.cat(out, 2).transpose(1, 2).contiguous(), None
-
-
-def _mask(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor | None:
-    """Which keys [K] the last queries [Q] of a row see; None where plain causal attention says it."""
-    if queries == keys and (window is None or keys <= window):
-        return None
-    q = torch.arange(keys - queries, keys, device=device)[:, None]
-    k = torch.arange(keys, device=device)
-    return k <= q if window is None else (k <= q) & (q - k < window)
-
-
-@contextlib.contextmanager
-def laid_out(layout: Layout) -> Iterator[None]:
-    token = _layout.set(layout)
-    try:
-        yield
-    finally:
-        _layout.reset(token)
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -232,7 +163,7 @@ def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor) -> Ten
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
 
 
-def _probe(rows: Sequence[Rendered], longest: int = 64) -> list[Rendered]:
+def _probe(rows: Sequence[Rendered], longest: int = 24) -> list[Rendered]:
     """Three short rows of different lengths that begin alike, made of the first tokens of given ones."""
     first, second = rows[0].ids[:longest], rows[-1].ids[: longest // 2]
     alike = (first * SHARED_AT_LEAST)[:SHARED_AT_LEAST]
@@ -254,7 +185,18 @@ class PackedForward:
         self.packed, self.why = True, "rows packed, attention per row, logits where loss is"
         self._slow_attention = self.model.config._attn_implementation
         coarse = next(self.model.parameters()).dtype != torch.float32
-        self._check(_probe(rows), tolerance or (0.1 if coarse else 1e-3))
+        self.probe, self.tolerance = _probe(rows), tolerance or (0.1 if coarse else 1e-3)
+        self._check()
+
+    @property
+    def backbone(self) -> Any:
+        """The model without its output layer."""
+        return getattr(self.model, self.model.base_model_prefix)
+
+    @property
+    def attention(self) -> str:
+        """The name under which transformers knows the attention that this forward needs."""
+        return ATTENTION if self.packed else str(self._slow_attention)
 
     def pack(self, rows: Sequence[Rendered]) -> Pack:
         """Rows as this model can take them."""
@@ -265,9 +207,8 @@ class PackedForward:
         return self._together(batch) if self.packed else self._one_by_one(batch)
 
     def _together(self, batch: Pack) -> Tensor:
-        backbone = getattr(self.model, self.model.base_model_prefix)
         with laid_out(batch.layout):
-            hidden = backbone(
+            hidden = self.backbone(
                 input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False
             ).last_hidden_state[0]
         # index_select: its backward adds in a fixed order, where indexing's need not.
@@ -288,26 +229,38 @@ class PackedForward:
         return torch.cat(losses)
 
     @torch.no_grad()
-    def _check(self, probe: Sequence[Rendered], tolerance: float) -> None:
-        everything = [Rendered(r.ids, [0.0] * SHARED_AT_LEAST + [1.0] * (len(r) - SHARED_AT_LEAST)) for r in probe]
+    def _check(self) -> None:
+        """Go packed, with what can be fused, as far as that gives the losses that rows have one by one."""
+        start = SHARED_AT_LEAST
+        probe = [Rendered(r.ids, [0.0] * start + [1.0] * (len(r) - start)) for r in self.probe]
         training = self.model.training
         self.model.eval()
         try:
-            expected = self._one_by_one(pack(everything, self.device, share=False))
+            expected = self._one_by_one(pack(probe, self.device, share=False))
             from transformers import AttentionInterface
 
             AttentionInterface.register(ATTENTION, packed_attention)
             self.model.set_attn_implementation(ATTENTION)
             if self.model.config._attn_implementation != ATTENTION:
                 raise CannotPack("this architecture does not use transformers' attention interface")
-            off = max(
-                (self._together(pack(everything, self.device, share)) - expected).abs().mean().item()
-                for share in (True, False)
-            )
-            if not off <= tolerance:
-                raise CannotPack(f"packed losses are off by {off:.2g} nats a token")
+            counts = fuse(self.model, lambda: self._together(pack(probe, self.device)))
+            if self._off(probe, expected) > self.tolerance:
+                unfuse(self.model)
+                counts.clear()
+                off = self._off(probe, expected)
+                if off > self.tolerance:
+                    raise CannotPack(f"packed losses are off by {off:.2g} nats a token")
+            told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+            self.why += f"; fused: {told}" if told else ""
         except (CannotPack, AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+            unfuse(self.model)
             self.packed, self.why = False, f"one row at a time: {error}"
             self.model.set_attn_implementation(self._slow_attention)
         finally:
             self.model.train(training)
+
+    def _off(self, rows: Sequence[Rendered], expected: Tensor) -> float:
+        """By how many nats a token packing changes the loss, with and without a common beginning."""
+        found = [self._together(pack(rows, self.device, share)) for share in (True, False)]
+        off = max((losses - expected).abs().mean().item() for losses in found)
+        return off if math.isfinite(off) else math.inf

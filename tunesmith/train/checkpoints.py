@@ -100,8 +100,7 @@ def _load(
             state: dict[str, Any] = {}
             for key, value in tensors.items():
                 if key.startswith("optimizer/") and key.endswith(f"/{name}"):
-                    what = key.split("/")[1]
-                    state[what] = value if what == "step" else value.to(parameter.device)
+                    state[key.split("/")[1]] = value.to(parameter.device)
             optimizer.state[parameter] = state
     torch.set_rng_state(tensors["random/torch"])
     if "random/cuda" in tensors and torch.cuda.is_available():

@@ -72,7 +72,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     forward = PackedForward(model, rows)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
-        weights.values(), lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay
+        weights.values(), lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay, fused=True
     )
     size = 4 * sum(p.numel() for p in weights.values())
     need_room(run.path, size * (3 * (section.keep_checkpoints + 1) + 2), "Training")
@@ -93,7 +93,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
                 raise _not_finite({"loss": loss, "gradient's norm": norm}, state, inputs.training, chosen, run)
             _update(optimizer, rate)
-            if not all(p.isfinite().all() for p in weights.values()):
+            if not torch.stack(torch._foreach_norm(list(weights.values()))).isfinite().all():
                 raise _not_finite({"weights": math.nan}, state, inputs.training, chosen, run)
             tokens, seconds = sum(lengths[i] for i in chosen), time.perf_counter() - began
             state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + seconds

@@ -36,8 +36,6 @@ class Lora(Section):
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from tunesmith.train.adapters.fused import fuse
-
         config = LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
@@ -54,7 +52,6 @@ class Lora(Section):
                 where="train.adapter.targets",
                 fix=f"This model's linear layers are called: {', '.join(sorted(linear)) or 'none'}.",
             ) from error
-        fuse(tuned)
         return tuned
 
     def parameters(self, shapes: dict[str, tuple[int, int]]) -> int:

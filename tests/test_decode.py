@@ -1,0 +1,75 @@
+"""Our batched decoding gives token for token what transformers' own generation gives, one prompt at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_model
+from tunesmith.inference.transformers_engine import TransformersEngine
+from tunesmith.models.machine import Machine
+from tunesmith.models.resolve import resolve
+from tunesmith.models.section import ModelSection
+
+HERE = Machine("any", 2, "cpu", "float32", {}, None)
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6},
+    "qwen3": {"head_dim": 8},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "gemma": {"head_dim": 8},
+    "mixtral": {"num_local_experts": 4},
+    "gpt2": {},
+    "gpt_neox": {},
+    "mamba": {},  # has no attention: transformers' own generation answers
+}
+
+
+def engine(folder: Path) -> TransformersEngine:
+    return TransformersEngine(resolve(ModelSection(name=str(folder))), HERE)
+
+
+def prompts(shared: int) -> list[list[int]]:
+    random = torch.Generator().manual_seed(1)
+    beginning = torch.randint(3, 200, (shared,), generator=random).tolist()
+    return [beginning + torch.randint(3, 200, (n,), generator=random).tolist() for n in (9, 1, 14, 5, 9)]
+
+
+def alone(model: Any, ids: list[int], limit: int, stops: list[int]) -> list[int]:
+    out = model.generate(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        do_sample=False,
+        max_new_tokens=limit,
+        eos_token_id=stops,
+        pad_token_id=0,
+    )[0].tolist()[len(ids) :]
+    return out[: next((i for i, token in enumerate(out) if token in stops), len(out))]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("shared", [0, 12])
+def test_answers_are_those_of_transformers(tmp_path: Path, architecture: str, shared: int) -> None:
+    made = engine(make_model(tmp_path, architecture=architecture, **FAMILIES[architecture]))
+    given = prompts(shared)
+    free = [alone(made.model, ids, 10, []) for ids in given]
+    stops = sorted({free[0][4], free[2][7]})  # some end early, in the middle of the batch
+    expected = [alone(made.model, ids, 10, stops) for ids in given]
+    assert len({len(ids) for ids in expected}) > 1
+    done: list[int] = []
+    assert made.generate(given, 10, stops, done.append) == expected
+    assert sum(done) == len(given)
+    assert (made._decoder is None) == (architecture == "mamba")
+    assert made.stream(given[0], 10, stops, lambda token: None) == expected[0]  # the model is as it was before
+
+
+def test_small_batches_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine(make_model(tmp_path))
+    expected = made.generate(prompts(12), 10, [], lambda n: None)
+    monkeypatch.setattr("tunesmith.inference.decode.BATCH_ROWS", 2)
+    monkeypatch.setattr("tunesmith.inference.decode.READ_TOKENS", 1)
+    assert made.generate(prompts(12), 10, [], lambda n: None) == expected
+    assert made.generate([], 10, [], lambda n: None) == []

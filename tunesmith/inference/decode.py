@@ -1,0 +1,224 @@
+"""Greedy answers to many prompts at once.
+
+The prompts are read packed, what they all begin with once; their keys and values then lie in buffers of the
+final size, aligned at the right, and each step appends to them in place. Answers that have ended leave the batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, DynamicLayer
+
+from tunesmith.conversation.render import Rendered
+from tunesmith.models.attention import CannotPack, Layout, laid_out
+from tunesmith.models.packed import PackedForward
+
+ATTENTION = "tunesmith_decode"
+CACHE_BYTES, BATCH_ROWS = 2**30, 128  # of a batch's keys and values; of its prompts
+READ_TOKENS = 2048  # of prompts in one forward pass
+
+_hidden_BS: ContextVar[Tensor] = ContextVar("-inf where a row's keys are padding, 0 elsewhere")
+
+
+class _Read(DynamicLayer):
+    """Keeps the keys and values of packed prompts: [1, G, T, D]."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = key_states, value_states
+        return key_states, value_states
+
+
+class _Buffer(DynamicLayer):
+    """Keys and values [B, G, S, D] with room for S tokens, of which `filled` are there."""
+
+    def __init__(self, parts: Sequence[tuple[_Read, Tensor]], room: int) -> None:
+        super().__init__()
+        self.filled = parts[0][1].shape[1]
+        self.keys = _spread([(read.keys, take_BW) for read, take_BW in parts], room)
+        self.values = _spread([(read.values, take_BW) for read, take_BW in parts], room)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, self.filled], self.values[:, :, self.filled] = key_states[:, :, 0], value_states[:, :, 0]
+        self.filled += 1
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+
+
+def _spread(parts: Sequence[tuple[Tensor, Tensor]], room: int) -> Tensor:
+    """Packed [1, G, T, D], each with the places [B, W] of its rows' tokens -> [all B, G, W + room, D]."""
+    like, width = parts[0][0], parts[0][1].shape[1]
+    buffer = like.new_empty(sum(len(take) for _, take in parts), like.shape[1], width + room, like.shape[3])
+    start = 0
+    for x, take_BW in parts:
+        found = x[0].index_select(1, take_BW.flatten()).unflatten(1, take_BW.shape)
+        buffer[start : start + len(take_BW), :, :width] = found.transpose(0, 1)
+        start += len(take_BW)
+    return buffer
+
+
+def decode_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """One new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]."""
+    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise CannotPack("attention with a soft cap, sinks or a position bias")
+    first = max(0, key.shape[2] - sliding_window) if sliding_window is not None else 0
+    hidden = _hidden_BS.get()[:, None, None, first : key.shape[2]]
+    q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.matmul(q, key[:, :, first:].transpose(2, 3)) + hidden
+    out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value[:, :, first:])
+    return out.flatten(1, 2)[:, None], None
+
+
+class Decoder:
+    """A causal language model that answers in batches.
+
+    Raises:
+        CannotPack: the model can't be run packed, or stepping gives next tokens other scores than reading does.
+    """
+
+    def __init__(self, forward: PackedForward) -> None:
+        if not forward.packed:
+            raise CannotPack(forward.why)
+        self.forward, self.model = forward, forward.model
+        self.config = self.model.config.get_text_config()
+        AttentionInterface.register(ATTENTION, decode_attention)
+        self._check()
+
+    def greedy(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Each prompt's number and its answer, up to and with the stop id, as they end."""
+        logits, past, positions, hidden_BS = self._read(prompts, max_new_tokens)
+        alive = torch.arange(len(prompts))
+        answers: list[list[int]] = [[] for _ in prompts]
+        for step in range(max_new_tokens):
+            tokens = logits.argmax(-1)
+            going = []
+            for place, (number, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
+                answers[number].append(token)
+                if token in stop_ids or step == max_new_tokens - 1:
+                    yield number, answers[number]
+                else:
+                    going.append(place)
+            if not going:
+                return
+            if len(going) < len(alive):
+                kept = torch.tensor(going)
+                alive, tokens = alive[kept], tokens[kept.to(tokens.device)]
+                kept = kept.to(positions.device)
+                positions, hidden_BS = positions[kept], hidden_BS[kept]
+                for layer in past.layers:
+                    layer.keep(kept)
+            logits = self._step(tokens, past, positions, hidden_BS)
+            positions = positions + 1
+
+    def batches(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+        """Indices of prompts, grouped by length so that each group's keys and values fit the memory for them."""
+        size = next(self.model.parameters()).element_size()
+        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
+        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+        token = 2 * self.config.num_hidden_layers * heads * width * size
+        groups: list[list[int]] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[groups[-1][0]] if groups else 0
+            full = (len(groups[-1]) + 1) * (longest + max_new_tokens) * token > CACHE_BYTES if groups else True
+            if full or len(groups[-1]) == BATCH_ROWS:
+                groups.append([])
+            groups[-1].append(i)
+        return groups
+
+    def _read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, Cache, Tensor, Tensor]:
+        """Next-token logits [B, V], the cache, each row's next position [B] and its hidden keys [B, S]."""
+        device, width = self.forward.device, max(map(len, prompts))
+        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        self.model.set_attn_implementation(self.forward.attention)
+        hidden, reads, takes = [], [], []
+        for part in _in_order(prompts, READ_TOKENS):
+            batch = self.forward.pack([Rendered(ids, [0.0] * len(ids)) for ids in part])
+            read = Cache(layers=[_Read() for _ in range(self.config.num_hidden_layers)])
+            with laid_out(batch.layout):
+                x = self.forward.backbone(
+                    input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], past_key_values=read
+                ).last_hidden_state[0]
+            ends = torch.tensor(batch.layout.lengths, device=device).cumsum(0) + batch.layout.shared
+            hidden.append(x.index_select(0, ends - 1))
+            reads.append(read)
+            takes.append(_places(batch.layout, width))
+        layers = zip(*(read.layers for read in reads), strict=True)
+        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True)), room) for layer in layers])
+        padding = torch.arange(width + room, device=device) < (width - length_B)[:, None]
+        hidden_BS = torch.zeros(padding.shape, device=device, dtype=x.dtype).masked_fill_(padding, -torch.inf)
+        return self.model.get_output_embeddings()(torch.cat(hidden)), past, length_B, hidden_BS
+
+    def _step(self, tokens_B: Tensor, past: Cache, positions_B: Tensor, hidden_BS: Tensor) -> Tensor:
+        self.model.set_attn_implementation(ATTENTION)
+        with _set(_hidden_BS, hidden_BS):
+            hidden = self.forward.backbone(
+                input_ids=tokens_B[:, None], position_ids=positions_B[:, None], past_key_values=past, use_cache=True
+            ).last_hidden_state[:, 0]
+        logits: Tensor = self.model.get_output_embeddings()(hidden)
+        return logits
+
+    @torch.no_grad()
+    def _check(self) -> None:
+        """Read and step twice, and hold the scores against reading it all."""
+        rows = [r.ids for r in self.forward.probe]
+        try:
+            _, past, positions, hidden = self._read([ids[:-2] for ids in rows], 2)
+            self._step(torch.tensor([ids[-2] for ids in rows], device=self.forward.device), past, positions, hidden)
+            last = torch.tensor([ids[-1] for ids in rows], device=self.forward.device)
+            found = self._step(last, past, positions + 1, hidden).float().log_softmax(-1)
+            expected = self._read(rows, 1)[0].float().log_softmax(-1)
+        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+            raise CannotPack(str(error)) from error
+        off = (found - expected).abs().max().item()
+        if not off <= 10 * self.forward.tolerance:
+            raise CannotPack(f"scores of next tokens are off by {off:.2g}")
+
+
+def _in_order(prompts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:
+    """Prompts in runs of at most `capacity` tokens, or of one."""
+    start, tokens = 0, 0
+    for number, ids in enumerate(prompts):
+        if number > start and tokens + len(ids) > capacity:
+            yield prompts[start:number]
+            start, tokens = number, 0
+        tokens += len(ids)
+    yield prompts[start:]
+
+
+def _places(layout: Layout, width: int) -> Tensor:
+    """Where each row's tokens lie in the pack, aligned at the right; 0 for padding. [B, W]"""
+    start, places = layout.shared, []
+    for length in layout.lengths:
+        own = [*range(layout.shared), *range(start, start + length)]
+        places.append([0] * (width - len(own)) + own)
+        start += length
+    return torch.tensor(places, device=layout.device)
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Tensor], value: Tensor) -> Iterator[None]:
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)

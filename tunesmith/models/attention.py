@@ -1,0 +1,239 @@
+"""Attention of rows that lie end to end in one sequence, none seeing another.
+
+Rows of about the same length are computed together as batched matrix products, the heads that share keys
+folded into one; what all rows begin with is there once, and every row's keys start with it. The backward pass
+is written out and keeps the probabilities: [rows, heads, L, K], never the sequence's square. Where a row is too
+long for that, rows go through torch's own attention one by one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LONGEST_KEPT = 512  # keys; with more of them the probabilities outgrow the other activations
+PADDING = 1.25  # a group's longest row may be so much longer than its shortest
+
+
+class CannotPack(Exception):
+    """This model's attention wants something that row-by-row attention does not offer."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of about the same length: B of them, padded to L tokens, with K = before + L keys each.
+
+    Attributes:
+        before: how many leading tokens of the sequence each of these rows also sees.
+        rows: B.
+        take: [B * L] where the tokens lie in the sequence; padding repeats the row's last one.
+        real: which of those B * L are no padding.
+        mask_LK: 0 where a query sees a key, -inf elsewhere. Padding lies after all that a real token sees.
+    """
+
+    before: int
+    rows: int
+    take: Tensor
+    real: Tensor
+    mask_LK: Tensor
+
+    @property
+    def length(self) -> int:
+        return len(self.mask_LK)
+
+    def fold(self, x_MHD: Tensor, groups: int) -> Tensor:
+        """[B * L, H, D] -> [B * G, H / G * L, D]: the heads that share keys lie one after the other."""
+        _, heads, width = x_MHD.shape
+        x = x_MHD.view(self.rows, self.length, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
+        return x.reshape(self.rows * groups, -1, width)
+
+    def unfold(self, x_NRD: Tensor) -> Tensor:
+        """`fold` undone, without the padding."""
+        x = x_NRD.view(self.rows, -1, self.length, x_NRD.shape[-1]).transpose(1, 2)
+        return x.reshape(len(self.take), -1, x.shape[-1]).index_select(0, self.real)
+
+    def keys(self, x_TGD: Tensor) -> Tensor:
+        """[T, G, D] -> [B * G, K, D]: what the rows begin with, then their own."""
+        x = x_TGD.index_select(0, self.take).unflatten(0, (self.rows, self.length)).transpose(1, 2)
+        if self.before:
+            x = torch.cat((x_TGD[: self.before].transpose(0, 1).expand(self.rows, -1, -1, -1), x), 2)
+        return x.reshape(-1, *x.shape[2:])
+
+    def padded(self, x_THD: Tensor) -> Tensor:
+        """[T, H, D] -> [B * L, H, D], zero where there is padding."""
+        out = x_THD.new_zeros(len(self.take), *x_THD.shape[1:])
+        return out.index_copy_(0, self.real, x_THD.index_select(0, self.take[self.real]))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie in a sequence: `shared` tokens that all rows begin with, then each row's other tokens."""
+
+    shared: int
+    lengths: list[int]
+    device: torch.device | str = "cpu"
+    _plans: dict[int | None, tuple[list[Group], Tensor]] = field(default_factory=dict, repr=False)
+
+    @property
+    def parts(self) -> list[int]:
+        return [self.shared, *self.lengths]
+
+    def groups(self, window: int | None) -> tuple[list[Group], Tensor]:
+        """The rows in groups, and for each token of the sequence its place among the groups' real tokens."""
+        if window not in self._plans:
+            self._plans[window] = self._plan(window)
+        return self._plans[window]
+
+    def _plan(self, window: int | None) -> tuple[list[Group], Tensor]:
+        spans, start = [], self.shared
+        for length in self.lengths:
+            spans.append((start, length))
+            start += length
+        batches: list[list[tuple[int, int]]] = []
+        for span in sorted(spans, key=lambda s: s[1]):
+            if batches and span[1] <= PADDING * batches[-1][0][1]:
+                batches[-1].append(span)
+            else:
+                batches.append([span])
+        groups = [self._group(batch, self.shared, window) for batch in batches]
+        if self.shared:
+            groups.append(self._group([(0, self.shared)], 0, window))
+        order = torch.cat([group.take[group.real] for group in groups])
+        return groups, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=self.device))
+
+    def _group(self, spans: list[tuple[int, int]], before: int, window: int | None) -> Group:
+        start_B1 = torch.tensor([[start] for start, _ in spans], device=self.device)
+        length_B1 = torch.tensor([[length] for _, length in spans], device=self.device)
+        at_L = torch.arange(int(length_B1.max()), device=self.device)
+        take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1)
+        mask_LK = _mask(len(at_L), before + len(at_L), window, self.device)
+        shown = torch.zeros_like(mask_LK, dtype=torch.float32).masked_fill_(~mask_LK, -torch.inf)
+        return Group(before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], shown)
+
+
+_layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
+
+
+@contextlib.contextmanager
+def laid_out(layout: Layout) -> Iterator[None]:
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def packing() -> bool:
+    """Whether a layout is set."""
+    return _layout.get(None) is not None
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each row. query [1, H, T, D], key and value [1, G, T, D] -> [1, T, H, D].
+
+    An entry of transformers' attention interface; how rows lie in T comes from `laid_out`.
+    """
+    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise CannotPack("attention with a soft cap, sinks or a position bias")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    module._attends_with = scale, sliding_window  # type: ignore[assignment]  # what a shorter way needs to know
+    if not dropout:
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return attention(q, k, v, scale, sliding_window)[None], None
+    return _one_by_one(query, key, value, scale, dropout, sliding_window), None
+
+
+def attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, scale: float, window: int | None = None) -> Tensor:
+    """Causal attention within each row -> [T, H, E]."""
+    layout = _layout.get()
+    if layout.shared + max(layout.lengths) > LONGEST_KEPT:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGE))
+        return _one_by_one(q, k, v, scale, 0.0, window)[0]
+    out: Tensor = _Grouped.apply(q_THD, k_TGD, v_TGE, layout, scale, window)
+    return out
+
+
+class _Grouped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
+        ctx.layout, ctx.window, ctx.scale = layout, window, scale
+        groups, back = layout.groups(window)
+        kept, outs = [], []
+        for group in groups:
+            q_NRD = group.fold(q.index_select(0, group.take), k.shape[1]).mul_(scale)
+            k_NKD, v_NKE = group.keys(k), group.keys(v)
+            scores = torch.bmm(q_NRD, k_NKD.transpose(1, 2))
+            scores.unflatten(1, (-1, group.length)).add_(group.mask_LK)
+            p_NRK = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+            outs.append(group.unfold(torch.bmm(p_NRK, v_NKE)))
+            kept += [q_NRD, k_NKD, v_NKE, p_NRK]
+        ctx.save_for_backward(*kept)
+        return torch.cat(outs).index_select(0, back)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad, kept = grad_outputs[0], ctx.saved_tensors
+        groups, back = ctx.layout.groups(ctx.window)
+        grads: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
+        shared: dict[str, Tensor | float] = {"k": 0.0, "v": 0.0}
+        for number, group in enumerate(groups):
+            q_NRD, k_NKD, v_NKE, p_NRK = kept[4 * number : 4 * number + 4]
+            heads = len(k_NKD) // group.rows
+            grad_NRE = group.fold(group.padded(grad), heads)
+            dp = torch.bmm(grad_NRE, v_NKE.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(dp.float(), p_NRK.float(), -1, torch.float32).to(p_NRK.dtype)
+            grads["q"].append(group.unfold(torch.bmm(ds, k_NKD)))
+            for name, d in (("k", ds.transpose(1, 2) @ q_NRD), ("v", p_NRK.transpose(1, 2) @ grad_NRE)):
+                d_BKGD = d.unflatten(0, (group.rows, heads)).transpose(1, 2)
+                grads[name].append(d_BKGD[:, group.before :].flatten(0, 1).index_select(0, group.real))
+                if group.before:
+                    shared[name] = shared[name] + d_BKGD[:, : group.before].sum(0)
+        dq, dk, dv = (torch.cat(grads[name]).index_select(0, back) for name in "qkv")
+        for total, name in ((dk, "k"), (dv, "v")):
+            if ctx.layout.shared:
+                total[: ctx.layout.shared] += shared[name]
+        return dq.mul_(ctx.scale), dk, dv, None, None, None
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
+    """[1, H, T, D], [1, G, T, D], [1, G, T, E] -> [1, T, H, E], a row at a time."""
+    layout = _layout.get()
+    grouped = query.shape[1] != key.shape[1]
+    first_k, first_v = key[:, :, : layout.shared], value[:, :, : layout.shared]
+    out = []
+    rows = zip(query.split(layout.parts, 2), key.split(layout.parts, 2), value.split(layout.parts, 2), strict=True)
+    for number, (q, k, v) in enumerate(rows):
+        if number and layout.shared:
+            k, v = torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)
+        elif not q.shape[2]:
+            continue
+        plain = q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
+        mask = None if plain else _mask(q.shape[2], k.shape[2], window, q.device)
+        out.append(
+            F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain, scale=scale, enable_gqa=grouped)
+        )
+    return torch.cat(out, 2).transpose(1, 2).contiguous()
+
+
+def _mask(queries: int, keys: int, window: int | None, device: torch.device | str) -> Tensor:
+    """Which keys [K] the last queries [Q] of a row see."""
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)
+    return k <= q if window is None else (k <= q) & (q - k < window)

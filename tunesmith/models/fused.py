@@ -1,0 +1,305 @@
+"""Common pieces of decoders, each as one differentiable step with its backward pass written out.
+
+A piece is recognised by what it is made of, whatever the family: a norm that has a weight and an epsilon, a
+gated MLP, attention with rotary positions, linear layers with or without PEFT's LoRA in them. Before a module
+gets the short way it must give what it gave before on random input; one that does not, or that holds something
+unknown, keeps its own forward. Weights, names and files stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora.layer import Linear as LoraLinear
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+
+from tunesmith.models.attention import attention, packing
+
+SILU = (nn.SiLU, SiLUActivation)
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the output's largest value
+
+
+class Products(torch.autograd.Function):
+    """y_i [T, out_i] = x [T, in] W_i^T + b_i + s_i (x A_i^T) B_i^T for several W_i that read the same x.
+
+    The low-rank products share theirs with x; the gradients with respect to x are added where they are made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scales: Sequence[float | None], *layers: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases, a, b = (list(layers[i::4]) for i in range(4))
+        low_a = torch.cat([m.to(x.dtype) for m in a if m is not None]) if any(s is not None for s in scales) else None
+        xa = x @ low_a.T if low_a is not None else None
+        low_b, outs, at = [], [], 0
+        for weight, bias, up, scale in zip(weights, biases, b, scales, strict=True):
+            y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+            if up is not None and scale is not None and xa is not None:
+                low_b.append(up.to(x.dtype))
+                y.addmm_(xa[:, at : at + up.shape[1]], low_b[-1].T, alpha=scale)
+                at += up.shape[1]
+            outs.append(y)
+        ctx.scales, ctx.count = scales, len(weights)
+        ctx.master = next((m.dtype for m in a if m is not None), None)
+        ctx.save_for_backward(x, low_a, xa, *weights, *low_b)
+        return tuple(outs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        x, low_a, xa, *rest = ctx.saved_tensors
+        weights, low_b = rest[: ctx.count], iter(rest[ctx.count :])
+        through: list[Tensor] = []
+        given: list[Any] = [None, None]
+        at = 0
+        for number, (grad, scale) in enumerate(zip(grads, ctx.scales, strict=True)):
+            wanted = ctx.needs_input_grad[2 + 4 * number :]
+            grad_b = None
+            if scale is not None:
+                up = next(low_b)
+                through.append((grad @ up).mul_(scale))
+                grad_b = (grad.T @ xa[:, at : at + up.shape[1]]).to(ctx.master).mul_(scale)
+                at += up.shape[1]
+            given += [grad.T @ x if wanted[0] else None, grad.sum(0) if wanted[1] else None, None, grad_b]
+        if through:
+            beside = torch.cat(through, 1) if len(through) > 1 else through[0]
+            grads_a = iter((beside.T @ x).to(ctx.master).split([t.shape[1] for t in through]))
+            for number, scale in enumerate(ctx.scales):
+                given[4 + 4 * number] = None if scale is None else next(grads_a)
+        if ctx.needs_input_grad[0]:
+            given[0] = grads[0] @ weights[0]
+            for grad, weight in zip(grads[1:], weights[1:], strict=True):
+                given[0].addmm_(grad, weight)
+            if through:
+                given[0].addmm_(beside, low_a)
+        return tuple(given)
+
+
+class Norm(torch.autograd.Function):
+    """y = x / sqrt(mean(x^2) + eps) * w over the last dimension (Zhang and Sennrich 2019)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        inverse = torch.linalg.vector_norm(wide, 2, -1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        grad = (grad_outputs[0] * weight).float()
+        wide = x.float()
+        along = torch.linalg.vecdot(grad, wide).unsqueeze_(-1).mul_(inverse * inverse).div_(-x.shape[-1])
+        grad_w = None
+        if ctx.needs_input_grad[1]:
+            grad_w = (grad_outputs[0] * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        return torch.addcmul(grad, wide, along).mul_(inverse).to(x.dtype), grad_w, None
+
+
+class SwiGlu(torch.autograd.Function):
+    """y = silu(gate) * up (Shazeer 2020)."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad = grad_outputs[0]
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+class Rotate(torch.autograd.Function):
+    """Rotary positions (Su et al. 2021): each pair (x_i, x_{i + D/2}) of x [T, H, D] turned by its angle."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, -1.0)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad_outputs[0], cos, sin, 1.0), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+    y = torch.empty_like(x)
+    (x1, x2), (y1, y2) = x.chunk(2, -1), y.chunk(2, -1)
+    torch.mul(x1, cos, out=y1).addcmul_(x2, sin, value=sign)
+    torch.mul(x2, cos, out=y2).addcmul_(x1, sin, value=-sign)
+    return y
+
+
+def products(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
+    """Several linear layers on the same x [..., in], in one step where all are plain."""
+    if not all(_plain(layer) for layer in layers):
+        return [layer(x) for layer in layers]
+    scales: list[float | None] = []
+    given: list[Tensor | None] = []
+    for layer in layers:
+        if isinstance(layer, LoraLinear):
+            (name,) = layer.active_adapters
+            given += [layer.base_layer.weight, layer.base_layer.bias]
+            given += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+            scales.append(layer.scaling[name])
+        else:
+            given += [layer.weight, layer.bias, None, None]
+            scales.append(None)
+    outs: tuple[Tensor, ...] = Products.apply(x.reshape(-1, x.shape[-1]), scales, *given)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs]
+
+
+def _plain(layer: Any) -> bool:
+    """Whether `products` says all that this layer does."""
+    if type(layer) is nn.Linear:
+        return True
+    if type(layer) is not LoraLinear or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
+        return False
+    (name,) = layer.active_adapters
+    return (
+        type(layer.base_layer) is nn.Linear
+        and name in layer.lora_A
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and not layer.lora_variant
+        and not layer.lora_bias[name]
+        and not layer.fan_in_fan_out
+    )
+
+
+def _linear(self: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if args or kwargs or not _plain(self):
+        plain: Tensor = type(self).forward(self, x, *args, **kwargs)
+        return plain
+    return products(x, [self])[0]
+
+
+def _norm(self: Any, x: Tensor) -> Tensor:
+    out: Tensor = Norm.apply(x, self.weight, _epsilon(self))
+    return out
+
+
+def _norm_from_one(self: Any, x: Tensor) -> Tensor:
+    out: Tensor = Norm.apply(x, 1 + self.weight, _epsilon(self))
+    return out
+
+
+def _mlp(self: Any, x: Tensor) -> Tensor:
+    gate, up = products(x, [self.gate_proj, self.up_proj])
+    down: Tensor = self.down_proj(SwiGlu.apply(gate, up))
+    return down
+
+
+def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    turn = kwargs.get("position_embeddings")
+    cached = kwargs.get("past_key_values") is not None
+    if args or turn is None or cached or not packing() or (self.training and self.attention_dropout):
+        plain: tuple[Tensor, None] = type(self).forward(self, hidden_states, *args, **kwargs)
+        return plain
+    q, k, v = (
+        y.unflatten(-1, (-1, self.head_dim))
+        for y in products(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
+    )
+    if hasattr(self, "q_norm"):
+        q, k = self.q_norm(q), self.k_norm(k)
+    if getattr(self, "use_rope", True):
+        cos, sin = (t[0, :, None, : self.head_dim // 2] for t in turn)
+        q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
+    out = attention(q, k, v, *self._attends_with)
+    return self.o_proj(out.flatten(1))[None], None
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", None) or getattr(module, "eps", None)
+
+
+ATTENTION_MAY_HOLD = {
+    *("config", "layer_idx", "layer_type", "head_dim", "num_key_value_groups", "num_heads", "num_key_value_heads"),
+    *("scaling", "attention_dropout", "is_causal", "sliding_window", "use_rope", "hidden_size", "rope_theta"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm"),
+}
+Forward = Callable[..., Any]
+
+
+def _shorter(module: nn.Module) -> tuple[str, list[Forward]]:
+    """What a module is, and the ways that may say the same in fewer steps."""
+    own = {n for n in vars(module) if not n.startswith("_") and n not in ("training", "forward")}
+    parts = {n for n, _ in module.named_children()}
+    if isinstance(module, LoraLinear):
+        return "LoRA layers", [_linear] if _plain(module) else []
+    if not parts and {n for n, _ in module.named_parameters()} == {"weight"} and _epsilon(module):
+        return "norms", [] if isinstance(module, nn.LayerNorm) else [_norm, _norm_from_one]
+    if {"gate_proj", "up_proj", "down_proj"} <= parts and isinstance(getattr(module, "act_fn", None), SILU):
+        return "gated MLPs", [_mlp]
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= parts and (own | parts) <= ATTENTION_MAY_HOLD:
+        return "attentions", [_attention]
+    return "", []
+
+
+def fuse(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
+    """Give modules their short way where it says the same; returns how many of each kind.
+
+    Args:
+        run: passes some rows through the model; each module's short way is held against its own forward on
+            what reaches it then.
+    """
+    held: list[tuple[nn.Module, str, list[Forward]]] = []
+    for module in model.modules():
+        kind, ways = _shorter(module)
+        if ways:
+            held.append((module, kind, ways))
+            module.forward = MethodType(_comparing(ways), module)
+    try:
+        run()
+    finally:
+        for module, _, _ in held:
+            del module.forward
+    counts: Counter[str] = Counter()
+    for module, kind, ways in held:
+        if ways:
+            module.forward = MethodType(ways[0], module)
+            counts[kind] += 1
+    return counts
+
+
+def unfuse(model: nn.Module) -> None:
+    """Give every module its own forward back."""
+    for module in model.modules():
+        if getattr(module.__dict__.get("forward"), "__func__", None) in SHORT_WAYS:
+            del module.forward
+
+
+def _comparing(ways: list[Forward]) -> Forward:
+    """A forward that strikes from `ways` those which give something else than the module's own."""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        expected = type(self).forward(self, *args, **kwargs)
+        for way in list(ways):
+            try:
+                same = _same(way(self, *args, **kwargs), expected)
+            except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+                same = False
+            if not same:
+                ways.remove(way)
+        return expected
+
+    return forward
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        found, expected = found[0], expected[0]
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    limit = TOLERANCE.get(expected.dtype, 0.0) * expected.abs().max()
+    return bool((found - expected).abs().max() <= limit)
+
+
+SHORT_WAYS = {_linear, _norm, _norm_from_one, _mlp, _attention}
