@@ -22,7 +22,7 @@ def rows(shared: int = 0) -> list[Rendered]:
     random = torch.Generator().manual_seed(0)
     beginning = torch.randint(0, 256, (shared,), generator=random).tolist()
     found = []
-    for length in (5, 17, 3, 30):
+    for length in (5, 17, 3, 30, 26, 20):
         ids = torch.randint(0, 256, (length,), generator=random).tolist()
         weights = [0.0] * (shared + length // 2) + [1.0] * (length - length // 2)
         found.append(Rendered(beginning + ids, weights))
@@ -178,3 +178,65 @@ def test_best_fit_places_every_row_once_and_overfills_nothing(lengths: list[int]
     assert all(len(g) == 1 or sum(lengths[i] for i in g) <= capacity for g in groups)
     half_empty = [g for g in groups if sum(lengths[i] for i in g) * 2 <= capacity]
     assert len(half_empty) <= 1  # two such groups would have fitted into one
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+EASILY_WRONG: dict[str, dict[str, Any]] = {
+    "olmo": {"clip_qkv": 0.5},
+    "gemma3_text": {"head_dim": 8, "final_logit_softcapping": 1.0, "sliding_window": 16},
+    "granite": {"logits_scaling": 2.0},
+    "phimoe": {"sliding_window": 48, "num_local_experts": 4},
+    "phi3": {
+        "pad_token_id": 0,
+        "rope_parameters": LONG_ROPE | {"original_max_position_embeddings": 64},
+        "original_max_position_embeddings": 64,
+    },
+    "llama": {
+        "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+        "max_position_embeddings": 64,
+    },
+    "ministral3": {
+        "head_dim": 8,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 48,
+            "llama_4_scaling_beta": 0.5,
+        },
+    },
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.5},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("architecture", EASILY_WRONG)
+def test_what_short_rows_would_not_show_is_right_in_long_ones(tmp_path: Path, architecture: str) -> None:
+    """Scales and caps after the output layer, limits within attention, angles by length, windows in the mask."""
+    folder = make_model(tmp_path, architecture=architecture, **EASILY_WRONG[architecture])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    random = torch.Generator().manual_seed(2)
+    beginning = torch.randint(3, 200, (9,), generator=random).tolist()
+    made = [beginning + torch.randint(3, 200, (n,), generator=random).tolist() for n in (20, 140, 31)]
+    given = [Rendered(ids, [0.0] * 9 + [1.0] * (len(ids) - 9)) for ids in made]
+    total = torch.stack([plain_loss(model, row) for row in given])
+    forward = PackedForward(model, given[:1] + given[2:])
+    for group in ([given[0], given[2]], given):
+        batch = forward.pack(group)
+        found = torch.zeros(len(group)).index_add(0, batch.owner_N, forward.nll(batch))
+        expected = total if len(group) == 3 else total[[0, 2]]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_lora_on_the_output_layer_is_trained_and_counted(tiny_model: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["lm_head", "q_proj"], init_lora_weights=False)
+    model = get_peft_model(base, config)
+    expected = torch.stack([plain_loss(model, row) for row in rows()]).sum()
+    forward = PackedForward(model, rows())
+    found = forward.nll(forward.pack(rows())).sum()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    found.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if "lm_head.lora" in n)

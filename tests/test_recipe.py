@@ -55,7 +55,7 @@ def test_a_file_and_a_shipped_name_load(tmp_path: Path) -> None:
         ("data.sources=[a.csv, {path: b.csv, system: Hi}]", "data.sources.1.system", "Hi"),
         ("data.split={test: 12}", "data.split.test", 12),
         ("data.split.test=held.jsonl", "data.split.test", "held.jsonl"),
-        ("data.system=a=b: c", None, "data.system: expected a valid string, not a mapping"),
+        ("data.system=a=b: c", None, "data.system: expected text, not a mapping"),
         ('data.system="a=b: c"', "data.system", "a=b: c"),
         ("evaluate.max_new_tokens=3", "evaluate.max_new_tokens", 3),
         (" train.epochs =1", "train.epochs", 1.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,42 @@ def test_usage_errors_are_exit_code_2(tunesmith: Any) -> None:
     assert tunesmith("run").code == 2
     assert tunesmith("nothing").code == 2
     assert tunesmith("run", "quickstart", "--what").code == 2
+
+
+def test_the_next_command_means_the_same_run(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """What is printed can be typed: with the run's own settings, and where its runs lie."""
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith(
+        "train", path, "--set", "name=other", "--set", "train.max_steps=2", "--runs", tmp_path / "else where"
+    )
+    (line,) = [line for line in said.out.splitlines() if line.startswith("Next:")]
+    words = shlex.split(line.partition("evaluate ")[2])
+    assert tunesmith("evaluate", *words).code == 0
+    assert (tmp_path / "else where/other/scorecard.json").is_file()
+
+
+def test_show_tells_the_stages_and_nobody_is_asked_where_nobody_is(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    said = tunesmith("runs", "show", "tiny")
+    assert "evaluate" in said.out and "missing" in said.out and "steps 6" in said.out
+    said = tunesmith("runs", "rm", "tiny")
+    assert said.code == 2 and "Add --yes" in said.err and (tmp_path / "runs/tiny").is_dir()
+    said = tunesmith("chat", "tiny", "--say", "Item 1 is red. What colour is it?", "--max-new-tokens", 1, "--json")
+    assert said.code == 0 and len(said.json["tuned"].split()) <= 1
+    said = tunesmith("chat", "tiny", "--say", "")
+    assert said.code == 2 and "nothing to answer" in said.err
+
+
+def test_a_starter_tells_of_rows_that_cannot_be_used(tunesmith: Any, tmp_path: Path) -> None:
+    file = tmp_path / "some.jsonl"
+    file.write_text('{"prompt": "a", "completion": "b"}\n{"prompt": "a", \n{"prompt": "c", "completion": "d"}\n')
+    said = tunesmith("init", file, "-o", tmp_path / "some.yaml")
+    assert said.code == 0 and "3 rows; 1 of them can't be used" in said.out.replace("\n", " ")
+
+
+def test_a_runs_folder_that_cannot_be(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    said = tunesmith("train", write_recipe(tmp_path, recipe), "--runs", tmp_path / "file")
+    assert said.code == 2 and "can't be made" in said.err and "--runs" in said.err

@@ -138,7 +138,8 @@ def init(
 
     path, found = write_starter(data, out, force)
     if not _answer({"recipe": str(path), **found}, as_json):
-        print(f"Wrote {path} ({found['rows']} rows, layout {found['layout']}).\nNext: tunesmith check {path}")
+        wrong = f"; {found['unusable']} of them can't be used, check says which" if found["unusable"] else ""
+        print(f"Wrote {path} ({found['rows']} rows{wrong}; layout {found['layout']}).\nNext: tunesmith check {path}")
 
 
 @app.command()
@@ -172,6 +173,7 @@ def chat(
     run: RunName,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")] = False,
     say: Annotated[str | None, typer.Option("--say", help="Say this, print the answer and end.")] = None,
+    limit: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 512,
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
@@ -183,11 +185,13 @@ def chat(
     result = open_run(run, runs)
     if as_json or say is not None:
         text = say if say is not None else sys.stdin.read().strip()
-        answers = once(result, text, base)
+        if not text:
+            raise RunError("there is nothing to answer", where="--say", fix="Give it a text.")
+        answers = once(result, text, base, limit)
         if not _answer(answers, as_json):
             print("\n".join(f"{side}: {a}" if base else a for side, a in answers.items() if side != "prompt"))
     else:
-        talk(result, base)
+        talk(result, base, limit)
 
 
 @app.command()
@@ -235,6 +239,7 @@ def runs_show(run: RunName, runs: Runs = None, as_json: Json = False) -> None:
 
     result = open_run(run, runs)
     if not _answer(show.summary(result), as_json):
+        show.stages(result)
         show.ending(result)
 
 
@@ -262,7 +267,7 @@ def runs_rm(
     from tunesmith.runs import get
 
     found = get(run, runs)
-    if as_json and not yes:
+    if not yes and (as_json or not sys.stdin.isatty()):
         raise RunError("is only removed with --yes where nobody can be asked", where=str(found.path), fix="Add --yes.")
     if not yes:
         typer.confirm(f"Remove {found.path} with all its files?", abort=True)

@@ -7,6 +7,7 @@ import functools
 import gc
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -57,7 +58,7 @@ def run(
         _refuse_anothers(there, absolute(resolved, folder), origin)
         journey = Journey(resolved, folder, there)
         journey.key(next(s for s in STAGES if s in wanted))  # what can't be run leaves the run as it was
-        _claim(there, absolute(resolved, folder), origin)
+        _claim(there, absolute(resolved, folder), origin, overrides)
         for stage in STAGES:
             if stage in wanted:
                 if stage == "train":
@@ -150,7 +151,7 @@ class Journey:
                 "facts": self.facts(stage),
                 "parents": {name: {"key": m["key"], "digest": runs.digest(m)} for name, m in parents.items()},
                 "inputs": told.pop("inputs", {}),
-                "outputs": runs.outputs_of(target, "adapter" if stage == "train" else "."),
+                "outputs": runs.outputs_of(target, self.run.tuned.name if stage == "train" else "."),
                 **told,
                 "model": self.model.as_dict(),
                 "seed": self.recipe.seed,
@@ -272,7 +273,7 @@ class Journey:
             self.renderer,
             {
                 "baseline": functools.partial(self.engine, None),
-                "tuned": functools.partial(self.engine, self.run.adapter),
+                "tuned": functools.partial(self.engine, self.run.tuned),
             },
             self.recipe.seed,
         )
@@ -290,7 +291,7 @@ class Journey:
         from tunesmith.package.package import PackageInputs, package
 
         rows = self.rows("test") or self.rows("train")
-        told = package(self.recipe.package, PackageInputs(self.model, self.run.adapter, self.renderer, rows), target)
+        told = package(self.recipe.package, PackageInputs(self.model, self.run.tuned, self.renderer, rows), target)
         runs.write_text(target / "model" / "README.md", card(self.run, self.model.as_dict()))
         return told
 
@@ -321,13 +322,22 @@ def _refuse_anothers(run: Run, resolved: dict[str, Any], origin: str | None) -> 
         )
 
 
-def _claim(run: Run, resolved: dict[str, Any], origin: str | None) -> None:
+def origin_of(run: Run) -> str:
+    """What to type after a verb to mean this run again: its recipe, what was set, and where runs lie."""
+    told = runs.read_json(run.origin)
+    words = [str(told["recipe"] or run.recipe)]
+    words += [word for override in told.get("overrides", []) for word in ("--set", override)] if told["recipe"] else []
+    elsewhere = run.path.resolve().parent != runs.runs_folder().resolve()
+    return shlex.join(words + (["--runs", str(run.path.parent)] if elsewhere else []))
+
+
+def _claim(run: Run, resolved: dict[str, Any], origin: str | None, overrides: Sequence[str]) -> None:
     """Write the recipe into the run's folder; a run that a recipe of the same content owns stays that one's."""
     told = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
     if run.recipe.is_file() and run.origin.is_file() and run.recipe.read_text(encoding="utf-8") == told:
         return
     runs.write_text(run.recipe, told)
-    runs.write_json(run.origin, {"recipe": origin})
+    runs.write_json(run.origin, {"recipe": origin, "overrides": list(overrides)})
 
 
 def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
@@ -428,12 +438,12 @@ class Result:
     def manifest(self) -> dict[str, Any] | None:
         return self.run.manifest()
 
-    def chat(self, text: str, base: bool = False) -> str:
+    def chat(self, text: str, base: bool = False, max_new_tokens: int = 512) -> str:
         """The tuned model's answer (or the base's) to one message, under the recipe's system prompt."""
-        return self.chatter(base).reply(text, [])
+        return self.chatter(base, max_new_tokens).reply(text, [])
 
     @functools.cache  # noqa: B019 (a result lives as long as its user wants the model in memory)
-    def chatter(self, base: bool = False) -> Chatter:
+    def chatter(self, base: bool = False, max_new_tokens: int = 512) -> Chatter:
         """The tuned model (or the base), loaded and ready to talk."""
         if not self.run.complete("train") and not base:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
@@ -447,8 +457,8 @@ class Result:
                 where=str(self.path),
                 fix="Run the recipe again.",
             )
-        engine = journey.engine(None if base else self.run.adapter)
-        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system))
+        engine = journey.engine(None if base else self.run.tuned)
+        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system), max_new_tokens)
 
     def __hash__(self) -> int:
         return hash(self.run)

@@ -21,8 +21,17 @@ from tunesmith.section import Section
 BUILT_IN: dict[str, dict[str, str]] = {
     # A training method: `train.method`. A Section with encode(row, renderer) and loss(forward, batch).
     "objective": {"sft": "tunesmith.train.objectives.sft:Sft"},
-    # What is trained of a model: `train.adapter`. A Section with attach(model).
-    "adapter": {"lora": "tunesmith.train.adapters.lora:Lora"},
+    # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name).
+    "adapter": {
+        "lora": "tunesmith.train.adapters.lora:Lora",
+        "loha": "tunesmith.train.adapters.others:LoHa",
+        "lokr": "tunesmith.train.adapters.others:LoKr",
+        "vera": "tunesmith.train.adapters.others:Vera",
+        "oft": "tunesmith.train.adapters.others:Oft",
+        "ia3": "tunesmith.train.adapters.others:Ia3",
+        "full": "tunesmith.train.adapters.full:Full",
+        "partial": "tunesmith.train.adapters.full:Partial",
+    },
     # A file's format, by its suffix: (path) -> iterator of (row number, row or Broken).
     "reader": {
         "jsonl": "tunesmith.data.readers:read_jsonl",

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import RecipeError
 from tunesmith.pipeline import Journey, open_recipe
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, read_jsonl
@@ -78,7 +77,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     """
     from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.packed import common_beginning
-    from tunesmith.models.plan import estimate, shape_of
+    from tunesmith.models.plan import empty_model, estimate, shape_of
     from tunesmith.train.batching import Schedule
 
     journey = _journey(recipe, overrides)
@@ -88,20 +87,17 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         rows = load_rows(Path(folder) / "train.jsonl")
     rendered = [train.method.encode(row, journey.renderer) for row in rows]
     schedule = Schedule.of(len(rows), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
-    shape = shape_of(journey.model)
-    trained = train.adapter.parameters(shape.linear)
-    if not trained:
-        names = sorted({name.rpartition(".")[2] for name in shape.linear})
-        raise RecipeError(
-            f"no layer is called any of {train.adapter.targets}",
-            where="train.adapter.targets",
-            fix=f"This model's linear layers are called: {', '.join(names)}.",
-        )
+    empty = empty_model(journey.model)
+    shape = shape_of(empty)
+    trained = sum(p.numel() for p in train.adapter.attach(empty).parameters() if p.requires_grad)
+    own = train.adapter.folder == "model"
+    precision = journey.machine.precision if train.precision == "auto" else train.precision
     return estimate(
         shape,
         journey.machine,
-        journey.machine.precision if train.precision == "auto" else train.precision,
+        "float32" if own else precision,
         trained,
+        0 if own else trained,
         [len(r) for r in rendered],
         common_beginning(rendered),
         sum(r.trained for r in rendered),

@@ -125,7 +125,8 @@ def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "reci
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        raise RecipeError(_told(error, raw), where=where, fix="All keys: tunesmith schema, docs/recipe.md.") from None
+        blamed = _override_of(error, overrides) or where
+        raise RecipeError(_told(error, raw), where=blamed, fix="All keys: tunesmith schema, docs/recipe.md.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -188,6 +189,26 @@ def _get(here: Any, key: str, override: str) -> Any:
     raise RecipeError(f"there is no '{key}' to set", where=f"--set {override}", fix="Lists are counted from 0.")
 
 
+def _override_of(error: ValidationError, overrides: Sequence[str]) -> str | None:
+    """The override that made a recipe invalid, where one did."""
+    wrong = [".".join(str(part) for part in found["loc"]) for found in error.errors()]
+    for override in reversed(overrides):
+        key = override.partition("=")[0].strip()
+        if all(f"{w}.".startswith(f"{key}.") for w in wrong):
+            return f"--set {override}"
+    return None
+
+
+EXPECTED = {
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    **dict.fromkeys(("model_type", "model_attributes_type", "dict_type", "mapping_type"), "a mapping of keys"),
+    **dict.fromkeys(("list_type", "tuple_type"), "a list"),
+    "string_type": "text",
+}
+
+
 def _told(error: ValidationError, raw: dict[str, Any]) -> str:
     """Each of pydantic's findings as a sentence, the first five."""
     lines = []
@@ -201,6 +222,7 @@ def _told(error: ValidationError, raw: dict[str, Any]) -> str:
             lines.append(f"{key}: is missing")
         else:
             told = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            told = EXPECTED.get(kind, told)
             given = found["input"]
             shown = ", not " + ("a mapping" if isinstance(given, dict) else json.dumps(given, default=str)[:80])
             expected = "expected " if found["msg"].startswith("Input should be ") else ""

@@ -123,7 +123,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def need_room(folder: Path, needed: int, what: str) -> None:
+def need_room(
+    folder: Path, needed: int, what: str, fix: str = "Free some room, or choose another place with --runs."
+) -> None:
     """Raise unless the disk under `folder` has `needed` bytes free."""
     while not folder.exists():
         folder = folder.parent
@@ -132,7 +134,7 @@ def need_room(folder: Path, needed: int, what: str) -> None:
         raise MachineError(
             f"{what} needs about {-(-needed // 2**20):,} MiB of disk and {free // 2**20:,} MiB are free",
             where=str(folder.resolve()),
-            fix="Free some room, or choose another place with --runs.",
+            fix=fix,
         )
 
 
@@ -171,8 +173,10 @@ class Run:
         return self.path / "README.md"
 
     @property
-    def adapter(self) -> Path:
-        return self.stage("train") / "adapter"
+    def tuned(self) -> Path:
+        """What training made: PEFT's adapter, or a whole model where the base's own weights were trained."""
+        model = self.stage("train") / "model"
+        return model if model.is_dir() else self.stage("train") / "adapter"
 
     @property
     def model(self) -> Path:
@@ -210,7 +214,14 @@ class Run:
         """Hold the run for this process; a second one is refused at once."""
         from filelock import FileLock, Timeout
 
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MachineError(
+                f"the run's folder can't be made ({error.strerror})",
+                where=str(self.path),
+                fix="Choose another place with --runs or TUNESMITH_RUNS.",
+            ) from error
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
             lock.acquire()

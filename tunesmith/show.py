@@ -51,9 +51,24 @@ def summary(result: Result) -> dict[str, Any]:
         "train": (run.manifest("train") or {}).get("summary"),
         "package": (run.manifest("package") or {}).get("check"),
         "report": str(run.report) if run.report.is_file() else None,
-        "adapter": str(run.adapter) if run.adapter.is_dir() else None,
+        "adapter": str(run.tuned) if run.tuned.is_dir() else None,
         "model": str(run.model) if run.model.is_dir() else None,
     }
+
+
+def stages(result: Result) -> None:
+    """What each stage made, and when."""
+    made = Table(*("stage", "state", "seconds", "made"), title=str(result.path), title_justify="left")
+    for stage in STAGES:
+        manifest = result.run.complete(stage)
+        if manifest is None:
+            made.add_row(stage, "missing", "", "")
+            continue
+        told = manifest.get("counts") or manifest.get("summary") or manifest.get("check") or manifest.get("verdict", "")
+        facts = {k: v for k, v in told.items() if isinstance(v, int | float)} if isinstance(told, dict) else {}
+        shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in facts.items())
+        made.add_row(stage, "complete", f"{manifest['seconds']:.0f}", Text(shown or str(told)))
+    _console().print(made)
 
 
 def ending(result: Result) -> None:
@@ -61,7 +76,10 @@ def ending(result: Result) -> None:
     out, run, card = _console(), result.run, result.scorecard
     if card is None:
         out.print(f"Run [bold]{run.name}[/bold] in {run.path}: not evaluated yet.")
-        out.print(f"Next: {program()} evaluate {read_json(run.origin)['recipe'] or run.recipe}", markup=False)
+        from tunesmith.pipeline import origin_of
+
+        stage = "evaluate" if run.complete("train") else "run"
+        out.print(f"Next: {program()} {stage} {origin_of(run)}", markup=False, highlight=False, soft_wrap=True)
         return
     table = Table(title=f"{run.name}: {card['n']} held-out rows", title_justify="left")
     table.add_column("metric")
@@ -132,7 +150,7 @@ def plan(found: Plan) -> None:
     share = found.trained_parameters / found.parameters
     table.add_row("parameters", f"{found.parameters:,}, {found.trained_parameters:,} trained ({share:.1%})")
     table.add_row("rows, tokens", f"{found.rows:,} rows, {found.tokens:,} tokens in {found.steps:,} steps")
-    table.add_row("precision", f"{found.precision} base, float32 adapter")
+    table.add_row("precision", f"{found.precision} base; what is trained is float32")
     table.add_row("time", f"about {_duration(found.seconds)} of training")
     table.add_row(
         "peak memory", f"about {found.peak_bytes / 2**30:.1f} GiB of {found.available_bytes / 2**30:.1f} free"
@@ -160,7 +178,7 @@ def line(run: Run) -> dict[str, Any]:
     goal = card["metrics"][card["goal_metric"]] if card else None
     return {
         "run": run.name,
-        "stages": " ".join(s for s in STAGES if run.complete(s)) or "-",
+        "stages": " ".join(s for s in STAGES if run.complete(s)) or "none finished",
         "verdict": card["verdict"] if card else "-",
         "goal": card["goal_metric"] if card else "-",
         "baseline": span(goal["baseline"]) if goal else "-",

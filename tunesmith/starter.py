@@ -66,16 +66,17 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
     source, guessed = _source(data)
     layout = detect(source, data)
     answers: list[Conversation] = []
-    rows, wrong = 0, ""
+    rows, unusable, wrong = 0, 0, ""
     for number, row in read_rows(source, data):
         rows += 1
-        if len(answers) == LOOKED_AT:
-            continue
         try:
             if isinstance(row, Broken):
                 raise Unusable(row.reason, row.why)
+            if len(answers) == LOOKED_AT:
+                continue
             answers.append(Conversation(tuple(layout.messages(row, source)), str(number)))
         except Unusable as error:  # for `check` to report, with all the others
+            unusable += 1
             wrong = wrong or f"row {number}: {error.why}"
     if not rows:
         raise DataError("holds no rows", where=str(data), fix="Give a file with rows.")
@@ -100,6 +101,7 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
         "layout": layout.name,
         "columns": guessed,
         "rows": rows,
+        "unusable": unusable,
         "answers": kind,
         "goal": GOALS[kind],
     }

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from tunesmith.pipeline import Result
 
 
-def once(result: Result, text: str, base: bool) -> dict[str, str]:
+def once(result: Result, text: str, base: bool, limit: int) -> dict[str, str]:
     """One message, one answer: the tuned model's, and the base's where that is asked for."""
-    answers = {"prompt": text, "tuned": result.chat(text)}
-    return answers | ({"base": result.chat(text, base=True)} if base else {})
+    answers = {"prompt": text, "tuned": result.chat(text, max_new_tokens=limit)}
+    return answers | ({"base": result.chat(text, base=True, max_new_tokens=limit)} if base else {})
 
 
-def talk(result: Result, base: bool) -> None:
+def talk(result: Result, base: bool, limit: int) -> None:
     """Read lines until an empty one or end of file, and answer each as it is generated."""
     out = Console()
     say("Loading the model")
-    chatters = {"tuned": result.chatter()} | ({"base": result.chatter(base=True)} if base else {})
+    chatters = {"tuned": result.chatter(False, limit)} | ({"base": result.chatter(True, limit)} if base else {})
     histories: dict[str, list[Any]] = {side: [] for side in chatters}
     out.print("An empty line ends the talk; /new forgets what was said.", style="dim")
     while True:
@@ -34,6 +34,9 @@ def talk(result: Result, base: bool) -> None:
             return
         if text == "/new":
             histories = {side: [] for side in chatters}
+            continue
+        if text.startswith("/"):
+            out.print("There is only /new; an empty line ends the talk.", style="dim")
             continue
         for side, chatter in chatters.items():
             out.print(f"[bold]{side}[/bold]> ", end="")

@@ -301,7 +301,9 @@ def too_many_rejected(allowed: float, read: int, rejected: Sequence[dict[str, An
     return DataError(
         f"{len(rejected)} of {read} rows can't be used (data.max_rejected allows {allowed:.1%})\n{_named(rejected)}",
         where=rejected[0]["row"],
-        fix=f"Mend the rows, or go on without them: --set data.max_rejected={share:g}",
+        fix="Mend the rows, or name another file."
+        if len(rejected) == read
+        else f"Mend the rows, or go on without them: --set data.max_rejected={share:g}",
     )
 
 

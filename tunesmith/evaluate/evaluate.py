@@ -109,8 +109,7 @@ def chosen(section: EvaluateSection, inputs: EvaluateInputs) -> tuple[str, list[
 def _answers(
     make: Callable[[], Engine], rows: Sequence[Conversation], renderer: Renderer, limit: int, side: str
 ) -> Answers:
-    with bar(f"Loading, {side}"):
-        engine = make()
+    engine = make()
     prompts = [renderer.prompt(row.prompt) for row in rows]
     with bar(f"Answers, {side}", len(rows)) as progress:
         given = engine.generate(prompts, limit, renderer.stop_ids, progress.advance)

@@ -7,7 +7,7 @@ final size, aligned at the right, and each step appends to them in place. Answer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tunesmith.conversation.render import Rendered
 from tunesmith.models.attention import CannotPack, Layout, laid_out
-from tunesmith.models.packed import PackedForward
+from tunesmith.models.packed import REFUSALS, PackedForward
 
 ATTENTION = "tunesmith_decode"
 CACHE_BYTES, BATCH_ROWS = 2**30, 128  # of a batch's keys and values; of its prompts
@@ -103,9 +103,9 @@ class Decoder:
         self._check()
 
     def greedy(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int]
-    ) -> Iterator[tuple[int, list[int]]]:
-        """Each prompt's number and its answer, up to and with the stop id, as they end."""
+        self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int], tick: Callable[[float], None]
+    ) -> list[list[int]]:
+        """Each prompt's answer, up to and with the stop id. `tick` is told how much more is done, in prompts."""
         logits, past, positions, hidden_BS = self._read(prompts, max_new_tokens)
         alive = torch.arange(len(prompts))
         answers: list[list[int]] = [[] for _ in prompts]
@@ -114,12 +114,12 @@ class Decoder:
             going = []
             for place, (number, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
                 answers[number].append(token)
-                if token in stop_ids or step == max_new_tokens - 1:
-                    yield number, answers[number]
-                else:
+                if token not in stop_ids:
                     going.append(place)
-            if not going:
-                return
+            over = len(alive) - len(going)
+            tick((len(going) + over * (max_new_tokens - step)) / max_new_tokens)
+            if not going or step == max_new_tokens - 1:
+                break
             if len(going) < len(alive):
                 kept = torch.tensor(going)
                 alive, tokens = alive[kept], tokens[kept.to(tokens.device)]
@@ -129,17 +129,16 @@ class Decoder:
                     layer.keep(kept)
             logits = self._step(tokens, past, positions, hidden_BS)
             positions = positions + 1
+        return answers
 
     def batches(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
         """Indices of prompts, grouped by length so that each group's keys and values fit the memory for them."""
-        size = next(self.model.parameters()).element_size()
-        heads = getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads
-        width = getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
-        token = 2 * self.config.num_hidden_layers * heads * width * size
         groups: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             longest = lengths[groups[-1][0]] if groups else 0
-            full = (len(groups[-1]) + 1) * (longest + max_new_tokens) * token > CACHE_BYTES if groups else True
+            full = (
+                (len(groups[-1]) + 1) * (longest + max_new_tokens) * self.token_bytes > CACHE_BYTES if groups else True
+            )
             if full or len(groups[-1]) == BATCH_ROWS:
                 groups.append([])
             groups[-1].append(i)
@@ -183,11 +182,15 @@ class Decoder:
         rows = [r.ids for r in self.forward.probe]
         try:
             _, past, positions, hidden = self._read([ids[:-2] for ids in rows], 2)
+            kept = [x[0, :, 0] for layer in past.layers for x in (layer.keys, layer.values) if x is not None]
+            self.token_bytes = sum(x.numel() * x.element_size() for x in kept)
             self._step(torch.tensor([ids[-2] for ids in rows], device=self.forward.device), past, positions, hidden)
             last = torch.tensor([ids[-1] for ids in rows], device=self.forward.device)
             found = self._step(last, past, positions + 1, hidden).float().log_softmax(-1)
             expected = self._read(rows, 1)[0].float().log_softmax(-1)
-        except (AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
             raise CannotPack(str(error)) from error
         off = (found - expected).abs().max().item()
         if not off <= 10 * self.forward.tolerance:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from tunesmith.conversation.render import Rendered
 
-Tick = Callable[[int], None]
+Tick = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Engine(Protocol):
     ) -> list[list[int]]:
         """Greedy answers to prompts of token ids, in the prompts' order, each up to and without a stop id.
 
-        `tick` is told how many more prompts are done.
+        `tick` is told how much more is done, in prompts (parts of one, too).
         """
 
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:

@@ -70,11 +70,12 @@ class TransformersEngine:
         if not prompts:
             return answers
         with self._packed([Rendered(ids, [0.0] * len(ids)) for ids in prompts]):
-            if self._decoder:
+            longest = max(map(len, prompts)) + max_new_tokens
+            if self._decoder and longest <= self._decoder.forward.longest:
                 for batch in self._decoder.batches([len(p) for p in prompts], max_new_tokens):
-                    for number, ids in self._decoder.greedy([prompts[i] for i in batch], max_new_tokens, stop_ids):
-                        answers[batch[number]] = _until(ids, stop_ids)
-                        tick(1)
+                    found = self._decoder.greedy([prompts[i] for i in batch], max_new_tokens, stop_ids, tick)
+                    for i, ids in zip(batch, found, strict=True):
+                        answers[i] = _until(ids, stop_ids)
                 return answers
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while longest_first:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LONGEST_KEPT = 512  # keys; with more of them the probabilities outgrow the other activations
+KEYS_AT_ONCE = 16_384  # of the rows of one group: each has its own copy of what they share
 PADDING = 1.25  # a group's longest row may be so much longer than its shortest
 
 
@@ -85,6 +86,11 @@ class Layout:
     def parts(self) -> list[int]:
         return [self.shared, *self.lengths]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return self.shared + max(self.lengths)
+
     def groups(self, window: int | None) -> tuple[list[Group], Tensor]:
         """The rows in groups, and for each token of the sequence its place among the groups' real tokens."""
         if window not in self._plans:
@@ -98,7 +104,8 @@ class Layout:
             start += length
         batches: list[list[tuple[int, int]]] = []
         for span in sorted(spans, key=lambda s: s[1]):
-            if batches and span[1] <= PADDING * batches[-1][0][1]:
+            room = (len(batches[-1]) + 1) * (self.shared + span[1]) <= KEYS_AT_ONCE if batches else False
+            if room and span[1] <= PADDING * batches[-1][0][1]:
                 batches[-1].append(span)
             else:
                 batches.append([span])
@@ -163,7 +170,7 @@ def packed_attention(
 def attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention within each row -> [T, H, E]."""
     layout = _layout.get()
-    if layout.shared + max(layout.lengths) > LONGEST_KEPT:
+    if layout.longest > LONGEST_KEPT:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGE))
         return _one_by_one(q, k, v, scale, 0.0, window)[0]
     out: Tensor = _Grouped.apply(q_THD, k_TGD, v_TGE, layout, scale, window)
@@ -175,7 +182,7 @@ class _Grouped(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
         ctx.layout, ctx.window, ctx.scale = layout, window, scale
         groups, back = layout.groups(window)
-        kept, outs = [], []
+        kept, outs = [q, k, v], []
         for group in groups:
             q_NRD = group.fold(q.index_select(0, group.take), k.shape[1]).mul_(scale)
             k_NKD, v_NKE = group.keys(k), group.keys(v)
@@ -183,19 +190,20 @@ class _Grouped(torch.autograd.Function):
             scores.unflatten(1, (-1, group.length)).add_(group.mask_LK)
             p_NRK = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
             outs.append(group.unfold(torch.bmm(p_NRK, v_NKE)))
-            kept += [q_NRD, k_NKD, v_NKE, p_NRK]
+            kept.append(p_NRK)
         ctx.save_for_backward(*kept)
         return torch.cat(outs).index_select(0, back)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad, kept = grad_outputs[0], ctx.saved_tensors
+        grad, (q, k, v, *kept) = grad_outputs[0], ctx.saved_tensors
         groups, back = ctx.layout.groups(ctx.window)
+        heads = k.shape[1]
         grads: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
         shared: dict[str, Tensor | float] = {"k": 0.0, "v": 0.0}
-        for number, group in enumerate(groups):
-            q_NRD, k_NKD, v_NKE, p_NRK = kept[4 * number : 4 * number + 4]
-            heads = len(k_NKD) // group.rows
+        for group, p_NRK in zip(groups, kept, strict=True):
+            q_NRD = group.fold(q.index_select(0, group.take), heads).mul_(ctx.scale)
+            k_NKD, v_NKE = group.keys(k), group.keys(v)
             grad_NRE = group.fold(group.padded(grad), heads)
             dp = torch.bmm(grad_NRE, v_NKE.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(dp.float(), p_NRK.float(), -1, torch.float32).to(p_NRK.dtype)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError, first_line
 from tunesmith.models.resolve import ResolvedModel
+from tunesmith.progress import clock
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+
+LOADED_PER_SECOND = 250e6  # bytes of weights, for the bar
 
 
 def silence() -> None:
@@ -89,14 +93,16 @@ def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") ->
     from transformers import AutoModelForCausalLM
 
     silence()
+    size = sum(p.stat().st_size for p in model.path.glob("*.safetensors"))
     try:
-        loaded, report = AutoModelForCausalLM.from_pretrained(
-            model.path,
-            dtype=dtype,
-            trust_remote_code=model.trust_remote_code,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with clock(f"Loading {model.name}", 1 + size / LOADED_PER_SECOND):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model.path,
+                dtype=dtype,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"can't be loaded as a causal language model ({first_line(error)})",
@@ -113,13 +119,16 @@ def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") ->
 
 
 def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: str = "cpu", merge: bool = True) -> Any:
-    """The base with a PEFT adapter: merged into its weights, or on top of them.
+    """The base with a PEFT adapter: merged into its weights, or on top of them; or the whole model that full
+    training saved in its place.
 
     Merging is done in float32 and rounded once, so that a bfloat16 base loses no more than it must.
     """
     import torch
     from peft import PeftModel
 
+    if not (adapter / "adapter_config.json").is_file():
+        return load_model(replace(model, path=adapter), dtype, device)
     base = load_model(model, torch.float32 if merge else dtype, device)
     try:
         tuned = PeftModel.from_pretrained(base, str(adapter))

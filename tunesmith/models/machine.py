@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -75,6 +76,7 @@ def _flags() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
+@cache
 def machine() -> Machine:
     """This machine, probed at first use (about five seconds) and read from the cache after that.
 

@@ -12,8 +12,9 @@ others (and for whatever `PackedForward` finds to give another loss), rows go th
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from tunesmith.models.fused import fuse, unfuse
 
 ATTENTION = "tunesmith_packed"
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
+# What a model that can't take what it is given here may raise.
+REFUSALS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError)
 SHARED_AT_LEAST = 8  # a shorter common beginning is not worth a mask
 
 
@@ -152,7 +155,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor) -> Tensor:
     """Negative log-likelihood [N] in nats of `targets` under an output layer, in bounded memory."""
-    if not head.weight.requires_grad:
+    if type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters()):
         loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N)
         return loss
 
@@ -170,6 +173,26 @@ def _probe(rows: Sequence[Rendered], longest: int = 24) -> list[Rendered]:
     return [Rendered(alike + ids, [1.0] * (SHARED_AT_LEAST + len(ids))) for ids in (first, second, first[::-1])]
 
 
+def _longest_alike(config: Any) -> float:
+    """Up to how many tokens rows may be to be computed together: rotary angles that depend on the longest row's
+    length (dynamic, longrope) would depend on a row's neighbours beyond it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    if not any(kind.get("rope_type") in ("dynamic", "longrope") for kind in kinds):
+        return math.inf
+    limits = [kind.get("original_max_position_embeddings") for kind in kinds]
+    limits += [getattr(config, "original_max_position_embeddings", None), config.max_position_embeddings]
+    return min(limit for limit in limits if limit)
+
+
+def _window(config: Any) -> bool:
+    """Whether some layers only see a window of a row."""
+    kinds = getattr(config, "layer_types", None)
+    if kinds:
+        return "sliding_attention" in kinds
+    return bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
+
+
 class PackedForward:
     """A causal language model as a function from packs to per-token losses.
 
@@ -184,6 +207,7 @@ class PackedForward:
         self.device = next(self.model.parameters()).device
         self.packed, self.why = True, "rows packed, attention per row, logits where loss is"
         self._slow_attention = self.model.config._attn_implementation
+        self.longest = _longest_alike(self.model.config.get_text_config())
         coarse = next(self.model.parameters()).dtype != torch.float32
         self.probe, self.tolerance = _probe(rows), tolerance or (0.1 if coarse else 1e-3)
         self._check()
@@ -200,11 +224,12 @@ class PackedForward:
 
     def pack(self, rows: Sequence[Rendered]) -> Pack:
         """Rows as this model can take them."""
-        return pack(rows, self.device, share=self.packed)
+        return pack(rows, self.device, share=self.packed and max(map(len, rows)) <= self.longest)
 
     def nll(self, batch: Pack) -> Tensor:
         """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight."""
-        return self._together(batch) if self.packed else self._one_by_one(batch)
+        together = self.packed and batch.layout.longest <= self.longest
+        return self._together(batch) if together else self._one_by_one(batch)
 
     def _together(self, batch: Pack) -> Tensor:
         with laid_out(batch.layout):
@@ -216,6 +241,19 @@ class PackedForward:
         return head_nll(picked, self.model.get_output_embeddings(), batch.ids_T[batch.places_N])
 
     def _one_by_one(self, batch: Pack) -> Tensor:
+        with self._own_attention():
+            return self._separately(batch)
+
+    @contextlib.contextmanager
+    def _own_attention(self) -> Iterator[None]:
+        now = self.model.config._attn_implementation
+        self.model.set_attn_implementation(self._slow_attention)
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(now)
+
+    def _separately(self, batch: Pack) -> Tensor:
         losses = []
         start = 0
         for number, length in enumerate(batch.layout.lengths):
@@ -243,6 +281,9 @@ class PackedForward:
             self.model.set_attn_implementation(ATTENTION)
             if self.model.config._attn_implementation != ATTENTION:
                 raise CannotPack("this architecture does not use transformers' attention interface")
+            if getattr(self.model, "is_gradient_checkpointing", False):
+                raise CannotPack("its layers are computed again in the backward pass")
+            self._check_head(probe[0])
             counts = fuse(self.model, lambda: self._together(pack(probe, self.device)))
             if self._off(probe, expected) > self.tolerance:
                 unfuse(self.model)
@@ -250,14 +291,44 @@ class PackedForward:
                 off = self._off(probe, expected)
                 if off > self.tolerance:
                     raise CannotPack(f"packed losses are off by {off:.2g} nats a token")
+            self._check_separation(probe)
             told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
             self.why += f"; fused: {told}" if told else ""
-        except (CannotPack, AttributeError, TypeError, ValueError, RuntimeError, LookupError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (CannotPack, *REFUSALS) as error:
             unfuse(self.model)
             self.packed, self.why = False, f"one row at a time: {error}"
             self.model.set_attn_implementation(self._slow_attention)
         finally:
             self.model.train(training)
+
+    def _check_head(self, row: Rendered) -> None:
+        """The logits must be the output layer's own: no scale and no soft cap after it, which small ones hide."""
+        ids, head = torch.tensor([row.ids], device=self.device), self.model.get_output_embeddings()
+        with self._own_attention():
+            hook = head.register_forward_hook(lambda module, given, out: out * 64)
+            try:
+                shown = self.model(input_ids=ids, use_cache=False).logits.float()
+                hidden = self.backbone(input_ids=ids, use_cache=False).last_hidden_state
+                expected = head(hidden).float()
+            finally:
+                hook.remove()
+        if shown.shape != expected.shape or (shown - expected).abs().max() > 0.05 * expected.abs().max():
+            raise CannotPack("something follows its output layer (a scale or a soft cap)")
+
+    def _check_separation(self, rows: Sequence[Rendered]) -> None:
+        """Other tokens in the first row must leave the other rows' losses, and a window must have been asked for."""
+        first, *others = rows
+        changed = Rendered(first.ids[:SHARED_AT_LEAST] + first.ids[SHARED_AT_LEAST:][::-1], first.weights)
+        mine, theirs = pack([first, *others], self.device), pack([changed, *others], self.device)
+        moved = (self._together(mine) - self._together(theirs))[mine.owner_N > 0].abs().max().item()
+        if not moved <= self.tolerance / 10:
+            raise CannotPack(f"a row's tokens move another row's losses by {moved:.2g} nats")
+        if _window(self.model.config.get_text_config()) and not any(
+            getattr(module, "_attends_with", (0, None))[1] for module in self.model.modules()
+        ):
+            raise CannotPack("its sliding window is only in the mask")
 
     def _off(self, rows: Sequence[Rendered], expected: Tensor) -> float:
         """By how many nats a token packing changes the loss, with and without a common beginning."""

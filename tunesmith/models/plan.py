@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -12,6 +12,9 @@ from tunesmith.errors import ModelError
 from tunesmith.models.machine import Machine
 from tunesmith.models.packed import LOGIT_CHUNK
 from tunesmith.models.resolve import ResolvedModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BYTES = {"float32": 4, "bfloat16": 2}
 # Of the measured matrix-product rate, the share that a whole training step reaches (benchmarks/RESULTS.md).
@@ -64,8 +67,8 @@ class Plan:
         return asdict(self) | {"peak_bytes": self.peak_bytes, "fits": self.fits}
 
 
-def shape_of(model: ResolvedModel) -> Shape:
-    """Read a model's sizes off its configuration.
+def empty_model(model: ResolvedModel) -> PreTrainedModel:
+    """The model as its configuration says, without weights.
 
     Raises:
         ModelError: transformers has no such architecture.
@@ -76,20 +79,27 @@ def shape_of(model: ResolvedModel) -> Shape:
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            return empty
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"its configuration can't be used ({str(error).splitlines()[0]})",
             where=str(model.path),
             fix="Check config.json and its model_type.",
         ) from error
+
+
+def shape_of(empty: PreTrainedModel) -> Shape:
+    """A model's sizes."""
+    import torch
+
     head = empty.get_output_embeddings()
     linear = {
         name: (m.weight.shape[0], m.weight.shape[1])
         for name, m in empty.named_modules()
         if isinstance(m, torch.nn.Linear) and m is not head
     }
-    text = config.get_text_config()
+    text = empty.config.get_text_config()
     widest = max((s for shape in linear.values() for s in shape), default=text.hidden_size)
     return Shape(
         parameters=sum(p.numel() for p in empty.parameters()),
@@ -107,6 +117,7 @@ def estimate(
     machine: Machine,
     precision: str,
     trained: int,
+    added: int,
     lengths: list[int],
     shared: int,
     loss_tokens: int,
@@ -115,11 +126,11 @@ def estimate(
     batch_size: int,
     pack_tokens: int,
 ) -> Plan:
-    """Memory and time of a LoRA run.
+    """Memory and time of a run that trains `trained` weights, of which `added` lie beside the base's own.
 
     Each row has `lengths` tokens, of which all rows share the first `shared`: those are computed once a pack. A
-    token costs two floating-point operations a weight forward and two backward (the frozen weights get no
-    gradient of their own), and six a trained weight; the output layer only counts where a token carries loss.
+    token costs two floating-point operations a weight forward and two backward, and two more where a weight is
+    trained; the output layer only counts where a token carries loss.
     Memory is the frozen weights, the trained ones with gradient and AdamW's two moments, what one pack keeps
     for backward, and one chunk of logits.
     """
@@ -129,11 +140,12 @@ def estimate(
     products = sum(rows * columns for rows, columns in shape.linear.values())
     tokens = round(sum(lengths) * epochs)
     computed = sum(own) * epochs * (1 + shared / max(in_pack - shared, 1))
-    work = computed * (4 * products + 6 * trained) + 4 * round(loss_tokens * epochs) * shape.head
+    changed = min(trained - added, products)
+    work = computed * (4 * products + 6 * added + 2 * changed) + 4 * round(loss_tokens * epochs) * shape.head
     rate = max(machine.gflops.get(precision, 0.0), 1.0) * 1e9
     kept = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
     return Plan(
-        parameters=shape.parameters + trained,
+        parameters=shape.parameters + added,
         trained_parameters=trained,
         rows=len(lengths),
         steps=steps,
@@ -142,7 +154,7 @@ def estimate(
         memory={
             "process": PROCESS,
             "weights": shape.parameters * size,
-            "adapter": trained * 4,
+            "adapter": added * 4,
             "gradients": trained * 4,
             "optimizer": trained * 8,
             "activations": in_pack * kept * shape.layers * size,

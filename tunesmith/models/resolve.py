@@ -8,13 +8,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from tunesmith.errors import ModelError, first_line, nearest
 from tunesmith.models.catalogue import EMBEDDED
 from tunesmith.models.section import ModelSection
-from tunesmith.progress import bar, clock, say
+from tunesmith.progress import Bar, bar, clock, say
 from tunesmith.runs import hash_file, hash_json, need_room, whole_folder, write_json
 
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
@@ -227,15 +228,19 @@ def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
         RevisionNotFoundError,
     )
 
-    where = f"model.name: {name}"
+    where, patterns, size = f"model.name: {name}", [*wanted, "README.md"], 0
     try:
         # Without a network, what was fetched earlier still does.
         with contextlib.suppress(httpx2.NetworkError, httpx2.TimeoutException):
             if not constants.HF_HUB_OFFLINE:
                 info = HfApi().model_info(name, revision=revision)
                 _refuse_pickles({s.rfilename for s in info.siblings or []}, name)
-        with bar(f"Fetching {name}"):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "README.md"]))
+                files = snapshot_download(name, revision=revision, allow_patterns=patterns, dry_run=True)
+                size = sum(f.file_size or 0 for f in files if f.will_download)
+                need_room(Path(constants.HF_HUB_CACHE), size, "The model", "Free some room, or set HF_HOME elsewhere.")
+        with bar(f"Fetching {name}", size or None) as progress:
+            counter = _byte_counter(progress)
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=patterns, tqdm_class=counter))
     except GatedRepoError as error:
         raise ModelError(
             "is gated: its owner must let you in",
@@ -266,6 +271,22 @@ def _from_hub(name: str, revision: str | None, wanted: Sequence[str]) -> Path:
         ) from error
     _refuse_pickles({p.name for p in folder.iterdir()}, str(folder))
     return folder
+
+
+def _byte_counter(progress: Bar) -> type:
+    """What huggingface_hub takes for its own bars: hands the bytes that reach the disk to ours."""
+    from tqdm import tqdm
+
+    class Counter(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self.counts = str(kwargs.get("desc", "")).startswith("Reconstructing")
+            super().__init__(*args, **kwargs | {"disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            if self.counts:
+                progress.advance(n or 0)
+
+    return Counter
 
 
 def _licence(folder: Path) -> str | None:

@@ -86,12 +86,19 @@ def _opening(
     run: Run, model: dict[str, Any], manifests: dict[str, dict[str, Any]], scores: dict[str, Any] | None
 ) -> str:
     kind = (manifests.get("data") or {}).get("answers", {}).get("kind")
+    manifest = manifests.get("train") or {}
+    section = (manifest.get("facts") or {}).get("section", {}).get("adapter", {})
+    adapter = section.get("kind", "lora") if isinstance(section, dict) else str(section)
+    how = {
+        "full": "all of its weights trained",
+        "partial": "some of its weights trained",
+        "lora": "with a LoRA adapter that is merged into its weights",
+    }.get(adapter, f"with an adapter ({adapter}) that is merged into its weights")
     answers = f" Its answers are {ANSWERS.get(kind, kind)}." if kind else ""
     goal = f" The goal was a better `{scores['goal_metric']}` on held-out rows of that data." if scores else ""
     return (
         f"# {run.name}\n\n"
-        f"`{_base_name(model)}`, fine-tuned on a team's own data with a LoRA adapter that is merged into "
-        f"its weights.{answers}{goal}\n\n"
+        f"`{_base_name(model)}`, fine-tuned on a team's own data, {how}.{answers}{goal}\n\n"
         f"**Verdict.** {verdict_in_words(scores)}"
     )
 

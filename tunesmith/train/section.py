@@ -16,7 +16,8 @@ class TrainSection(Section):
     method: plugins.field("objective") = "sft"  # type: ignore[valid-type]
     """The training method: sft."""
     adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
-    """What is trained on top of the frozen base: {kind: lora, rank, alpha, dropout, targets}."""
+    """What is trained: small weights on top of the frozen base (lora, loha, lokr, vera, oft, ia3), or the base's own
+    (full, partial)."""
     epochs: float = Field(3, gt=0)
     """Passes over the training rows; may be a fraction."""
     max_steps: int | None = Field(None, ge=1)
@@ -33,8 +34,10 @@ class TrainSection(Section):
     """How the rate falls after the warm-up, towards zero after the last step."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
+    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
+    """What turns gradients into steps. adafactor keeps less in memory; sgd's momentum is the first of `betas`."""
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's decoupled weight decay."""
+    """Decoupled weight decay (sgd: added to the gradient); never on vectors (norms, biases, scales)."""
     betas: tuple[float, float] = (0.9, 0.999)
     """AdamW's decay rates of the moments."""
     clip: float = Field(1.0, gt=0)

@@ -24,7 +24,7 @@ from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
 from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_text
-from tunesmith.train import checkpoints
+from tunesmith.train import checkpoints, optimizers
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.checkpoints import State
 from tunesmith.train.section import TrainSection
@@ -43,7 +43,7 @@ class TrainInputs:
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
-    """Train an adapter into `run.adapter`, going on from the newest checkpoint if there is one.
+    """Train into `run.tuned`, going on from the newest checkpoint if there is one.
 
     Returns what the manifest tells of it: steps, tokens, best step, precision, which forward was used.
 
@@ -65,15 +65,15 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 
     reuse_buffers()
     device = inputs.machine.device
+    if section.adapter.folder == "model":  # its own weights are the masters
+        state.precision = "float32"
     base = load_model(inputs.model, getattr(torch, state.precision), device)
     parameters = sum(p.numel() for p in base.parameters())
     torch.manual_seed(inputs.seed)
     model = section.adapter.attach(base)
     forward = PackedForward(model, rows)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(
-        weights.values(), lr=section.learning_rate, betas=section.betas, weight_decay=section.weight_decay, fused=True
-    )
+    optimizer = optimizers.make(section, weights, section.adapter.rate_of)
     size = 4 * sum(p.numel() for p in weights.values())
     need_room(run.path, size * (3 * (section.keep_checkpoints + 1) + 2), "Training")
     if state.step:
@@ -114,7 +114,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                     raise _not_finite({"validation loss": found}, state, inputs.validation, range(5), run)
                 if _improved(state, found) and section.keep_best:
                     with whole_folder(run.stage("train") / "best") as folder:
-                        model.save_pretrained(folder)
+                        section.adapter.save(model, folder)
             append_jsonl(run.metrics, line)
             progress.advance(1, f"loss {loss:.3f}  {line['tokens_per_second']:.0f} tokens/s")
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
@@ -125,11 +125,11 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                     fix="The same command goes on from here.",
                 )
 
-    with whole_folder(run.adapter) as folder:
+    with whole_folder(run.stage("train") / section.adapter.folder) as folder:
         if section.keep_best and state.best_step is not None:
             shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
         else:
-            model.save_pretrained(folder)
+            section.adapter.save(model, folder)
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -201,7 +201,7 @@ def _gradients(
 
 def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["share"]
     optimizer.step()
     optimizer.zero_grad()
 

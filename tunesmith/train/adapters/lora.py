@@ -1,64 +1,73 @@
-"""LoRA: a low-rank update beside each frozen product (Hu et al. 2021, arXiv:2106.09685), through PEFT."""
+"""LoRA and its relatives: a low-rank update beside each frozen product, through PEFT."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
-from tunesmith.errors import ModelError
-from tunesmith.section import Section
+from tunesmith.train.adapters.peft_adapter import RankedAdapter
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+MOVES_THE_BASE = ("pissa", "pissa_niter_16", "olora")
 
-class Lora(Section):
-    """Train B and A of W + (alpha / rank) B A, in float32, and leave W as it is."""
+
+class Lora(RankedAdapter):
+    """Train B and A of W + (alpha / rank) B A, in float32, and leave W as it is (Hu et al. 2021, arXiv:2106.09685)."""
 
     kind: Literal["lora"] = "lora"
-    rank: int = Field(16, ge=1)
-    """Columns of B, rows of A."""
-    alpha: float = Field(32, gt=0)
-    """The update is scaled by alpha / rank."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the update's input."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the layers that get an update, or all linear ones but the output layer."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732)."""
+    dora: bool = False
+    """Train the length of W's columns besides their direction (Liu et al. 2024, arXiv:2402.09353)."""
+    init: Literal["default", "gaussian", "orthogonal", "pissa", "pissa_niter_16", "olora"] = "default"
+    """How A and B start. pissa (arXiv:2404.02948) and olora (arXiv:2406.01775) take them out of W; what is saved is
+    still an adapter for the base as it was, of twice the rank."""
+    b_rate: float = Field(1.0, gt=0)
+    """B's learning rate as a multiple of A's (LoRA+, arXiv:2402.12354, advises 16)."""
 
-    def attach(self, model: PreTrainedModel) -> PeftModel:
-        """Put the update's layers into the model (in place) and freeze everything else.
+    _start: dict[str, bytes] = PrivateAttr(default_factory=dict)
 
-        Raises:
-            ModelError: no layer has one of the names in `targets`; lists those there are.
-        """
-        import torch
-        from peft import LoraConfig, get_peft_model
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import LoraConfig
 
-        config = LoraConfig(
+        empty = next(model.parameters()).device.type == "meta"
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.targets,
+            use_rslora=self.rslora,
+            use_dora=self.dora,
+            init_lora_weights=True if self.init == "default" or empty else self.init,
             task_type="CAUSAL_LM",
         )
-        try:
-            tuned = get_peft_model(model, config)
-        except ValueError as error:
-            linear = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-            raise ModelError(
-                f"no layer fits {self.targets} ({str(error).splitlines()[0][:200]})",
-                where="train.adapter.targets",
-                fix=f"This model's linear layers are called: {', '.join(sorted(linear)) or 'none'}.",
-            ) from error
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        tuned = super().attach(model)
+        if tuned.peft_config["default"].init_lora_weights in MOVES_THE_BASE:
+            # Its weights at the start, kept to say at the end what was learnt beyond them.
+            tuned.peft_config["default"].init_lora_weights = True
+            with tempfile.TemporaryDirectory() as folder:
+                tuned.save_pretrained(folder)
+                self._start = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
         return tuned
 
-    def parameters(self, shapes: dict[str, tuple[int, int]]) -> int:
-        """How many parameters are trained, given (out, in) of each linear layer but the output layer."""
-        chosen = [
-            shape
-            for name, shape in shapes.items()
-            if self.targets == "all-linear" or any(name == t or name.endswith(f".{t}") for t in self.targets)
-        ]
-        return sum(self.rank * (rows + columns) for rows, columns in chosen)
+    def save(self, model: Any, folder: Path) -> None:
+        if not self._start:
+            super().save(model, folder)
+            return
+        with tempfile.TemporaryDirectory() as start:
+            for name, content in self._start.items():
+                (Path(start) / name).write_bytes(content)
+            model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
+
+    def rate_of(self, name: str) -> float:
+        return self.b_rate if "lora_B" in name else 1.0

@@ -1,0 +1,90 @@
+"""Adapters that are not LoRA, through PEFT: other factorisations, rotations and scalings of the frozen weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from tunesmith.errors import ModelError
+from tunesmith.train.adapters.peft_adapter import PeftAdapter, RankedAdapter
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+
+class LoHa(RankedAdapter):
+    """The element-wise product of two low-rank updates (Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
+
+    kind: Literal["loha"] = "loha"
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import LoHaConfig
+
+        return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
+
+
+class LoKr(RankedAdapter):
+    """The Kronecker product of a small matrix and a low-rank one (Yeh et al. 2023, arXiv:2309.14859)."""
+
+    kind: Literal["lokr"] = "lokr"
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import LoKrConfig
+
+        return LoKrConfig(r=self.rank, alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
+
+
+class Vera(PeftAdapter):
+    """Scales of two random matrices that all layers share (Kopiczko et al. 2023, arXiv:2310.11454)."""
+
+    kind: Literal["vera"] = "vera"
+    rank: int = Field(256, ge=1)
+    """The shared matrices' inner size."""
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import VeraConfig
+
+        return VeraConfig(r=self.rank, target_modules=self.targets, task_type="CAUSAL_LM")
+
+
+class Oft(PeftAdapter):
+    """Rotations of the weights' input, block by block (Qiu et al. 2023, arXiv:2306.07280)."""
+
+    kind: Literal["oft"] = "oft"
+    block_size: int = Field(32, ge=2)
+    """Inputs that are turned together; must divide each layer's."""
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import OFTConfig
+
+        for name, (_, width) in self.chosen(model).items():
+            if width % self.block_size:
+                raise ModelError(
+                    f"is {self.block_size}, which does not divide the {width} inputs of layer {name}",
+                    where="train.adapter.block_size",
+                    fix=f"Take one that does, such as {_divisor(width, self.block_size)}.",
+                )
+        return OFTConfig(r=0, oft_block_size=self.block_size, target_modules=self.targets, task_type="CAUSAL_LM")
+
+
+class Ia3(PeftAdapter):
+    """Learnt scales of keys, values and the feed-forward's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
+
+    kind: Literal["ia3"] = "ia3"
+    targets: Literal["auto"] | list[str] = "auto"  # type: ignore[assignment]
+    """Names of the layers that are scaled; PEFT's choice for the model's family if `auto`."""
+    feedforward: list[str] = Field(default_factory=list)
+    """Those of them whose input is scaled rather than their output; given only beside `targets`."""
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import IA3Config
+
+        if self.targets == "auto":
+            return IA3Config(task_type="CAUSAL_LM")
+        return IA3Config(target_modules=self.targets, feedforward_modules=self.feedforward, task_type="CAUSAL_LM")
+
+
+def _divisor(width: int, near: int) -> int:
+    return max(n for n in range(2, max(near, 2) + 1) if width % n == 0) if width % 2 == 0 or near > 2 else width

@@ -1,0 +1,99 @@
+"""What all adapters that PEFT makes have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunesmith.errors import ModelError
+from tunesmith.section import Section
+
+if TYPE_CHECKING:
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
+
+
+class PeftAdapter(Section):
+    """Small weights beside the model's linear layers, which stay as they are; saved as PEFT saves them."""
+
+    folder: ClassVar[str] = "adapter"
+
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """Names of the layers that get one, or all linear ones but the output layer."""
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        """PEFT's configuration of this adapter on a model."""
+        raise NotImplementedError(f"{type(self).__name__} does not say its PEFT configuration")
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        """Put the adapter's layers into the model (in place) and freeze everything else.
+
+        Raises:
+            ModelError: no layer has one of the names in `targets` (lists those there are), or PEFT finds that
+                the adapter does not suit the model.
+        """
+        from peft import get_peft_model
+
+        try:
+            return get_peft_model(model, self.config(model))
+        except (ValueError, TypeError, RuntimeError) as error:
+            linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
+            absent = isinstance(self.targets, list) and not any(_named(n, self.targets) for n in linear_layers(model))
+            told = f"no layer fits {self.targets}" if absent or not linear else f"does not suit this model: {error}"
+            raise ModelError(
+                told.splitlines()[0][:300],
+                where="train.adapter.targets",
+                fix=f"This model's linear layers are called: {', '.join(linear) or 'none'}.",
+            ) from error
+
+    def save(self, model: Any, folder: Path) -> None:
+        """Write the adapter as PEFT loads it on the base."""
+        model.save_pretrained(folder)
+
+    def rate_of(self, name: str) -> float:
+        """A weight's learning rate, as a multiple of `train.learning_rate`."""
+        return 1.0
+
+    def chosen(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+        """The layers that `targets` names, with their (out, in)."""
+        found = linear_layers(model)
+        if isinstance(self.targets, list):
+            return {name: shape for name, shape in found.items() if _named(name, self.targets)}
+        return found
+
+
+class RankedAdapter(PeftAdapter):
+    """An adapter whose update is a product of two matrices of a small inner size, or made of such."""
+
+    rank: int = Field(16, ge=1)
+    """The update's inner size."""
+    alpha: float = Field(32, gt=0)
+    """The update is scaled by alpha / rank."""
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        smallest = min(self.chosen(model).items(), key=lambda item: min(item[1]), default=None)
+        if smallest and self.rank > min(smallest[1]):
+            raise ModelError(
+                f"is {self.rank}, more than layer {smallest[0]} has ({smallest[1][0]} x {smallest[1][1]})",
+                where="train.adapter.rank",
+                fix=f"Take at most {min(smallest[1])}, or leave that layer out of train.adapter.targets.",
+            )
+        return super().attach(model)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The (out, in) of every linear layer but the output layer, by name."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return {
+        name: (m.weight.shape[0], m.weight.shape[1])
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    }
+
+
+def _named(name: str, targets: list[str]) -> bool:
+    return any(name == t or name.endswith(f".{t}") for t in targets)
