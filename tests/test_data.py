@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import colour_rows, make_tokenizer, write_jsonl
+from tunesmith.conversation.message import Conversation, Message
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.prepare import DataInputs, detect, load_rows, prepare, read_rows
 from tunesmith.data.section import DataSection, SourceSection
-from tunesmith.data.split import same_question
+from tunesmith.data.split import hold_out, same_question
 from tunesmith.errors import DataError
 from tunesmith.runs import read_jsonl
 
@@ -485,6 +486,20 @@ def test_text_comes_through_unchanged(prepared: Any, tmp_path: Path, pairs: list
             assert not usable
             continue
         assert made.turns() == [[("user", q), ("assistant", a)] for q, a in usable]
+
+
+def test_pieces_of_a_row_stay_on_one_side() -> None:
+    """Also where one of them asks what another row asks: all of these go together."""
+    rows = [
+        Conversation((Message("user", f"{name} {n}"), Message("assistant", "a")), f"f.jsonl:{i}#{n}")
+        for i, name in enumerate("abcdefgh")
+        for n in (1, 2, 3)
+    ]
+    rows.append(Conversation((Message("user", "A 2"), Message("assistant", "a")), "f.jsonl:90"))
+    for seed in range(20):
+        rest, held = hold_out(rows, 9, seed, by_label=False)
+        sides = [{row.question[0].lower() for row in part} for part in (rest, held)]
+        assert held and not sides[0] & sides[1]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

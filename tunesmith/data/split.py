@@ -19,14 +19,12 @@ def hold_out(
 ) -> tuple[list[Conversation], list[Conversation]]:
     """Split off `wanted` rows: (the rest, the part), both in the rows' order.
 
-    Rows that ask the same question go together. With `by_label`, each answer's groups are spread evenly
-    over the order in which groups are drawn (systematic sampling), so that every label gives its share.
+    Rows that ask the same question go together, and so do the pieces of a row that was too long. With
+    `by_label`, each answer's groups are spread evenly over the order in which groups are drawn (systematic
+    sampling), so that every label gives its share.
     """
-    groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(same_question(row), []).append(i)
     strata: dict[str, list[list[int]]] = {}
-    for members in groups.values():
+    for members in _together(rows):
         strata.setdefault(rows[members[0]].answer if by_label else "", []).append(members)
 
     random = np.random.default_rng([seed, len(rows)])
@@ -43,3 +41,24 @@ def hold_out(
         [row for i, row in enumerate(rows) if i not in taken],
         [row for i, row in enumerate(rows) if i in taken],
     )
+
+
+def _together(rows: Sequence[Conversation]) -> list[list[int]]:
+    """Indices of rows in groups that must not be split: by question, and by the row that pieces were cut from."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first: dict[tuple[str, str], int] = {}
+    for i, row in enumerate(rows):
+        origin, cut, _ = row.id.rpartition("#")
+        for key in [("asks", same_question(row)), *([("of", origin)] if cut else [])]:
+            one, other = sorted((root(first.setdefault(key, i)), root(i)))
+            parent[other] = one
+    groups: dict[int, list[int]] = {}
+    for i in range(len(rows)):
+        groups.setdefault(root(i), []).append(i)
+    return list(groups.values())
