@@ -249,3 +249,24 @@ def test_the_sample_rows_are_label_like() -> None:
 
     rows = [Conversation((Message("user", r["prompt"]), Message("assistant", r["completion"]))) for r in colour_rows()]
     assert answers_kind(rows) == "label"
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "wsd"])
+def test_the_rates_are_transformers_rates(name: str) -> None:
+    """Shifted by one in the warm-up (our first step already learns), so compared after it."""
+    from transformers import get_scheduler
+
+    from tunesmith.train.batching import learning_rate
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    kinds = {"wsd": "warmup_stable_decay", "constant": "constant_with_warmup"}
+    extra = {"num_decay_steps": 6, "num_stable_steps": 21, "decay_type": "linear"} if name == "wsd" else {}
+    made = get_scheduler(kinds.get(name, name), optimizer, 3, 30, extra or None)
+    theirs = []
+    for _ in range(30):
+        theirs.append(made.get_last_lr()[0])
+        optimizer.step()
+        made.step()
+    ours = [learning_rate(step, 30, 0.5, 0.1, name, 0.2) for step in range(30)]
+    assert ours[:3] == pytest.approx([0.5 / 3, 1.0 / 3, 0.5])
+    assert ours[3:] == pytest.approx(theirs[3:])

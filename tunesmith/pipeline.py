@@ -9,6 +9,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ import yaml
 from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import DataError, RunError
-from tunesmith.progress import say
+from tunesmith.progress import clock, say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
 
@@ -92,7 +93,11 @@ class Journey:
     def machine(self) -> Machine:
         from tunesmith.models.machine import machine
 
-        return machine()
+        found = machine()
+        if "peft" not in sys.modules:
+            with clock("Loading torch and transformers", 8):
+                import peft  # noqa: F401 (it imports both)
+        return found
 
     @cached_property
     def model(self) -> ResolvedModel:

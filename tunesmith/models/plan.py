@@ -21,7 +21,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 STEP_EFFICIENCY = 0.55
 STEP_SECONDS = 0.02  # what a step takes besides, however small the model
 # Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
-KEPT_HIDDEN, KEPT_INTERMEDIATE = 14, 6
+KEPT_HIDDEN, KEPT_INTERMEDIATE = 9, 3
 PROCESS = 450 * 2**20  # Python, torch and transformers before any weight
 
 

@@ -41,12 +41,14 @@ class Schedule:
         return [int(i) for i in order[within * self.batch_size : (within + 1) * self.batch_size]]
 
 
-def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str) -> float:
+def learning_rate(step: int, total: int, peak: float, warmup: float, schedule: str, decay: float = 0.2) -> float:
     """The rate of a step (counted from 0): a straight rise over the warm-up, then down to zero."""
     rise = math.ceil(total * warmup)
     if step < rise:
         return peak * (step + 1) / rise
     if schedule == "constant":
         return peak
+    if schedule == "wsd":
+        return peak * min(1.0, (total - step) / math.ceil(total * decay))
     left = (total - step) / max(total - rise, 1)
     return peak * (left if schedule == "linear" else 0.5 * (1 - math.cos(math.pi * left)))

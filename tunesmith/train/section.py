@@ -30,8 +30,10 @@ class TrainSection(Section):
     """Longest row in tokens; `data.over_length` says what becomes of longer ones."""
     learning_rate: float = Field(2e-4, gt=0)
     """The peak rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the rate falls after the warm-up, towards zero after the last step."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """How the rate falls after the warm-up, towards zero after the last step. wsd stays until `decay` is left."""
+    decay: float = Field(0.2, gt=0, le=1)
+    """Share of the steps in which schedule wsd falls, in a straight line."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
     optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"

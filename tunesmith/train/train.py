@@ -86,7 +86,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     with _stop_requests() as stop, bar("Training", schedule.total, state.step) as progress:
         while state.step < schedule.total and not _stale(section, state):
             chosen = schedule.step(state.step)
-            rate = learning_rate(state.step, schedule.total, section.learning_rate, section.warmup, section.schedule)
+            rate = learning_rate(
+                state.step, schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
+            )
             began = time.perf_counter()
             loss, norm = _gradients(section, forward, rows, packs(chosen, rows, section.pack_tokens))
             if not (math.isfinite(loss) and math.isfinite(norm)):
