@@ -167,7 +167,10 @@ class Journey:
             }
             runs.write_json(target / "manifest.json", manifest)
         self.run.event("stage_finished", stage=stage, seconds=manifest["seconds"])
+        from tunesmith.models.machine import give_back
+
         gc.collect()
+        give_back()
 
     def look_ahead(self, stages: Sequence[str]) -> None:
         """Raise before training what would only come up after it: no test rows, no room for the result."""

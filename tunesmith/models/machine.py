@@ -131,6 +131,13 @@ def _try(limit: str | None) -> dict[str, float] | None:
     return rates
 
 
+def give_back() -> None:
+    """Return what glibc keeps of freed memory (see `reuse_buffers`), so that a stage does not carry another's."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 def reuse_buffers() -> None:
     """Have glibc keep freed memory for the next big buffer instead of giving it back and faulting it in again.
 
