@@ -65,7 +65,7 @@ def refuse(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> Callable[.
         (["train.epochs=[1]"], ["train.epochs", "[1]"]),
         (["train.adapter=lroa"], ["train.adapter", "did you mean 'lora'?"]),
         (["train.adapter=3"], ["train.adapter", "expected the name of one (lora"]),
-        (["train.schedule=cosin"], ["train.schedule", "'cosine', 'linear' or 'constant'"]),
+        (["train.schedule=cosin"], ["train.schedule", "'cosine', 'linear', 'constant' or 'wsd'"]),
         (["data.sources=[]"], ["data.sources", "at least 1"]),
         (["data.sources.0.layout=cat"], ["data.sources.0.layout", "did you mean 'chat'?"]),
         (["data.sources.0.layout=columns"], ["data.sources.0", "columns: {prompt: ..., completion: ...}"]),
