@@ -167,3 +167,27 @@ def tunesmith(
         return Said(code, said.out, said.err)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def renderer() -> Any:
+    from tunesmith.conversation.render import Renderer
+
+    return Renderer(make_tokenizer())
+
+
+@pytest.fixture
+def prepared(renderer: Any, tmp_path: Path) -> Callable[..., Any]:
+    """The data stage, run on some sources: gives a tests.prepared.Prepared. Nothing is held out unless said."""
+    from tests.prepared import Prepared
+    from tunesmith.data.prepare import DataInputs, prepare
+    from tunesmith.data.section import DataSection
+
+    def run(*sources: Any, seed: int = 7, max_length: int = 10_000, **keys: Any) -> Prepared:
+        section = DataSection(sources=list(sources), **({"split": {"validation": 0, "test": 0}} | keys))
+        target = tmp_path / "out"
+        target.mkdir(exist_ok=True)
+        told = prepare(section, DataInputs(renderer, max_length, seed, tmp_path), target)
+        return Prepared(target, told)
+
+    return run

@@ -71,6 +71,8 @@ def test_each_kind_trains_goes_on_exactly_and_becomes_a_model(
     assert said.code == 0, said.err
     check = json.loads((run / "package/manifest.json").read_text())["check"]
     assert check["same_next_token"] > 0.99
+    card = (run / "README.md").read_text()
+    assert f"- {KINDS[name]['kind']}\n" in card.partition("tags:")[2][:60]
     base = load_file(Path(recipe["model"]) / "model.safetensors")
     merged = load_file(run / "package/model/model.safetensors")
     changed = {key for key in base if not torch.equal(base[key].float(), merged[key].float())}

@@ -88,7 +88,7 @@ def refuse(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> Callable[.
 def test_recipe_keys(tunesmith: Any, recipe: Any, tmp_path: Path, sets: list[str], parts: list[str]) -> None:
     path = write_recipe(tmp_path, recipe)
     flags = [f"--set={s}" for s in sets]
-    refused(tunesmith("check", path, *flags, "--json"), *parts)
+    assert refused(tunesmith("check", path, *flags, "--json"), *parts)
     assert not (tmp_path / "runs").exists()
 
 
@@ -110,14 +110,14 @@ def test_recipe_keys(tunesmith: Any, recipe: Any, tmp_path: Path, sets: list[str
 )
 def test_recipe_files(tunesmith: Any, tmp_path: Path, content: bytes, parts: list[str]) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
-    refused(tunesmith("check", "bad.yaml", "--json"), *parts)
+    assert refused(tunesmith("check", "bad.yaml", "--json"), *parts)
 
 
 def test_recipe_names(tunesmith: Any, tmp_path: Path) -> None:
-    refused(tunesmith("check", tmp_path, "--json"), str(tmp_path), "is a folder", ".yaml")
+    assert refused(tunesmith("check", tmp_path, "--json"), str(tmp_path), "is a folder", ".yaml")
     error = tunesmith("check", "quikstart", "--json").json["error"]
     assert "did you mean 'quickstart'?" in error["what"] and "tunesmith init" in error["fix"]
-    refused(tunesmith("runs", "show", "nothing", "--json"), "no run is called 'nothing'", "tunesmith run")
+    assert refused(tunesmith("runs", "show", "nothing", "--json"), "no run is called 'nothing'", "tunesmith run")
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_recipe_names(tunesmith: Any, tmp_path: Path) -> None:
     ],
 )
 def test_rows(refuse: Any, rows: Any, parts: list[str]) -> None:
-    refuse(*parts, rows=rows, verb="check")
-    refuse(*parts, rows=rows)
+    assert refuse(*parts, rows=rows, verb="check")
+    assert refuse(*parts, rows=rows)
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_messages(refuse: Any, messages: Any, why: str) -> None:
     good = [json.dumps({"messages": turns})] * 5
     if why == "is not JSON":
         why = "weight inf"
-    refuse("rows.jsonl:6", why, rows=[*good, json.dumps({"messages": messages}).replace("Infinity", "1e999")])
-    refuse(
+    assert refuse("rows.jsonl:6", why, rows=[*good, json.dumps({"messages": messages}).replace("Infinity", "1e999")])
+    assert refuse(
         "no row is left to train on", "4 rows read, 4 rejected", why, "rows.jsonl:1",
         rows=[json.dumps({"messages": messages}).replace("Infinity", "1e999")] * 4,
         flags=["--set=data.max_rejected=1"],
@@ -185,7 +185,7 @@ def test_rejected_rows_that_are_allowed_are_kept_aside(tunesmith: Any, recipe: A
     aside = read_jsonl(tmp_path / "runs/tiny/data/rejected.jsonl")
     assert [row["text"] for row in aside] == rows[20:]
     checked = tunesmith("check", path, "--set=data.max_rejected=0.05", "--json")
-    refused(checked, "2 of 22 rows", "rows.jsonl:21")
+    assert refused(checked, "2 of 22 rows", "rows.jsonl:21")
     assert len(checked.json["left_out"]) == 2 and checked.json["counts"]["accepted"] == 20
 
 
@@ -193,47 +193,47 @@ def test_files(refuse: Any, recipe: Any, tmp_path: Path) -> None:
     def source(**keys: Any) -> Any:
         return lambda recipe: recipe["data"]["sources"].__setitem__(0, keys)
 
-    refuse("data.sources.0.path", "no such file", "absent.jsonl", change=source(path="absent.jsonl"))
-    refuse("data.sources.0.path", "is a folder", "*.jsonl", change=source(path=str(tmp_path)))
-    refuse("names a variable that is not set", change=source(path="$NO_SUCH_FOLDER/x.jsonl"))
+    assert refuse("data.sources.0.path", "no such file", "absent.jsonl", change=source(path="absent.jsonl"))
+    assert refuse("data.sources.0.path", "is a folder", "*.jsonl", change=source(path=str(tmp_path)))
+    assert refuse("names a variable that is not set", change=source(path="$NO_SUCH_FOLDER/x.jsonl"))
     (tmp_path / "rows.txt").write_text("a\n")
-    refuse("rows.txt", "'.txt' are not read", "jsonl", change=source(path="rows.txt"))
+    assert refuse("rows.txt", "'.txt' are not read", "jsonl", change=source(path="rows.txt"))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(GOOD).encode())[:-30])
-    refuse("rows.jsonl.gz", "can't be unpacked", "cut short", change=source(path="rows.jsonl.gz"))
+    assert refuse("rows.jsonl.gz", "can't be unpacked", "cut short", change=source(path="rows.jsonl.gz"))
     (tmp_path / "plain.jsonl.gz").write_bytes(b"not gzip at all")
-    refuse("plain.jsonl.gz", "can't be unpacked", change=source(path="plain.jsonl.gz"))
+    assert refuse("plain.jsonl.gz", "can't be unpacked", change=source(path="plain.jsonl.gz"))
     (tmp_path / "rows.json").write_text('[{"prompt": "a",\n "completion": }]')
-    refuse("rows.json:2", "is not JSON", change=source(path="rows.json"))
+    assert refuse("rows.json:2", "is not JSON", change=source(path="rows.json"))
     (tmp_path / "rows.json").write_bytes(b'[\n{"prompt": "\xff"}]')
-    refuse("rows.json:2", "is not UTF-8", change=source(path="rows.json"))
+    assert refuse("rows.json:2", "is not UTF-8", change=source(path="rows.json"))
     (tmp_path / "rows.json").write_text("3")
-    refuse("rows.json", "no list of rows", change=source(path="rows.json"))
+    assert refuse("rows.json", "no list of rows", change=source(path="rows.json"))
     (tmp_path / "rows.parquet").write_bytes(b"PAR1 not really PAR1")
-    refuse("rows.parquet", "is not Parquet", change=source(path="rows.parquet"))
+    assert refuse("rows.parquet", "is not Parquet", change=source(path="rows.parquet"))
     (tmp_path / "rows.csv").write_bytes("pr\xf6mpt,completion\na,b\n".encode("latin-1"))
-    refuse("rows.csv:1", "header is not UTF-8", change=source(path="rows.csv"))
+    assert refuse("rows.csv:1", "header is not UTF-8", change=source(path="rows.csv"))
     (tmp_path / "rows.csv").write_text('prompt,"completion"x\na,b\n')
-    refuse("rows.csv:1", "header is not CSV", change=source(path="rows.csv"))
+    assert refuse("rows.csv:1", "header is not CSV", change=source(path="rows.csv"))
     (tmp_path / "rows.csv").write_text("prompt,prompt\na,b\n")
-    refuse("rows.csv:1", "same name", change=source(path="rows.csv"))
+    assert refuse("rows.csv:1", "same name", change=source(path="rows.csv"))
     (tmp_path / "rows.csv").write_text("text,category\na,b\n")
     columns = {"prompt": "text", "completion": "categry"}
-    refuse(
+    assert refuse(
         "rows.csv", "no column 'categry'; did you mean 'category'?", "text, category",
         change=source(path="rows.csv", columns=columns),
     )  # fmt: skip
     (tmp_path / "rows.csv").write_text('prompt,completion\na,b\nc\n"d,e\nf,g\n')
     error = refuse("rows.csv:3", "1 fields where the header has 2", change=source(path="rows.csv"))
     assert "rows.csv:4: is not CSV" in error["what"]
-    refuse("rows.jsonl:1", "no column 'kind'", change=source(path="rows.jsonl", where={"kind": "a"}))
+    assert refuse("rows.jsonl:1", "no column 'kind'", change=source(path="rows.jsonl", where={"kind": "a"}))
     where = {"completion": "pink"}
     error = refuse("no row is left", "60 removed (where)", change=source(path="rows.jsonl", where=where))
     assert "rows.jsonl:1: does not meet" in error["what"]
     chat = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     write_jsonl(tmp_path / "chat.jsonl", chat)
-    refuse("chat.jsonl", "template", "layout chat", change=source(path="chat.jsonl", template="Say {x}"))
+    assert refuse("chat.jsonl", "template", "layout chat", change=source(path="chat.jsonl", template="Say {x}"))
     recipe["data"]["split"] = {"validation": 50, "test": 30}
-    refuse("no row is left", "held out for test", "data.split", change=source(path="rows.jsonl"))
+    assert refuse("no row is left", "held out for test", "data.split", change=source(path="rows.jsonl"))
 
 
 def test_rows_longer_than_the_context(refuse: Any, tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
@@ -283,34 +283,34 @@ def test_templates_that_can_not_be_trained_with(refuse: Any, tmp_path: Path) -> 
 
     name = str(make_model(tmp_path / "endless", template=ENDLESS))
     parts = ("endless", "without a token that stops", "'<|im_end|>'", "model.end_of_turn")
-    refuse(*parts, change=lambda recipe: recipe.__setitem__("model", name))
-    refuse("the chat template", change=template("{% for m in messages %}"))
-    refuse("no token 'END'", "model.end_of_turn", change=lambda r: r["model"].__setitem__("end_of_turn", "END"))
+    assert refuse(*parts, change=lambda recipe: recipe.__setitem__("model", name))
+    assert refuse("the chat template", change=template("{% for m in messages %}"))
+    assert refuse("no token 'END'", "model.end_of_turn", change=lambda r: r["model"].__setitem__("end_of_turn", "END"))
     picky = CHATML.replace("{% for", "{{ raise_exception('no system role') if messages[0].role == 'system' }}{% for", 1)
 
     def with_system(recipe: Any) -> None:
         template(picky)(recipe)
         recipe["data"]["system"] = "Be brief."
 
-    refuse("rows.jsonl:1", "60 of 60 rows", "no system role", change=with_system)
+    assert refuse("rows.jsonl:1", "60 of 60 rows", "no system role", change=with_system)
 
 
 def test_models(refuse: Any, tmp_path: Path) -> None:
     def model(name: str) -> Any:
         return lambda recipe: recipe.__setitem__("model", name)
 
-    refuse("model.name", "did you mean 'smollm2-135m-instruct'?", change=model("smolm2-135m-instruct"))
-    refuse("model.name", "no model", "owner/name", change=model(str(tmp_path / "absent")))
+    assert refuse("model.name", "did you mean 'smollm2-135m-instruct'?", change=model("smolm2-135m-instruct"))
+    assert refuse("model.name", "no model", "owner/name", change=model(str(tmp_path / "absent")))
     (tmp_path / "folder").mkdir()
-    refuse("folder", "holds no model", "config.json", change=model(str(tmp_path / "folder")))
+    assert refuse("folder", "holds no model", "config.json", change=model(str(tmp_path / "folder")))
     (tmp_path / "x.gguf").write_bytes(b"GGUF but not really")
-    refuse("x.gguf", "can't be read as a model", change=model(str(tmp_path / "x.gguf")))
+    assert refuse("x.gguf", "can't be read as a model", change=model(str(tmp_path / "x.gguf")))
 
 
 def test_no_room_on_disk(refuse: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))
-    refuse("needs about", "0 MiB are free", "Free some room", str(tmp_path))
+    assert refuse("needs about", "0 MiB are free", "Free some room", str(tmp_path))
 
 
 def test_a_run_of_another_recipe(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
@@ -320,7 +320,7 @@ def test_a_run_of_another_recipe(tunesmith: Any, recipe: Any, tmp_path: Path) ->
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     recipe["train"]["max_steps"] = 3
     other = write_recipe(tmp_path, recipe, "other.yaml")
-    refused(
+    assert refused(
         tunesmith("train", other, "--json"),
         "run 'tiny' was made by another recipe", "tiny.yaml", "differs in: train", "--set name=",
     )  # fmt: skip
@@ -334,7 +334,7 @@ def test_a_second_process_on_the_same_run(refuse: Any, tmp_path: Path) -> None:
     from tunesmith.runs import Run
 
     with Run(tmp_path / "runs/tiny").lock():
-        refuse("run 'tiny'", "another process", "--set name=")
+        assert refuse("run 'tiny'", "another process", "--set name=")
 
 
 def test_debug_shows_the_traceback(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:

@@ -273,14 +273,6 @@ def test_package_check_is_shown_once_there_is_one(tmp_path: Path) -> None:
     assert "same next token 99.80%" in page(run).text
 
 
-def test_scores_of_an_earlier_training_are_called_so(tmp_path: Path) -> None:
-    run = fake_run(tmp_path)
-    assert "earlier" not in page(run).text
-    manifest = runs.read_json(run.stage("train") / "manifest.json")
-    write_stage(run, "train", {"adapter/adapter_config.json": "[]"}, ("data",), summary=manifest["summary"])
-    assert "Stage 'evaluate' was made from an earlier 'train'" in page(run).text
-
-
 def test_a_goal_without_row_scores_falls_back_to_equality(tmp_path: Path) -> None:
     run = fake_run(tmp_path, kind="label", goal="macro_f1")
     assert '"score": null' in (run.stage("evaluate") / "answers.jsonl").read_text()

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import tunesmith as ts
 from tests.conftest import write_recipe
 
 
@@ -49,6 +50,23 @@ def test_runs_are_listed_compared_and_removed(tunesmith: Any, recipe: dict[str, 
     assert tunesmith("runs", "rm", "one", "--yes").code == 0
     assert not (tmp_path / "runs/one").exists()
     assert [r["run"] for r in tunesmith("runs", "list", "--json").json] == ["two"]
+
+
+def test_results_of_an_earlier_training_are_not_shown(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("run", path, "--json").code == 0
+    run = ts.open_run(tmp_path / "runs/tiny")
+    assert run.scorecard is not None
+    top = [tmp_path / "runs/tiny" / name for name in ("scorecard.json", "report.html", "README.md")]
+    assert all(file.exists() for file in top)
+
+    assert tunesmith("train", path, "--set", "train.adapter.rank=2", "--json").code == 0
+    assert not any(file.exists() for file in top)
+    assert ts.open_run(tmp_path / "runs/tiny").scorecard is None
+    shown = tunesmith("runs", "show", "tiny", "--json").json
+    assert shown["train"]["steps"] == 6 and not shown.get("verdict") and not shown.get("package")
 
 
 def test_only_runs_are_removed(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -6,8 +6,6 @@ import contextlib
 import functools
 import gc
 import json
-import os
-import shlex
 import shutil
 import sys
 import time
@@ -17,10 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
+from tunesmith import claims, runs
 from tunesmith import recipe as recipes
-from tunesmith import runs
 from tunesmith.errors import DataError, RunError
 from tunesmith.progress import clock, say
 from tunesmith.recipe import Recipe
@@ -56,10 +52,10 @@ def run(
     if unknown:
         raise RunError(f"no stage is called '{unknown[0]}'", where="stages", fix=f"There are: {', '.join(STAGES)}.")
     with there.lock():
-        _refuse_anothers(there, absolute(resolved, folder), origin)
+        claims.refuse_anothers(there, claims.absolute(resolved, folder), origin)
         journey = Journey(resolved, folder, there)
         journey.key(next(s for s in STAGES if s in wanted))  # what can't be run leaves the run as it was
-        _claim(there, absolute(resolved, folder), origin, overrides)
+        claims.claim(there, claims.absolute(resolved, folder), origin, overrides)
         for stage in STAGES:
             if stage in wanted:
                 if stage == "train":
@@ -223,7 +219,7 @@ class Journey:
 
     def _set_aside(self, target: Path, key: str | None) -> None:
         """Keep what an earlier recipe trained, finished or not: hours may be in it."""
-        if self.run.complete("train") or self.run.checkpoints.is_dir():
+        if self.run.manifest("train") or self.run.checkpoints.is_dir():
             kept = self.run.path / "replaced" / f"train-{(key or 'unknown')[:8]}"
             say(f"train: its settings or rows changed; what was trained before is kept in {kept}")
             shutil.rmtree(kept, ignore_errors=True)
@@ -314,59 +310,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
 OPTIONAL = {("package", "evaluate")}
 
 
-def _refuse_anothers(run: Run, resolved: dict[str, Any], origin: str | None) -> None:
-    """Raise where the run's name is taken by another recipe."""
-    if not run.recipe.is_file():
-        return
-    earlier = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    came_from = runs.read_json(run.origin).get("recipe") if run.origin.is_file() else None
-    differing = [k for k in ("model", "data", "train", "seed") if earlier.get(k) != resolved[k]]
-    if differing and (origin is None or origin != came_from):
-        raise RunError(
-            f"run '{run.name}' was made by another recipe ({came_from or 'from Python'}); "
-            f"it differs in: {', '.join(differing)}",
-            where=str(run.path),
-            fix=f"Use another name (--set name=...), or remove that run: tunesmith runs rm {run.name}",
-        )
-
-
-def origin_of(run: Run) -> str:
-    """What to type after a verb to mean this run again: its recipe, what was set, and where runs lie."""
-    told = runs.read_json(run.origin)
-    words = [str(told["recipe"] or run.recipe)]
-    words += [word for override in told.get("overrides", []) for word in ("--set", override)] if told["recipe"] else []
-    elsewhere = run.path.resolve().parent != runs.runs_folder().resolve()
-    return shlex.join(words + (["--runs", str(run.path.parent)] if elsewhere else []))
-
-
-def _claim(run: Run, resolved: dict[str, Any], origin: str | None, overrides: Sequence[str]) -> None:
-    """Write the recipe into the run's folder; a run that a recipe of the same content owns stays that one's."""
-    told = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
-    if run.recipe.is_file() and run.origin.is_file() and run.recipe.read_text(encoding="utf-8") == told:
-        return
-    runs.write_text(run.recipe, told)
-    runs.write_json(run.origin, {"recipe": origin, "overrides": list(overrides)})
-
-
-def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """The recipe's keys with every default filled in and paths that hold from anywhere."""
-    keys = recipe.model_dump(mode="json")
-
-    def whole(path: str) -> str:
-        return str((folder / Path(os.path.expandvars(path)).expanduser()).resolve())
-
-    for source in keys["data"]["sources"]:
-        source["path"] = whole(source["path"])
-    for part, given in keys["data"]["split"].items():
-        if isinstance(given, str):
-            keys["data"]["split"][part] = whole(given)
-    for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
-        if name.exists():
-            keys["model"]["name"] = str(name.resolve())
-            break
-    return keys
-
-
 def _finish(run: Run, recipe: Recipe) -> None:
     """Bring the files at the run's top up to date with its stages; the run's manifest comes last."""
     done = {stage: m for stage in STAGES if (m := run.complete(stage))}
@@ -377,6 +320,9 @@ def _finish(run: Run, recipe: Recipe) -> None:
     if "package" in done:
         copies[run.card] = (run.model / "README.md").read_text(encoding="utf-8")
     current = {s: m["key"] for s, m in done.items()} == {s: m["key"] for s, m in told.items()}
+    for stage, files in {"evaluate": (run.scorecard, run.report), "package": (run.card,)}.items():
+        for path in files if stage not in done else ():
+            path.unlink(missing_ok=True)  # of what was trained before
     there = all(path.is_file() and path.read_text(encoding="utf-8") == text for path, text in copies.items())
     if current and there and ("evaluate" not in done or run.report.is_file()):
         return
@@ -436,7 +382,7 @@ class Result:
     @property
     def scorecard(self) -> dict[str, Any] | None:
         """Verdict, goal and every metric with n and 95% intervals; None before evaluation."""
-        return runs.read_json(self.run.scorecard) if self.run.scorecard.is_file() else None
+        return self.run.scores
 
     @property
     def report(self) -> Path:
@@ -448,10 +394,10 @@ class Result:
 
     def chat(self, text: str, base: bool = False, max_new_tokens: int = 512) -> str:
         """The tuned model's answer (or the base's) to one message, under the recipe's system prompt."""
-        return self.chatter(base, max_new_tokens).reply(text, [])
+        return self.chatter(base).reply(text, [], max_new_tokens=max_new_tokens)
 
     @functools.cache  # noqa: B019 (a result lives as long as its user wants the model in memory)
-    def chatter(self, base: bool = False, max_new_tokens: int = 512) -> Chatter:
+    def chatter(self, base: bool = False) -> Chatter:
         """The tuned model (or the base), loaded and ready to talk."""
         if not self.run.complete("train") and not base:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
@@ -466,7 +412,7 @@ class Result:
                 fix="Run the recipe again.",
             )
         engine = journey.engine(None if base else self.run.tuned)
-        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system), max_new_tokens)
+        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:
         return hash(self.run)
@@ -483,9 +429,10 @@ class Chatter:
     engine: Engine
     renderer: Renderer
     system: str | None
-    max_new_tokens: int = 512
 
-    def reply(self, text: str, history: list[Any], on_text: Callable[[str], None] = _ignore) -> str:
+    def reply(
+        self, text: str, history: list[Any], on_text: Callable[[str], None] = _ignore, max_new_tokens: int = 512
+    ) -> str:
         """Answer `text` after `history` (to which both are added); pieces go to `on_text` as they come."""
         from tunesmith.conversation.message import Message
 
@@ -504,7 +451,7 @@ class Chatter:
                 shown = text
 
         prompt = self.renderer.prompt(history)
-        out = self.engine.stream(prompt, self.max_new_tokens, self.renderer.stop_ids, show)
+        out = self.engine.stream(prompt, max_new_tokens, self.renderer.stop_ids, show)
         answer = self.renderer.decode(out)
         history.append(Message("assistant", answer))
         return answer

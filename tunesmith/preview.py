@@ -46,8 +46,10 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         TunesmithError: what would have stopped the run.
     """
     from tunesmith.data.prepare import load_rows, prepare, too_many_rejected
+    from tunesmith.models.plan import empty_model
 
     journey = _journey(recipe, overrides)
+    journey.recipe.train.adapter.attach(empty_model(journey.model))
     with tempfile.TemporaryDirectory() as folder:
         # Rows that can't be used are listed here, not a reason to stop before the others are seen.
         section = journey.recipe.data.model_copy(update={"max_rejected": 1.0})
@@ -90,7 +92,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     empty = empty_model(journey.model)
     shape = shape_of(empty)
     trained = sum(p.numel() for p in train.adapter.attach(empty).parameters() if p.requires_grad)
-    own = train.adapter.folder == "model"
+    own = train.adapter.whole_model
     precision = journey.machine.precision if train.precision == "auto" else train.precision
     return estimate(
         shape,

@@ -194,7 +194,8 @@ def _override_of(error: ValidationError, overrides: Sequence[str]) -> str | None
     wrong = [".".join(str(part) for part in found["loc"]) for found in error.errors()]
     for override in reversed(overrides):
         key = override.partition("=")[0].strip()
-        if all(f"{w}.".startswith(f"{key}.") for w in wrong):
+        inside = all(f"{w}.".startswith(f"{key}.") for w in wrong)
+        if inside or (key.endswith(".kind") and all(w.startswith(key.removesuffix("kind")) for w in wrong)):
             return f"--set {override}"
     return None
 

@@ -195,15 +195,25 @@ class Run:
         return read_json(path) if path.exists() else None
 
     def complete(self, stage: str, key: str | None = None) -> dict[str, Any] | None:
-        """The manifest of a stage that is whole (and was made with `key`, if given), else None."""
+        """The manifest of a stage that is whole, made from what its parents are now, and with `key` if one is
+        given; else None."""
         manifest = self.manifest(stage)
         if manifest is None or (key is not None and manifest.get("key") != key):
             return None
+        for name, made_from in manifest["parents"].items():
+            parent = self.complete(name)
+            if parent is None or digest(parent) != made_from["digest"]:
+                return None
         for name, file in manifest["outputs"].items():
             path = self.stage(stage) / name
             if not path.is_file() or path.stat().st_size != file["bytes"]:
                 return None
         return manifest
+
+    @property
+    def scores(self) -> dict[str, Any] | None:
+        """The scorecard of what is trained now; None before its evaluation."""
+        return read_json(self.stage("evaluate") / "scorecard.json") if self.complete("evaluate") else None
 
     def event(self, kind: str, **facts: Any) -> None:
         """Add a line to events.jsonl."""

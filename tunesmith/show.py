@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import STAGES, Run, read_json, runs_folder
+from tunesmith.runs import STAGES, Run, runs_folder
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -52,7 +52,7 @@ def summary(result: Result) -> dict[str, Any]:
         "package": (run.manifest("package") or {}).get("check"),
         "report": str(run.report) if run.report.is_file() else None,
         "adapter": str(run.tuned) if run.tuned.is_dir() else None,
-        "model": str(run.model) if run.model.is_dir() else None,
+        "model": str(run.model) if run.complete("package") else None,
     }
 
 
@@ -76,7 +76,7 @@ def ending(result: Result) -> None:
     out, run, card = _console(), result.run, result.scorecard
     if card is None:
         out.print(f"Run [bold]{run.name}[/bold] in {run.path}: not evaluated yet.")
-        from tunesmith.pipeline import origin_of
+        from tunesmith.claims import origin_of
 
         stage = "evaluate" if run.complete("train") else "run"
         out.print(f"Next: {program()} {stage} {origin_of(run)}", markup=False, highlight=False, soft_wrap=True)
@@ -97,7 +97,7 @@ def ending(result: Result) -> None:
     out.print(table)
     out.print(f"Verdict on {card['goal_metric']}: {SAID[card['verdict']]}.")
     out.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
-    if run.model.is_dir():
+    if run.complete("package"):
         out.print(f"Model:  {run.model}", highlight=False, soft_wrap=True)
     out.print("Next:", highlight=False)
     name = run.name if runs_folder() / run.name == run.path else run.path
@@ -174,7 +174,7 @@ def _duration(seconds: float) -> str:
 
 def line(run: Run) -> dict[str, Any]:
     """A run in a list."""
-    card = read_json(run.scorecard) if run.scorecard.is_file() else None
+    card = run.scores
     goal = card["metrics"][card["goal_metric"]] if card else None
     return {
         "run": run.name,
@@ -195,8 +195,8 @@ def differences(one: Run, other: Run) -> list[dict[str, str]]:
         flat = _flat(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
         manifest = run.manifest() or {}
         flat |= {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
-        if run.scorecard.is_file():
-            card = read_json(run.scorecard)
+        card = run.scores
+        if card:
             flat |= {"verdict": card["verdict"]} | {m: span(s["tuned"]) for m, s in card["metrics"].items()}
         sides.append(flat)
     first, second = sides

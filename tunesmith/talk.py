@@ -21,8 +21,12 @@ def once(result: Result, text: str, base: bool, limit: int) -> dict[str, str]:
 def talk(result: Result, base: bool, limit: int) -> None:
     """Read lines until an empty one or end of file, and answer each as it is generated."""
     out = Console()
+
+    def write(piece: str) -> None:
+        out.print(piece, end="", markup=False, highlight=False)
+
     say("Loading the model")
-    chatters = {"tuned": result.chatter(False, limit)} | ({"base": result.chatter(True, limit)} if base else {})
+    chatters = {"tuned": result.chatter()} | ({"base": result.chatter(base=True)} if base else {})
     histories: dict[str, list[Any]] = {side: [] for side in chatters}
     out.print("An empty line ends the talk; /new forgets what was said.", style="dim")
     while True:
@@ -40,5 +44,5 @@ def talk(result: Result, base: bool, limit: int) -> None:
             continue
         for side, chatter in chatters.items():
             out.print(f"[bold]{side}[/bold]> ", end="")
-            chatter.reply(text, histories[side], lambda piece: out.print(piece, end="", markup=False, highlight=False))
+            chatter.reply(text, histories[side], write, limit)
             out.print()

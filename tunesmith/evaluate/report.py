@@ -46,7 +46,6 @@ def write_report(run: Run) -> None:
             name=run.name,
             card=card,
             verdict=verdict_in_words(card),
-            warnings=out_of_date(manifests),
             metrics=[_metric(name, score) for name, score in card["metrics"].items()],
             curves=loss_curves(steps),
             **_answers(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card, manifests),
@@ -123,16 +122,6 @@ def verdict_in_words(card: dict[str, Any]) -> dict[str, str]:
         ),
     }[card["verdict"]]
     return {"style": card["verdict"], "headline": headline, "why": why, "difference": signed(gap["value"])}
-
-
-def out_of_date(manifests: dict[str, dict[str, Any]]) -> list[str]:
-    """What the page shows of stages that were made from an earlier result than the one that is there now."""
-    return [
-        f"Stage '{stage}' was made from an earlier '{parent}' than the one in this run. Run the recipe again."
-        for stage, manifest in manifests.items()
-        for parent, made_from in manifest["parents"].items()
-        if parent in manifests and made_from["digest"] != digest(manifests[parent])
-    ]
 
 
 def _metric(name: str, score: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.attention import CannotPack, Layout, laid_out
+from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras
 from tunesmith.models.packed import REFUSALS, PackedForward
 
 ATTENTION = "tunesmith_decode"
@@ -77,8 +77,7 @@ def decode_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """One new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]."""
-    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise CannotPack("attention with a soft cap, sinks or a position bias")
+    refuse_extras(others)
     first = max(0, key.shape[2] - sliding_window) if sliding_window is not None else 0
     hidden = _hidden_BS.get()[:, None, None, first : key.shape[2]]
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)

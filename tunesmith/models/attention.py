@@ -142,6 +142,12 @@ def packing() -> bool:
     return _layout.get(None) is not None
 
 
+def refuse_extras(given: dict[str, Any]) -> None:
+    """Raise CannotPack for what a model may ask of its attention and ours does not do."""
+    if any(given.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+        raise CannotPack("attention with a soft cap, sinks or a position bias")
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -157,8 +163,7 @@ def packed_attention(
 
     An entry of transformers' attention interface; how rows lie in T comes from `laid_out`.
     """
-    if any(others.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
-        raise CannotPack("attention with a soft cap, sinks or a position bias")
+    refuse_extras(others)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     module._attends_with = scale, sliding_window  # type: ignore[assignment]  # what a shorter way needs to know
     if not dropout:

@@ -91,14 +91,7 @@ def empty_model(model: ResolvedModel) -> PreTrainedModel:
 
 def shape_of(empty: PreTrainedModel) -> Shape:
     """A model's sizes."""
-    import torch
-
-    head = empty.get_output_embeddings()
-    linear = {
-        name: (m.weight.shape[0], m.weight.shape[1])
-        for name, m in empty.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head
-    }
+    head, linear = empty.get_output_embeddings(), linear_layers(empty)
     text = empty.config.get_text_config()
     widest = max((s for shape in linear.values() for s in shape), default=text.hidden_size)
     return Shape(
@@ -110,6 +103,18 @@ def shape_of(empty: PreTrainedModel) -> Shape:
         vocabulary=text.vocab_size,
         linear=linear,
     )
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """The (out, in) of every linear layer but the output layer, by name."""
+    import torch
+
+    head = model.get_output_embeddings()
+    return {
+        name: (m.weight.shape[0], m.weight.shape[1])
+        for name, m in model.named_modules()
+        if isinstance(m, torch.nn.Linear) and m is not head
+    }
 
 
 def estimate(

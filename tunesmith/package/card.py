@@ -9,12 +9,19 @@ from typing import Any
 
 import yaml
 
-from tunesmith.runs import Run, digest, read_json, versions
+from tunesmith.runs import Run, digest, versions
 
 # The hub's own names, where it has one for a metric of ours.
 HUB_METRICS = {"macro_f1": "f1", "rouge_l": "rouge"}
 ANSWERS = {"json": "JSON objects", "label": "labels from a small set", "text": "free text"}
 STAGES_BEFORE = ("data", "train", "evaluate")
+
+
+HOW = {
+    "full": "all of its weights trained",
+    "partial": "some of its weights trained",
+    "lora": "with a LoRA adapter that is merged into its weights",
+}
 
 
 def card(run: Run, model: dict[str, Any]) -> str:
@@ -23,12 +30,12 @@ def card(run: Run, model: dict[str, Any]) -> str:
     Args:
         model: the base, as `ResolvedModel.as_dict` tells of it.
     """
-    manifests = current(run)
+    manifests = {stage: m for stage in STAGES_BEFORE if (m := run.complete(stage))}
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
-    scores = read_json(run.stage("evaluate") / "scorecard.json") if "evaluate" in manifests else None
-    front = yaml.safe_dump(front_matter(run, model, scores), sort_keys=False, allow_unicode=True)
+    scores = run.scores
+    front = yaml.safe_dump(front_matter(run, recipe, model, scores), sort_keys=False, allow_unicode=True)
     parts = (
-        _opening(run, model, manifests, scores),
+        _opening(run, recipe, model, manifests, scores),
         _scores(scores),
         _use(recipe, model, scores),
         _data(manifests),
@@ -39,27 +46,16 @@ def card(run: Run, model: dict[str, Any]) -> str:
     return f"---\n{front}---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def current(run: Run) -> dict[str, dict[str, Any]]:
-    """Manifests of the complete stages, without those made from an earlier result than the one there is."""
-    found: dict[str, dict[str, Any]] = {}
-    for stage in STAGES_BEFORE:
-        manifest = run.complete(stage)
-        if manifest and all(
-            name in found and made_from["digest"] == digest(found[name])
-            for name, made_from in manifest["parents"].items()
-        ):
-            found[stage] = manifest
-    return found
-
-
-def front_matter(run: Run, model: dict[str, Any], scores: dict[str, Any] | None) -> dict[str, Any]:
+def front_matter(
+    run: Run, recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None
+) -> dict[str, Any]:
     """The hub's metadata. Only finite results go in: the hub takes no others."""
     found: dict[str, Any] = {
         "base_model": _base_name(model),
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["tunesmith", "lora"],
+        "tags": ["tunesmith", recipe["train"]["adapter"]["kind"]],
     }
     if model.get("licence"):
         found["license"] = model["licence"]
@@ -83,17 +79,14 @@ def _base_name(model: dict[str, Any]) -> str:
 
 
 def _opening(
-    run: Run, model: dict[str, Any], manifests: dict[str, dict[str, Any]], scores: dict[str, Any] | None
+    run: Run,
+    recipe: dict[str, Any],
+    model: dict[str, Any],
+    manifests: dict[str, dict[str, Any]],
+    scores: dict[str, Any] | None,
 ) -> str:
     kind = (manifests.get("data") or {}).get("answers", {}).get("kind")
-    manifest = manifests.get("train") or {}
-    section = (manifest.get("facts") or {}).get("section", {}).get("adapter", {})
-    adapter = section.get("kind", "lora") if isinstance(section, dict) else str(section)
-    how = {
-        "full": "all of its weights trained",
-        "partial": "some of its weights trained",
-        "lora": "with a LoRA adapter that is merged into its weights",
-    }.get(adapter, f"with an adapter ({adapter}) that is merged into its weights")
+    how = HOW.get(recipe["train"]["adapter"]["kind"], "with an adapter that is merged into its weights")
     answers = f" Its answers are {ANSWERS.get(kind, kind)}." if kind else ""
     goal = f" The goal was a better `{scores['goal_metric']}` on held-out rows of that data." if scores else ""
     return (

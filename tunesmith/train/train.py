@@ -63,19 +63,14 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     if state.threads != torch.get_num_threads():
         say(f"going on with {torch.get_num_threads()} threads after {state.threads}: last digits may differ")
 
-    reuse_buffers()
-    device = inputs.machine.device
-    if section.adapter.folder == "model":  # its own weights are the masters
+    if section.adapter.whole_model:  # its own weights are the masters
         state.precision = "float32"
-    base = load_model(inputs.model, getattr(torch, state.precision), device)
-    parameters = sum(p.numel() for p in base.parameters())
-    torch.manual_seed(inputs.seed)
-    model = section.adapter.attach(base)
-    forward = PackedForward(model, rows)
+    model, forward, parameters = _load(section, inputs, state.precision, rows)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trained = sum(p.numel() for p in weights.values())
+    saved = parameters if section.adapter.whole_model else trained
+    need_room(run.path, 4 * (3 * trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
     optimizer = optimizers.make(section, weights, section.adapter.rate_of)
-    size = 4 * sum(p.numel() for p in weights.values())
-    need_room(run.path, size * (3 * (section.keep_checkpoints + 1) + 2), "Training")
     if state.step:
         checkpoints.restore(run.checkpoints, state, weights, optimizer)
         say(f"Going on from step {state.step} of {schedule.total}")
@@ -107,7 +102,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 "grad_norm": norm,
                 "tokens": tokens,
                 "tokens_per_second": round(tokens / seconds, 1),
-                "memory_bytes": _memory(device),
+                "memory_bytes": _memory(inputs.machine.device),
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
@@ -127,22 +122,39 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                     fix="The same command goes on from here.",
                 )
 
-    with whole_folder(run.stage("train") / section.adapter.folder) as folder:
-        if section.keep_best and state.best_step is not None:
-            shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
-        else:
-            section.adapter.save(model, folder)
+    _keep(section, state, model, run)
     return {
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "best_step": state.best_step if section.keep_best else None,
         "best_validation_loss": state.best_loss,
-        "parameters": {"total": parameters, "trained": size // 4},
+        "parameters": {"total": parameters, "trained": trained},
         "precision": state.precision,
         "threads": state.threads,
         "forward": forward.why,
     }
+
+
+def _load(
+    section: TrainSection, inputs: TrainInputs, precision: str, rows: Sequence[Rendered]
+) -> tuple[Any, PackedForward, int]:
+    """The model with what is trained of it marked, its packed forward, and how many weights the base has."""
+    reuse_buffers()
+    base = load_model(inputs.model, getattr(torch, precision), inputs.machine.device)
+    parameters = sum(p.numel() for p in base.parameters())
+    torch.manual_seed(inputs.seed)
+    model = section.adapter.attach(base)
+    return model, PackedForward(model, rows), parameters
+
+
+def _keep(section: TrainSection, state: State, model: Any, run: Run) -> None:
+    """Write the best weights, or the last, to where the next stages look for them."""
+    with whole_folder(run.stage("train") / ("model" if section.adapter.whole_model else "adapter")) as folder:
+        if section.keep_best and state.best_step is not None:
+            shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
+        else:
+            section.adapter.save(model, folder)
 
 
 def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Rendered]:

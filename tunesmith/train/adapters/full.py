@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Full(Section):
     """Train every weight, in float32. What is saved is a whole model."""
 
-    folder: ClassVar[str] = "model"
+    whole_model: ClassVar[bool] = True
 
     kind: Literal["full"] = "full"
 
@@ -59,6 +59,13 @@ class Partial(Full):
         return self
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
+        layers = model.config.get_text_config().num_hidden_layers
+        if self.last_layers and self.last_layers > layers:
+            raise ModelError(
+                f"is {self.last_layers}, the model has {layers} layers",
+                where="train.adapter.last_layers",
+                fix=f"Take at most {layers}.",
+            )
         super().attach(model)
         if not any(p.requires_grad for p in model.parameters()):
             shown = ", ".join(name for name, _ in list(model.named_parameters())[:12])

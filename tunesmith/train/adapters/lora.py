@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field
 
 from tunesmith.train.adapters.peft_adapter import RankedAdapter
 
@@ -33,8 +33,6 @@ class Lora(RankedAdapter):
     b_rate: float = Field(1.0, gt=0)
     """B's learning rate as a multiple of A's (LoRA+, arXiv:2402.12354, advises 16)."""
 
-    _start: dict[str, bytes] = PrivateAttr(default_factory=dict)
-
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import LoraConfig
 
@@ -57,15 +55,16 @@ class Lora(RankedAdapter):
             tuned.peft_config["default"].init_lora_weights = True
             with tempfile.TemporaryDirectory() as folder:
                 tuned.save_pretrained(folder)
-                self._start = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
+                tuned.adapter_at_start = {p.name: p.read_bytes() for p in Path(folder).iterdir() if p.is_file()}
         return tuned
 
     def save(self, model: Any, folder: Path) -> None:
-        if not self._start:
+        at_start = getattr(model, "adapter_at_start", None)
+        if at_start is None:
             super().save(model, folder)
             return
         with tempfile.TemporaryDirectory() as start:
-            for name, content in self._start.items():
+            for name, content in at_start.items():
                 (Path(start) / name).write_bytes(content)
             model.save_pretrained(folder, path_initial_model_for_weight_conversion=start)
 

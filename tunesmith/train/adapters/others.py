@@ -87,4 +87,6 @@ class Ia3(PeftAdapter):
 
 
 def _divisor(width: int, near: int) -> int:
-    return max(n for n in range(2, max(near, 2) + 1) if width % n == 0) if width % 2 == 0 or near > 2 else width
+    """The largest size up to `near` that divides, or else the smallest there is."""
+    smaller = [n for n in range(2, near) if width % n == 0]
+    return max(smaller) if smaller else next(n for n in range(2, width + 1) if width % n == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -18,14 +19,14 @@ if TYPE_CHECKING:
 class PeftAdapter(Section):
     """Small weights beside the model's linear layers, which stay as they are; saved as PEFT saves them."""
 
-    folder: ClassVar[str] = "adapter"
+    whole_model: ClassVar[bool] = False
 
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the layers that get one, or all linear ones but the output layer."""
 
+    @abstractmethod
     def config(self, model: PreTrainedModel) -> PeftConfig:
         """PEFT's configuration of this adapter on a model."""
-        raise NotImplementedError(f"{type(self).__name__} does not say its PEFT configuration")
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
         """Put the adapter's layers into the model (in place) and freeze everything else.
@@ -35,6 +36,8 @@ class PeftAdapter(Section):
                 the adapter does not suit the model.
         """
         from peft import get_peft_model
+
+        from tunesmith.models.plan import linear_layers
 
         try:
             return get_peft_model(model, self.config(model))
@@ -58,6 +61,8 @@ class PeftAdapter(Section):
 
     def chosen(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         """The layers that `targets` names, with their (out, in)."""
+        from tunesmith.models.plan import linear_layers
+
         found = linear_layers(model)
         if isinstance(self.targets, list):
             return {name: shape for name, shape in found.items() if _named(name, self.targets)}
@@ -81,18 +86,6 @@ class RankedAdapter(PeftAdapter):
                 fix=f"Take at most {min(smallest[1])}, or leave that layer out of train.adapter.targets.",
             )
         return super().attach(model)
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """The (out, in) of every linear layer but the output layer, by name."""
-    import torch
-
-    head = model.get_output_embeddings()
-    return {
-        name: (m.weight.shape[0], m.weight.shape[1])
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head
-    }
 
 
 def _named(name: str, targets: list[str]) -> bool:
