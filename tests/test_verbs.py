@@ -52,9 +52,7 @@ def test_runs_are_listed_compared_and_removed(tunesmith: Any, recipe: dict[str, 
     assert [r["run"] for r in tunesmith("runs", "list", "--json").json] == ["two"]
 
 
-def test_results_of_an_earlier_training_are_not_shown(
-    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
-) -> None:
+def test_results_of_an_earlier_training_are_not_shown(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe)
     assert tunesmith("run", path, "--json").code == 0
     run = ts.open_run(tmp_path / "runs/tiny")
