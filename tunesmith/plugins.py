@@ -41,13 +41,16 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "tsv": "tunesmith.data.readers:read_tsv",
         "parquet": "tunesmith.data.readers:read_parquet",
     },
-    # A row's layout: `data.sources[].layout`. A Layout with fits(row) and messages(row, source).
+    # A row's layout: `data.sources[].layout`. A Layout with fits(row) and read(row, source, where).
     "layout": {
+        "preference": "tunesmith.data.judged:PreferencePair",
+        "rated": "tunesmith.data.judged:RatedAnswer",
         "chat": "tunesmith.data.layouts:Chat",
         "sharegpt": "tunesmith.data.layouts:ShareGpt",
         "instruction": "tunesmith.data.layouts:Instruction",
         "prompt": "tunesmith.data.layouts:Prompt",
         "question": "tunesmith.data.layouts:Question",
+        "text": "tunesmith.data.layouts:PlainText",
         "columns": "tunesmith.data.layouts:Columns",
     },
     # A score: `goal.metric`, `evaluate.metrics`. A Metric with stats(answers, references) and value(sums).

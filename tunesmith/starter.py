@@ -74,7 +74,7 @@ def write_starter(data: Path, out: Path | None, force: bool) -> tuple[Path, dict
                 raise Unusable(row.reason, row.why)
             if len(answers) == LOOKED_AT:
                 continue
-            answers.append(Conversation(tuple(layout.messages(row, source)), str(number)))
+            answers.append(layout.read(row, source, str(number)))
         except Unusable as error:  # for `check` to report, with all the others
             unusable += 1
             wrong = wrong or f"row {number}: {error.why}"

@@ -7,12 +7,13 @@ exactly those that the model is given when it is asked for that answer.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.conversation.message import Conversation, Message
+from tunesmith.conversation.message import Conversation, Message, Text
 from tunesmith.errors import ModelError
 from tunesmith.runs import hash_json
 
@@ -26,6 +27,10 @@ PLAIN_TEMPLATE = (
     "{{ message['content'] }}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n\n' }}"
     "{% endfor %}{% if add_generation_prompt %}Assistant: {% endif %}"
 )
+
+FOREIGN = ("user", "tool")
+MARK = "\U0010fffd"  # of the private planes: in no text
+MARKED = re.compile(f"({MARK}(?:[^{MARK}]{MARK})+)")
 
 
 @dataclass(frozen=True)
@@ -94,15 +99,15 @@ class Renderer:
         An answer's weight covers its text and the token that ends it. A turn whose rendering changes
         with what follows (a template that rewrites earlier turns) is left as context.
         """
-        messages = conversation.messages
-        whole = self._text(messages)
+        messages, tools = conversation.messages, conversation.tools
+        whole = self._text(messages, tools)
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
         ids: list[int] = []
         weights: list[float] = []
         at = 0
         for i in turns:  # the untrained ones are cut out too: what is asked later is tokenised like that
-            before = self._text(messages[:i], ask=True)
-            after = self._text(messages[: i + 1])
+            before = self._text(messages[:i], tools, ask=True)
+            after = self._text(messages[: i + 1], tools)
             if not (after.startswith(before) and whole.startswith(after) and len(before) >= at):
                 continue
             context = self._tokens(whole[at : len(before)])
@@ -119,15 +124,24 @@ class Renderer:
             ids.pop(), weights.pop()
         return Rendered(ids, weights)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
+    def render_text(self, row: Text) -> Rendered:
+        """A plain text's token ids, begun as the tokenizer begins a text and ended by its end of sequence. Every token
+        but the first carries loss."""
+        ids: list[int] = list(self.tokenizer(row.text)["input_ids"])
+        end = self.tokenizer.eos_token_id
+        if end is not None and (not ids or ids[-1] != end):
+            ids.append(end)
+        return Rendered(ids, [0.0] + [1.0] * (len(ids) - 1))
+
+    def prompt(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         """Token ids of a conversation that the assistant is to go on with."""
-        whole = self._text(messages, ask=True)
+        whole = self._text(messages, tools, ask=True)
         ids: list[int] = []
         at = 0
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            before, after = self._text(messages[:i], ask=True), self._text(messages[: i + 1])
+            before, after = self._text(messages[:i], tools, ask=True), self._text(messages[: i + 1], tools)
             if after.startswith(before) and whole.startswith(after) and len(before) >= at:
                 ids += self._tokens(whole[at : len(before)]) + self._tokens(after[len(before) :])
                 at = len(after)
@@ -174,12 +188,46 @@ class Renderer:
                 return i + 1
         return len(answer)
 
-    def _text(self, messages: Sequence[Message], ask: bool = False) -> str:
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template shows what tools there are, and the assistant's calls of them."""
+        parameters = {"type": "object", "properties": {"zone": {"type": "string"}}}
+        tool = {"type": "function", "function": {"name": "known_tool", "description": "-", "parameters": parameters}}
+        call = {"type": "function", "function": {"name": "called_tool", "arguments": {"zone": "x"}}}
+        messages = (Message("user", "Hi"), Message("assistant", "", more={"tool_calls": [call]}))
+        try:
+            text = self._text(messages, [tool])
+        except ModelError:
+            return False
+        return "known_tool" in text and "called_tool" in text
+
+    def specials_in(self, conversation: Conversation) -> int:
+        """How many special tokens stand in what users and tools say. They are read as plain text there."""
+        return sum(len(self._special.findall(m.content)) for m in conversation.messages if m.role in FOREIGN)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        """The tokens that only a template may write."""
+        added = [str(t) for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+        tokens = sorted({*map(str, self.tokenizer.all_special_tokens), *added}, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+    def _masked(self, message: Message) -> dict[str, Any]:
+        """The message with its special tokens marked, where somebody else than the model or its owner wrote it."""
+        told = message.for_template()
+        if message.role in FOREIGN and self._special.search(message.content):
+            told["content"] = self._special.sub(lambda m: MARK + MARK.join(m[0]) + MARK, message.content)
+        return told
+
+    def _text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), ask: bool = False) -> str:
+        """The template's text. A mark stands before, after and between the letters of a special token that was
+        said, so that it is none."""
         if not messages and not ask:
             return ""
         try:
             text: Any = self.tokenizer.apply_chat_template(
-                [m.for_template() for m in messages],
+                [self._masked(m) for m in messages],
+                tools=list(tools) or None,
                 chat_template=self.template,
                 tokenize=False,
                 add_generation_prompt=ask,
@@ -193,7 +241,11 @@ class Renderer:
         return str(text)
 
     def _tokens(self, text: str) -> list[int]:
-        if not text:
-            return []
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids: list[int] = []
+        for number, piece in enumerate(MARKED.split(text)):
+            if piece:  # the odd ones were marked
+                said = piece.replace(MARK, "")
+                ids += self.tokenizer(said, add_special_tokens=False, split_special_tokens=bool(number % 2))[
+                    "input_ids"
+                ]
         return ids

@@ -1,16 +1,18 @@
-"""Rows of the layouts that people have -> messages.
+"""Rows of the layouts that people have -> rows of ours.
 
-A layout tells whether it fits a row by the row's columns, and turns the row into messages. The order of
+A layout tells whether it fits a row by the row's columns, and turns it into a conversation or another of our
+kinds of rows (`judged.py` has the layouts of preferences and ratings). The order of
 the table in plugins.py is the order of detection.
 """
 
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-from tunesmith.conversation.message import Message
+from tunesmith.conversation.message import Conversation, Message, Text
 from tunesmith.data.section import SourceSection, placeholders
 
 Row = dict[str, Any]
@@ -26,23 +28,42 @@ class Unusable(Exception):
         self.reason, self.why = reason, why
 
 
-class Layout:
-    """How one kind of row is read."""
+class Layout(ABC):
+    """How one kind of row is read. A layout gives `messages`, or the whole row itself."""
 
     name: ClassVar[str]
     needs: ClassVar[str]
     takes_template: ClassVar[bool] = True
 
     @classmethod
+    @abstractmethod
     def fits(cls, row: Row) -> bool:
-        raise NotImplementedError
+        """Whether a row looks like this, by its columns."""
 
     @classmethod
+    @abstractmethod
+    def read(cls, row: Row, source: SourceSection, where: str) -> Conversation:
+        """The row as one of ours, called `where`.
+
+        Raises:
+            Unusable: says what is wrong with it.
+        """
+
+
+class MessagesLayout(Layout):
+    """A layout whose rows are conversations."""
+
+    @classmethod
+    @abstractmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        raise NotImplementedError
+        """The row's turns."""
+
+    @classmethod
+    def read(cls, row: Row, source: SourceSection, where: str) -> Conversation:
+        return Conversation(tuple(cls.messages(row, source)), where, tools=tools(row))
 
 
-class Chat(Layout):
+class Chat(MessagesLayout):
     """`messages: [{role, content}, ...]`, as OpenAI has it."""
 
     name, needs, takes_template = "chat", "messages", False
@@ -53,35 +74,25 @@ class Chat(Layout):
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        return [_message(m, "role", "content", {"developer": "system"}) for m in _list(row, "messages")]
+        return turns(_list(row, "messages"))
 
 
-class ShareGpt(Layout):
+class ShareGpt(MessagesLayout):
     """`conversations: [{from, value}, ...]`, with an optional `system`."""
 
     name, needs, takes_template = "sharegpt", "conversations", False
-    ROLES: ClassVar[dict[str, str]] = {
-        "human": "user",
-        "gpt": "assistant",
-        "chatgpt": "assistant",
-        "bot": "assistant",
-        "model": "assistant",
-        "bing": "assistant",
-        "bard": "assistant",
-    }
 
     @classmethod
     def fits(cls, row: Row) -> bool:
-        turns = row.get("conversations")
-        return isinstance(turns, list) and all(isinstance(t, dict) and "from" in t for t in turns)
+        found = row.get("conversations")
+        return isinstance(found, list) and all(isinstance(t, dict) and "from" in t for t in found)
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        turns = [_message(t, "from", "value", cls.ROLES) for t in _list(row, "conversations")]
-        return _system(row, "system") + turns
+        return _system(row, "system") + turns(_list(row, "conversations"))
 
 
-class Instruction(Layout):
+class Instruction(MessagesLayout):
     """`instruction`, optional `input` or `context`, and `output` or `response`, as Alpaca and Dolly have it."""
 
     name, needs = "instruction", "instruction and output (or response)"
@@ -93,8 +104,8 @@ class Instruction(Layout):
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
         history: list[Message] = []
-        turns = row.get("history") or []
-        for turn in turns if isinstance(turns, list) else [turns]:
+        earlier = row.get("history") or []
+        for turn in earlier if isinstance(earlier, list) else [earlier]:
             if not (isinstance(turn, list) and len(turn) == 2):
                 raise Unusable("bad_history", "history must be a list of [question, answer]")
             history += [Message("user", str(turn[0])), Message("assistant", str(turn[1]))]
@@ -106,7 +117,7 @@ class Instruction(Layout):
         ]
 
 
-class Prompt(Layout):
+class Prompt(MessagesLayout):
     """`prompt` and `completion` (or response, output, answer, target), with an optional `context`."""
 
     name, needs = "prompt", "prompt and completion (or response, output, answer, target)"
@@ -121,7 +132,7 @@ class Prompt(Layout):
         return _system(row, "system") + _pair(asked, _value(row, _first(row, COMPLETIONS) or "completion"))
 
 
-class Question(Layout):
+class Question(MessagesLayout):
     """`question` and `answer`, with an optional `context`."""
 
     name, needs = "question", "question and answer"
@@ -137,7 +148,7 @@ class Question(Layout):
         return _system(row, "system") + _pair(asked, answer)
 
 
-class Columns(Layout):
+class Columns(MessagesLayout):
     """Any columns, named in the recipe."""
 
     name, needs = "columns", "the columns that the recipe names"
@@ -154,6 +165,24 @@ class Columns(Layout):
         return (_system(row, columns.system) if columns.system else []) + _pair(asked, _value(row, columns.completion))
 
 
+class PlainText(Layout):
+    """`text` alone, without a column that could be its label or answer: text to go on learning from."""
+
+    name, needs, takes_template = "text", "text", False
+    OTHERS: ClassVar[tuple[str, ...]] = (
+        *COMPLETIONS,
+        *("label", "labels", "class", "category", "intent", "sentiment", "summary", "rating", "score", "translation"),
+    )
+
+    @classmethod
+    def fits(cls, row: Row) -> bool:
+        return isinstance(row.get("text"), str) and _first(row, cls.OTHERS) is None
+
+    @classmethod
+    def read(cls, row: Row, source: SourceSection, where: str) -> Conversation:
+        return Text((), where, text=_value(row, "text"))
+
+
 def _list(row: Row, column: str) -> list[Any]:
     value = row.get(column)
     if value is None:
@@ -167,22 +196,86 @@ def _lacks(row: Row, column: str) -> Unusable:
     return Unusable("lacks_field", f"lacks '{column}' (it has: {', '.join(row) or 'nothing'})")
 
 
-def _message(turn: Any, role_key: str, text_key: str, names: dict[str, str]) -> Message:
-    if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str) or text_key not in turn:
+ROLES = {
+    "developer": "system",
+    "human": "user",
+    **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "bing", "bard"), "assistant"),
+    **dict.fromkeys(("observation", "function", "tool_response"), "tool"),
+}
+MORE = ("tool_calls", "tool_call_id", "name", "reasoning_content")
+
+
+def turns(found: list[Any]) -> list[Message]:
+    """Messages as OpenAI writes them (role, content) or ShareGPT (from, value)."""
+    return [_message(turn) for turn in found]
+
+
+def tools(row: Row) -> tuple[dict[str, Any], ...]:
+    """The row's definitions of tools, given as a list or as its JSON."""
+    found = row.get("tools")
+    if isinstance(found, str) and found.strip():
+        try:
+            found = json.loads(found)
+        except ValueError as error:
+            raise Unusable("bad_tools", f"'tools' is not JSON ({error})") from None
+    if not found:
+        return ()
+    if not isinstance(found, list) or not all(isinstance(tool, dict) for tool in found):
+        raise Unusable("bad_tools", "'tools' is not a list of definitions")
+    return tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in found)
+
+
+def _message(turn: Any) -> Message:
+    role_key, text_key = ("from", "value") if isinstance(turn, dict) and "from" in turn else ("role", "content")
+    if not isinstance(turn, dict) or not isinstance(turn.get(role_key), str):
         raise Unusable("bad_message", f"a message must have '{role_key}' and '{text_key}'")
-    role = names.get(turn[role_key].lower(), turn[role_key].lower())
-    if role not in ("system", "user", "assistant"):
-        raise Unusable("unknown_role", f"role '{turn[role_key]}' is not system, user or assistant")
-    if turn.get("tool_calls") or turn.get("function_call"):
-        raise Unusable("tool_calls", "calls a tool, which a text conversation can't hold")
+    if turn[role_key] == "function_call":  # LLaMA-Factory's own turn for what OpenAI hangs on the assistant's
+        return Message("assistant", "", more={"tool_calls": _calls(turn.get(text_key))})
+    role = ROLES.get(turn[role_key].lower(), turn[role_key].lower())
+    if role not in ("system", "user", "assistant", "tool"):
+        raise Unusable("unknown_role", f"role '{turn[role_key]}' is not system, user, assistant or tool")
+    more = {key: turn[key] for key in MORE if turn.get(key)}
+    called = turn.get("tool_calls") or turn.get("function_call")
+    if called:
+        if role != "assistant":
+            raise Unusable("tool_calls", f"the {role}'s turn calls a tool, which only an assistant's can")
+        more["tool_calls"] = _calls(called)
+    elif text_key not in turn:
+        raise Unusable("bad_message", f"a message must have '{role_key}' and '{text_key}'")
     weight = turn.get("weight", 1)
+    weight = 1 if weight is None else weight
     if not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_WEIGHT:
         raise Unusable("bad_weight", f"weight {weight!r} is not a number from 0 to {LARGEST_WEIGHT:,}")
-    return Message(role, _content(turn[text_key]), float(weight))
+    return Message(role, _content(turn.get(text_key), bool(called)), float(weight), more)
 
 
-def _content(value: Any) -> str:
+def _calls(given: Any) -> list[dict[str, Any]]:
+    """Calls of tools as OpenAI writes them, with the arguments as an object, which is what templates take."""
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except ValueError as error:
+            raise Unusable("bad_tool_call", f"a tool call is not JSON ({error})") from None
+    calls = []
+    for call in given if isinstance(given, list) else [given]:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Unusable("bad_tool_call", "a tool call names no function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError as error:
+                raise Unusable("bad_tool_call", f"a tool call's arguments are not JSON ({error})") from None
+        own = {"id": call["id"]} if call.get("id") else {}
+        calls.append(own | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
+    return calls
+
+
+def _content(value: Any, may_lack: bool = False) -> str:
     """A message's text: a string, or OpenAI's list of text parts."""
+    if value is None and may_lack:
+        return ""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):

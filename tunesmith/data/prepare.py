@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation, Message
+from tunesmith.conversation.message import Conversation, Message, Preference, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.readers import Broken, Row
@@ -86,6 +86,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     stop_if_too_many()
 
     every = [row for rows in parts.values() for row in rows]
+    rows_are = _one_kind(every)
     kind = answers_kind(every) if section.answers == "auto" else section.answers
     parts = _split(section, parts, inputs.seed, kind == "label", ledger)
     if not parts["train"]:
@@ -111,6 +112,8 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
             **{part: len(parts[part]) for part in PARTS},
         },
         "system": _shared_system(parts["train"]),
+        "rows": rows_are,
+        "specials": sum(inputs.renderer.specials_in(row) for row in every),
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
         "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
@@ -119,14 +122,14 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
 
 def _shared_system(rows: Sequence[Conversation]) -> str | None:
     """The system prompt that all rows have: what a chat with the tuned model opens with."""
-    found = {row.messages[0].content if row.messages[0].role == "system" else None for row in rows}
+    found = {row.messages[0].content if row.messages and row.messages[0].role == "system" else None for row in rows}
     return found.pop() if len(found) == 1 else None
 
 
 def load_rows(file: Path) -> list[Conversation]:
     """The rows of a prepared file."""
     with file.open(encoding="utf-8") as lines:
-        return [Conversation.from_dict(json.loads(line)) for line in lines]
+        return [row_from_dict(json.loads(line)) for line in lines]
 
 
 def source_files(section: DataSection, folder: Path) -> dict[str, list[tuple[SourceSection, Path]]]:
@@ -250,7 +253,7 @@ def _rows(
             ledger.remove(None, where, "where", "does not meet the source's `where`")
             continue
         try:
-            conversation = Conversation(tuple(layout.messages(row, source)), where)
+            conversation = layout.read(row, source, where)
             _usable(conversation)
         except Unusable as error:
             ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False, default=str))
@@ -281,16 +284,25 @@ def _same(found: Any, wanted: Any) -> bool:
 
 
 def _usable(row: Conversation) -> None:
-    if not any(m.role == "assistant" for m in row.messages):
-        raise Unusable("no_answer", "no assistant's turn to learn from")
-    if row.messages[-1].role != "assistant":
-        raise Unusable("ends_unanswered", f"ends with the {row.messages[-1].role}'s turn, not with an answer")
-    if any(m.role == "assistant" and not m.content.strip() for m in row.messages):
-        raise Unusable("empty_answer", "the answer is empty")
-    if not any(m.role == "user" and m.content.strip() for m in row.messages):
-        raise Unusable("empty_prompt", "the prompt is empty")
-    if not any(m.role == "assistant" and m.weight for m in row.messages):
+    if isinstance(row, Text):
+        if not row.text.strip():
+            raise Unusable("empty_text", "the text is empty")
+        return
+    for conversation in row.conversations:
+        _answered(conversation.messages)
+    if not any(m.role == "assistant" and m.weight for c in row.conversations for m in c.messages):
         raise Unusable("no_loss", "no token would carry loss: every answer's weight is 0")
+
+
+def _answered(messages: Sequence[Message]) -> None:
+    if not any(m.role == "assistant" for m in messages):
+        raise Unusable("no_answer", "no assistant's turn to learn from")
+    if messages[-1].role != "assistant":
+        raise Unusable("ends_unanswered", f"ends with the {messages[-1].role}'s turn, not with an answer")
+    if any(m.role == "assistant" and not m.content.strip() and "tool_calls" not in m.more for m in messages):
+        raise Unusable("empty_answer", "the answer is empty")
+    if not any(m.role == "user" and m.content.strip() for m in messages):
+        raise Unusable("empty_prompt", "the prompt is empty")
 
 
 def too_many_rejected(allowed: float, read: int, rejected: Sequence[dict[str, Any]]) -> DataError | None:
@@ -347,7 +359,8 @@ def _fitting(
         if policy == "error":
             too_long.append((length, {"row": row.id, "why": why}))
             continue
-        kept = {"drop": _dropped, "truncate": _cut, "split": _pieces}[policy](row, inputs)
+        cuts = {"drop": _dropped, "truncate": _cut, "split": _dropped if isinstance(row, Preference) else _pieces}
+        kept = cuts[policy](row, inputs)
         if kept:
             ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
         else:
@@ -364,18 +377,20 @@ def _fitting(
 
 
 def _measured(row: Conversation, renderer: Renderer) -> int:
-    """A row's length in tokens.
+    """A row's length in tokens: of its longer ending where it has two, and 0 of a plain text, which is cut anyway.
 
     Raises:
-        Unusable: the model's template refuses it, or leaves nothing in it to learn.
+        Unusable: the model's template refuses it, leaves out a part of it, or leaves nothing in it to learn.
     """
+    if (row.tools or any("tool_calls" in m.more for m in row.messages)) and not renderer.writes_tools:
+        raise Unusable("no_tools", "this model's chat template writes no tools and calls of them")
     try:
-        rendered = renderer.render(row)
+        rendered = [renderer.render(conversation) for conversation in row.conversations]
     except ModelError as error:
         raise Unusable("refused_by_template", error.what) from error
-    if not rendered.trained:
+    if not all(r.trained for r in rendered):
         raise Unusable("no_loss", "no token of it carries loss under the model's chat template")
-    return len(rendered)
+    return max(map(len, rendered), default=0)
 
 
 def _what_became(kept: Sequence[Conversation]) -> str:
@@ -403,11 +418,15 @@ def _cut(row: Conversation, inputs: DataInputs) -> list[Conversation]:
     low, high = 0, len(text)
     while low < high:
         middle = (low + high + 1) // 2
-        if len(inputs.renderer.render(shortened(middle))) <= inputs.max_length:
+        if _longest(shortened(middle), inputs) <= inputs.max_length:
             low = middle
         else:
             high = middle - 1
-    return [shortened(low)] if low and len(inputs.renderer.render(shortened(low))) <= inputs.max_length else []
+    return [shortened(low)] if low and _longest(shortened(low), inputs) <= inputs.max_length else []
+
+
+def _longest(row: Conversation, inputs: DataInputs) -> int:
+    return max(len(inputs.renderer.render(conversation)) for conversation in row.conversations)
 
 
 def _pieces(row: Conversation, inputs: DataInputs) -> list[Conversation]:
@@ -462,9 +481,28 @@ def _split(
     return parts
 
 
+def _one_kind(rows: Sequence[Conversation]) -> str:
+    """The kind that all rows are of (`tunesmith/conversation/message.py`).
+
+    Raises:
+        DataError: there are several.
+    """
+    first = {row.kind: row.id for row in reversed(rows)}
+    if len(first) > 1:
+        found = ", ".join(f"{kind} ({where})" for kind, where in first.items())
+        raise DataError(
+            f"the rows are of several kinds: {found}",
+            where="data.sources",
+            fix="Give rows of one kind, or name the layout of each source: data.sources[].layout.",
+        )
+    return next(iter(first), "conversation")
+
+
 def answers_kind(rows: Sequence[Conversation]) -> str:
-    """What the answers look like: `json` objects, `label`s of a small set, or `text`."""
+    """What the answers look like: `json` objects, `label`s of a small set, `text`, or `none`, where rows are plain."""
     answers = [row.answer.strip() for row in rows]
+    if not any(row.messages for row in rows):
+        return "none"
     if all(a.startswith("{") and _is_object(a) for a in answers):
         return "json"
     short = all(len(a) <= 80 and "\n" not in a for a in answers)

@@ -47,7 +47,8 @@ class SourceSection(Section):
     format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
     """Of the file; by its ending if `auto`. A further .gz is unpacked."""
     layout: str = "auto"
-    """Of the rows: chat, sharegpt, instruction, prompt, question, columns; detected if `auto`."""
+    """Of the rows: chat, sharegpt, instruction, prompt, question, text, preference, rated, columns; detected if
+    `auto`."""
     columns: ColumnsSection | None = None
     """For rows of no known layout."""
     template: str | None = None

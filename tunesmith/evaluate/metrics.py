@@ -164,4 +164,5 @@ FITTING = {
     "json": ("exact_match", "json_valid", "json_field_f1", "loss", "perplexity"),
     "label": ("accuracy", "macro_f1", "loss", "perplexity"),
     "text": ("rouge_l", "chrf", "loss", "perplexity"),
+    "none": ("loss", "perplexity"),
 }

@@ -1,0 +1,181 @@
+"""The four kinds of rows, from the layouts that people have to what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import CHATML, make_tokenizer
+from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text, row_from_dict
+from tunesmith.conversation.render import Renderer
+from tunesmith.data.layouts import Unusable
+from tunesmith.data.prepare import detect, read_rows
+from tunesmith.data.section import SourceSection
+
+ASKED, GOOD, BAD = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
+PAIR = Preference((ASKED, GOOD), "f:1", rejected=(BAD,), shared=1)
+
+
+def turn(message: Message) -> dict[str, Any]:
+    return {"role": message.role, "content": message.content}
+
+
+def share(message: Message) -> dict[str, Any]:
+    return {"from": {"user": "human", "assistant": "gpt"}[message.role], "value": message.content}
+
+
+PAIRS = {
+    "texts": {"prompt": "2+2?", "chosen": "4", "rejected": "5"},
+    "messages": {"prompt": [turn(ASKED)], "chosen": [turn(GOOD)], "rejected": [turn(BAD)]},
+    "prompt in both": {"chosen": [turn(ASKED), turn(GOOD)], "rejected": [turn(ASKED), turn(BAD)]},
+    "transcripts": {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"},
+    "openai": {
+        "input": {"messages": [turn(ASKED)], "tools": []},
+        "preferred_output": [turn(GOOD)],
+        "non_preferred_output": [turn(BAD)],
+    },
+    "llama_factory": {"conversations": [share(ASKED)], "chosen": share(GOOD), "rejected": share(BAD)},
+    "alpaca": {"instruction": "2+2?", "input": "", "chosen": "4", "rejected": "5"},
+}
+
+
+def read(tmp_path: Path, row: dict[str, Any]) -> Conversation:
+    path = tmp_path / "f.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    source = SourceSection(path=str(path))
+    (number, found), *_ = read_rows(source, path)
+    return detect(source, path).read(found, source, f"f:{number}")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
+def test_every_way_to_write_a_pair_is_the_same_pair(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert read(tmp_path, row) == PAIR
+
+
+def test_margins_and_systems_are_kept(tmp_path: Path) -> None:
+    found = read(tmp_path, PAIRS["texts"] | {"margin": 1.5, "system": "Count."})
+    assert isinstance(found, Preference) and found.margin == 1.5
+    assert [m.role for m in found.prompt] == ["system", "user"]
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "same_endings"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": "wide"}, "bad_margin"),
+        ({"prompt": "a", "chosen": None, "rejected": "c"}, "bad_message"),
+        ({"prompt": "a", "chosen": [{"text": "b"}], "rejected": "c"}, "bad_message"),
+    ],
+)
+def test_pairs_that_are_none(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        read(tmp_path, row)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "2+2?", "completion": "4", "label": True},
+        {"messages": [turn(ASKED), turn(GOOD)], "label": True},
+        {"conversations": [share(ASKED), share(GOOD)], "kto_tag": True},
+    ],
+)
+def test_rated_answers(tmp_path: Path, row: dict[str, Any]) -> None:
+    assert read(tmp_path, row) == Rated((ASKED, GOOD), "f:1", good=True)
+
+
+def test_plain_text_is_never_guessed_beside_a_label(tmp_path: Path) -> None:
+    assert read(tmp_path, {"text": "Once.", "url": "x"}) == Text((), "f:1", text="Once.")
+    from tunesmith.errors import DataError
+
+    with pytest.raises(DataError, match="no layout fits"):
+        read(tmp_path, {"text": "Once.", "label": 3})
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "zone", "arguments": '{"city": "Oslo"}'}}
+TOOL = {"type": "function", "function": {"name": "zone", "description": "Time zone.", "parameters": {}}}
+
+
+def test_tools_and_calls_of_them(tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "Zone?"},
+        {"role": "assistant", "content": None, "tool_calls": [CALL]},
+        {"role": "tool", "tool_call_id": "c1", "content": "CET"},
+        {"role": "assistant", "content": "CET."},
+    ]
+    found = read(tmp_path, {"messages": messages, "tools": [TOOL]})
+    assert found.tools == (TOOL,)
+    assert found.messages[1].more["tool_calls"][0]["function"]["arguments"] == {"city": "Oslo"}
+    shared = [
+        {"from": "human", "value": "Zone?"},
+        {"from": "function_call", "value": '{"name": "zone", "arguments": {"city": "Oslo"}}'},
+        {"from": "observation", "value": "CET"},
+        {"from": "gpt", "value": "CET."},
+    ]
+    like = read(tmp_path, {"conversations": shared, "tools": json.dumps([TOOL["function"]])})
+    assert like.tools == found.tools and [m.role for m in like.messages] == [m.role for m in found.messages]
+    assert row_from_dict(json.loads(json.dumps(found.as_dict()))) == found
+
+
+def test_a_template_that_writes_no_tools_is_found_out() -> None:
+    assert not Renderer(make_tokenizer()).writes_tools
+    writing = (
+        "{% for t in tools or [] %}<|im_start|>system\n{{ t | tojson }}<|im_end|>\n{% endfor %}"
+        + CHATML.replace("m['content'] +", "m['content'] + ((m.tool_calls | tojson) if m.tool_calls else '') +")
+    )  # fmt: skip
+    assert Renderer(make_tokenizer(), writing).writes_tools
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        PAIR,
+        Rated((ASKED, BAD), "f:2", {"tag": "x"}, good=False),
+        Text((), "f:3", text="Once."),
+        Conversation((ASKED, GOOD)),
+    ],
+)
+def test_rows_are_read_as_they_were_written(row: Conversation) -> None:
+    assert row_from_dict(json.loads(json.dumps(row.as_dict()))) == row
+    shouted = row.map_texts(lambda m: m.content.upper())
+    assert (
+        type(shouted) is type(row) and shouted.map_texts(lambda m: m.content.lower()).question == row.question.lower()
+    )
+
+
+def test_only_the_endings_of_a_pair_are_learnt() -> None:
+    renderer = Renderer(make_tokenizer())
+    long = Preference(
+        (ASKED, GOOD, Message("user", "Sure?"), Message("assistant", "Yes")),
+        rejected=(Message("assistant", "No"),),
+        shared=3,
+    )
+    for conversation, ending in zip(long.with_system("Count.").conversations, ("Yes", "No"), strict=True):
+        rendered = renderer.render(conversation)
+        learnt = [i for i, w in zip(rendered.ids, rendered.weights, strict=True) if w]
+        assert renderer.tokenizer.decode(learnt) == f"{ending}<|im_end|>"
+
+
+def test_special_tokens_that_users_write_are_text() -> None:
+    renderer = Renderer(make_tokenizer())
+    row = Conversation((Message("user", "Stop<|im_end|>now"), GOOD))
+    assert renderer.specials_in(row) == 1
+    rendered = renderer.render(row)
+    assert rendered.ids.count(renderer.tokenizer.eos_token_id) == 2  # the user's turn's end and the answer's
+    assert renderer.tokenizer.decode(rendered.ids).count("Stop<|im_end|>now") == 1
+    assert renderer.prompt(row.prompt) == rendered.ids[: len(renderer.prompt(row.prompt))]
+
+
+def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs/rows.md").read_text(encoding="utf-8")
+    rows = [
+        json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
+    ]
+    found = [read(tmp_path, row) for row in rows]
+    assert found[:6] == [PAIR] * 6
+    assert [row.kind for row in found[6:]] == ["rated", "rated", "text"]
