@@ -63,7 +63,7 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
     assert forward.packed, forward.why
     assert forward.why.partition("fused: ")[2] == fused
     batch = forward.pack(rows(shared))
-    assert batch.layout.shared == shared and len(batch.ids_T) == sum(map(len, rows())) + shared
+    assert batch.layout.families[0].shared == shared and len(batch.ids_T) == sum(map(len, rows())) + shared
     nll_N = forward.nll(batch)
     assert len(nll_N) == sum(r.trained for r in rows(shared))
     nll_N.sum().backward()
@@ -73,6 +73,31 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
     expected = dict(reference.named_parameters())
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gpt2"])
+def test_rows_that_belong_together_share_their_own_beginning(tmp_path: Path, architecture: str) -> None:
+    """As the prompt of two answers: computed once a pair, and still the losses and gradients of single rows."""
+    folder = make_model(tmp_path, architecture=architecture, **FAMILIES[architecture][0])
+    model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    random = torch.Generator().manual_seed(3)
+    made = []
+    for prompt, endings in ((20, (5, 9)), (3, (7, 4)), (33, (1, 30))):
+        begun = torch.randint(3, 200, (prompt,), generator=random).tolist()
+        for n in endings:
+            ids = begun + torch.randint(3, 200, (n,), generator=random).tolist()
+            made.append(Rendered(ids, [0.0] * prompt + [1.0] * n))
+    forward = PackedForward(model, made[:2])
+    batch = forward.pack(made, sizes=(2, 2, 2))
+    assert [family.shared for family in batch.layout.families] == [20, 0, 33]
+    losses_S = torch.zeros(6).index_add(0, batch.owner_N, forward.nll(batch))
+    expected_S = torch.stack([plain_loss(reference, row) for row in made])
+    torch.testing.assert_close(losses_S, expected_S, rtol=1e-4, atol=1e-4)
+    (losses_S * torch.arange(1, 7)).sum().backward()
+    (expected_S * torch.arange(1, 7)).sum().backward()
+    found = dict(model.named_parameters())
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(found[name].grad, parameter.grad, rtol=1e-3, atol=2e-3, msg=name)
 
 
 def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:

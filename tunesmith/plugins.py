@@ -19,8 +19,16 @@ from tunesmith.errors import RecipeError, nearest
 from tunesmith.section import Section
 
 BUILT_IN: dict[str, dict[str, str]] = {
-    # A training method: `train.method`. A Section with encode(row, renderer) and loss(forward, batch).
-    "objective": {"sft": "tunesmith.train.objectives.sft:Sft"},
+    # A training method: `train.method`. A Method (tunesmith/train/objectives/method.py).
+    "objective": {
+        "sft": "tunesmith.train.objectives.sft:Sft",
+        "text": "tunesmith.train.objectives.text:PlainText",
+        "dpo": "tunesmith.train.objectives.pairs:Dpo",
+        "cpo": "tunesmith.train.objectives.pairs:Cpo",
+        "simpo": "tunesmith.train.objectives.pairs:SimPo",
+        "orpo": "tunesmith.train.objectives.pairs:Orpo",
+        "kto": "tunesmith.train.objectives.kto:Kto",
+    },
     # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name).
     "adapter": {
         "lora": "tunesmith.train.adapters.lora:Lora",

@@ -62,12 +62,13 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         ]
         cut = read_jsonl(Path(folder) / "cut.jsonl")
     error = too_many_rejected(journey.recipe.data.max_rejected, told["counts"]["read"], rejected)
-    method, renderer = journey.recipe.train.method, journey.renderer
-    shown = []
-    for row in rows[:SHOWN]:
-        rendered = method.encode(row, renderer)
-        texts = [renderer.tokenizer.decode([i]) for i in rendered.ids]
-        shown.append(list(zip(texts, rendered.weights, strict=True)))
+    from tunesmith.train.train import encode
+
+    renderer, shown = journey.renderer, []
+    for example in encode(journey.recipe.train, rows[:SHOWN], renderer)[:SHOWN]:
+        for sequence in example.sequences:
+            texts = [renderer.tokenizer.decode([i]) for i in sequence.ids]
+            shown.append(list(zip(texts, sequence.weights, strict=True)))
     return Check(told["counts"], told["answers"]["kind"], left_out, cut, error.as_dict() if error else None, shown)
 
 
@@ -78,7 +79,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         TunesmithError: what would have stopped the run before training.
     """
     from tunesmith.data.prepare import load_rows, prepare
-    from tunesmith.models.packed import common_beginning
+    from tunesmith.models.packed import common_beginning, tokens
     from tunesmith.models.plan import empty_model, estimate, shape_of
     from tunesmith.train.batching import Schedule
 
@@ -87,8 +88,10 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     with tempfile.TemporaryDirectory() as folder:
         prepare(journey.recipe.data, journey.data_inputs(), Path(folder))
         rows = load_rows(Path(folder) / "train.jsonl")
-    rendered = [train.method.encode(row, journey.renderer) for row in rows]
-    schedule = Schedule.of(len(rows), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
+    from tunesmith.train.train import encode
+
+    examples = encode(train, rows, journey.renderer)
+    schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
     empty = empty_model(journey.model)
     shape = shape_of(empty)
     trained = sum(p.numel() for p in train.adapter.attach(empty).parameters() if p.requires_grad)
@@ -100,9 +103,9 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         "float32" if own else precision,
         trained,
         0 if own else trained,
-        [len(r) for r in rendered],
-        common_beginning(rendered),
-        sum(r.trained for r in rendered),
+        [tokens(common_beginning(e.sequences), e.sequences) for e in examples],
+        common_beginning([sequence for e in examples for sequence in e.sequences]),
+        sum(sequence.trained for e in examples for sequence in e.sequences),
         schedule.total,
         schedule.total / schedule.steps_per_epoch,
         train.batch_size,

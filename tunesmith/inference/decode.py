@@ -156,7 +156,7 @@ class Decoder:
                 x = self.forward.backbone(
                     input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], past_key_values=read
                 ).last_hidden_state[0]
-            ends = torch.tensor(batch.layout.lengths, device=device).cumsum(0) + batch.layout.shared
+            ends = torch.tensor([row.start + row.length for row in batch.layout.rows], device=device)
             hidden.append(x.index_select(0, ends - 1))
             reads.append(read)
             takes.append(_places(batch.layout, width))
@@ -209,11 +209,10 @@ def _in_order(prompts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[
 
 def _places(layout: Layout, width: int) -> Tensor:
     """Where each row's tokens lie in the pack, aligned at the right; 0 for padding. [B, W]"""
-    start, places = layout.shared, []
-    for length in layout.lengths:
-        own = [*range(layout.shared), *range(start, start + length)]
+    places = []
+    for start, length, at, before in layout.rows:
+        own = [*range(at, at + before), *range(start, start + length)]
         places.append([0] * (width - len(own)) + own)
-        start += length
     return torch.tensor(places, device=layout.device)
 
 

@@ -123,7 +123,7 @@ class TransformersEngine:
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
         sums, counts = [0.0] * len(rows), [0] * len(rows)
         with self._packed(rows) as forward:
-            for group in packs(range(len(rows)), rows, SCORE_TOKENS):
+            for group in packs(range(len(rows)), [(row,) for row in rows], SCORE_TOKENS):
                 batch = forward.pack([rows[i] for i in group])
                 values = forward.nll(batch).double().tolist()
                 for number, value in zip(batch.owner_N.tolist(), values, strict=True):

@@ -1,9 +1,9 @@
 """Attention of rows that lie end to end in one sequence, none seeing another.
 
 Rows of about the same length are computed together as batched matrix products, the heads that share keys
-folded into one; what all rows begin with is there once, and every row's keys start with it. The backward pass
-is written out and keeps the probabilities: [rows, heads, L, K], never the sequence's square. Where a row is too
-long for that, rows go through torch's own attention one by one.
+folded into one; what the rows of a family begin with is there once, and each of their keys starts with it. The
+backward pass is written out and keeps the probabilities: [rows, heads, L, K], never the sequence's square. Where a
+row is too long for that, rows go through torch's own attention one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,13 +33,14 @@ class Group:
     """Rows of about the same length: B of them, padded to L tokens, with K = before + L keys each.
 
     Attributes:
-        before: how many leading tokens of the sequence each of these rows also sees.
+        at, before: where in the sequence the tokens lie that each of these rows also sees, and how many they are.
         rows: B.
         take: [B * L] where the tokens lie in the sequence; padding repeats the row's last one.
         real: which of those B * L are no padding.
         mask_LK: 0 where a query sees a key, -inf elsewhere. Padding lies after all that a real token sees.
     """
 
+    at: int
     before: int
     rows: int
     take: Tensor
@@ -64,7 +66,8 @@ class Group:
         """[T, G, D] -> [B * G, K, D]: what the rows begin with, then their own."""
         x = x_TGD.index_select(0, self.take).unflatten(0, (self.rows, self.length)).transpose(1, 2)
         if self.before:
-            x = torch.cat((x_TGD[: self.before].transpose(0, 1).expand(self.rows, -1, -1, -1), x), 2)
+            begun = x_TGD[self.at : self.at + self.before].transpose(0, 1)
+            x = torch.cat((begun.expand(self.rows, -1, -1, -1), x), 2)
         return x.reshape(-1, *x.shape[2:])
 
     def padded(self, x_THD: Tensor) -> Tensor:
@@ -73,23 +76,57 @@ class Group:
         return out.index_copy_(0, self.real, x_THD.index_select(0, self.take[self.real]))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How rows lie in a sequence: `shared` tokens that all rows begin with, then each row's other tokens."""
+class Family(NamedTuple):
+    """Rows that begin alike: `shared` tokens of all of them, and how many more each has."""
 
     shared: int
     lengths: list[int]
+
+
+class Span(NamedTuple):
+    """A row's own tokens, and those it begins with: where they start and how many they are."""
+
+    start: int
+    length: int
+    at: int
+    before: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How rows lie in a sequence: family after family, what its rows begin with, then each row's other tokens."""
+
+    families: list[Family]
     device: torch.device | str = "cpu"
     _plans: dict[int | None, tuple[list[Group], Tensor]] = field(default_factory=dict, repr=False)
 
     @property
-    def parts(self) -> list[int]:
-        return [self.shared, *self.lengths]
-
-    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
-        return self.shared + max(self.lengths)
+        return max(family.shared + max(family.lengths) for family in self.families)
+
+    @cached_property
+    def rows(self) -> list[Span]:
+        """Where each row lies, in order."""
+        return [span for _, spans in self._families for span in spans]
+
+    @cached_property
+    def spans(self) -> list[Span]:
+        """Everything that attends by itself, in the sequence's order: what a family begins with, then its rows."""
+        return [span for first, spans in self._families for span in ([first] if first else []) + spans]
+
+    @cached_property
+    def _families(self) -> list[tuple[Span | None, list[Span]]]:
+        found, start = [], 0
+        for family in self.families:
+            first = Span(start, family.shared, 0, 0) if family.shared else None
+            at, start = start, start + family.shared
+            spans = []
+            for length in family.lengths:
+                spans.append(Span(start, length, at, family.shared))
+                start += length
+            found.append((first, spans))
+        return found
 
     def groups(self, window: int | None) -> tuple[list[Group], Tensor]:
         """The rows in groups, and for each token of the sequence its place among the groups' real tokens."""
@@ -98,31 +135,28 @@ class Layout:
         return self._plans[window]
 
     def _plan(self, window: int | None) -> tuple[list[Group], Tensor]:
-        spans, start = [], self.shared
-        for length in self.lengths:
-            spans.append((start, length))
-            start += length
-        batches: list[list[tuple[int, int]]] = []
-        for span in sorted(spans, key=lambda s: s[1]):
-            room = (len(batches[-1]) + 1) * (self.shared + span[1]) <= KEYS_AT_ONCE if batches else False
-            if room and span[1] <= PADDING * batches[-1][0][1]:
-                batches[-1].append(span)
+        batches: list[list[Span]] = []
+        for span in sorted(self.spans, key=lambda s: (s.before, s.before and s.at, s.length)):
+            last = batches[-1] if batches else []
+            alike = last and span.before == last[0].before and (not span.before or span.at == last[0].at)
+            room = (len(last) + 1) * (span.before + span.length) <= KEYS_AT_ONCE
+            if alike and room and span.length <= PADDING * last[0].length:
+                last.append(span)
             else:
                 batches.append([span])
-        groups = [self._group(batch, self.shared, window) for batch in batches]
-        if self.shared:
-            groups.append(self._group([(0, self.shared)], 0, window))
+        groups = [self._group(batch, window) for batch in batches]
         order = torch.cat([group.take[group.real] for group in groups])
         return groups, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=self.device))
 
-    def _group(self, spans: list[tuple[int, int]], before: int, window: int | None) -> Group:
-        start_B1 = torch.tensor([[start] for start, _ in spans], device=self.device)
-        length_B1 = torch.tensor([[length] for _, length in spans], device=self.device)
+    def _group(self, spans: list[Span], window: int | None) -> Group:
+        at, before = spans[0].at, spans[0].before
+        start_B1 = torch.tensor([[span.start] for span in spans], device=self.device)
+        length_B1 = torch.tensor([[span.length] for span in spans], device=self.device)
         at_L = torch.arange(int(length_B1.max()), device=self.device)
         take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1)
         mask_LK = _mask(len(at_L), before + len(at_L), window, self.device)
         shown = torch.zeros_like(mask_LK, dtype=torch.float32).masked_fill_(~mask_LK, -torch.inf)
-        return Group(before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], shown)
+        return Group(at, before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], shown)
 
 
 _layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
@@ -205,7 +239,7 @@ class _Grouped(torch.autograd.Function):
         groups, back = ctx.layout.groups(ctx.window)
         heads = k.shape[1]
         grads: dict[str, list[Tensor]] = {"q": [], "k": [], "v": []}
-        shared: dict[str, Tensor | float] = {"k": 0.0, "v": 0.0}
+        begun: list[tuple[str, Group, Tensor]] = []  # what rows add to the keys and values that they begin with
         for group, p_NRK in zip(groups, kept, strict=True):
             q_NRD = group.fold(q.index_select(0, group.take), heads).mul_(ctx.scale)
             k_NKD, v_NKE = group.keys(k), group.keys(v)
@@ -217,26 +251,21 @@ class _Grouped(torch.autograd.Function):
                 d_BKGD = d.unflatten(0, (group.rows, heads)).transpose(1, 2)
                 grads[name].append(d_BKGD[:, group.before :].flatten(0, 1).index_select(0, group.real))
                 if group.before:
-                    shared[name] = shared[name] + d_BKGD[:, : group.before].sum(0)
+                    begun.append((name, group, d_BKGD[:, : group.before].sum(0)))
         dq, dk, dv = (torch.cat(grads[name]).index_select(0, back) for name in "qkv")
-        for total, name in ((dk, "k"), (dv, "v")):
-            if ctx.layout.shared:
-                total[: ctx.layout.shared] += shared[name]
+        for name, group, d in begun:
+            (dk if name == "k" else dv)[group.at : group.at + group.before] += d
         return dq.mul_(ctx.scale), dk, dv, None, None, None
 
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
     """[1, H, T, D], [1, G, T, D], [1, G, T, E] -> [1, T, H, E], a row at a time."""
-    layout = _layout.get()
     grouped = query.shape[1] != key.shape[1]
-    first_k, first_v = key[:, :, : layout.shared], value[:, :, : layout.shared]
     out = []
-    rows = zip(query.split(layout.parts, 2), key.split(layout.parts, 2), value.split(layout.parts, 2), strict=True)
-    for number, (q, k, v) in enumerate(rows):
-        if number and layout.shared:
-            k, v = torch.cat((first_k, k), 2), torch.cat((first_v, v), 2)
-        elif not q.shape[2]:
-            continue
+    for start, length, at, before in _layout.get().spans:
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        if before:
+            k, v = (torch.cat((x[:, :, at : at + before], own), 2) for x, own in ((key, k), (value, v)))
         plain = q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
         mask = None if plain else _mask(q.shape[2], k.shape[2], window, q.device)
         out.append(

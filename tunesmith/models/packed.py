@@ -2,7 +2,8 @@
 
 Rows lie end to end in one sequence without padding; positions restart with each row, and attention is
 computed row by row, so that packing changes no number but the time. What all rows of a pack begin with (a
-system prompt, as a rule) is computed once: every row attends to it, and its gradient is the sum of theirs.
+system prompt, as a rule), or the rows that belong together (the prompt of two answers), is computed once: every
+row attends to it, and its gradient is the sum of theirs.
 Logits are made only for the tokens that carry loss, a chunk at a time, so that memory does not grow with the
 vocabulary.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.attention import CannotPack, Layout, laid_out, packed_attention
+from tunesmith.models.attention import CannotPack, Family, Layout, laid_out, packed_attention
 from tunesmith.models.fused import fuse, unfuse
 
 ATTENTION = "tunesmith_packed"
@@ -41,7 +42,7 @@ class Pack:
     Attributes:
         ids_T: token ids.
         positions_T: each token's place in its row.
-        layout: where the rows lie; `layout.shared` and `layout.lengths` sum to T.
+        layout: where the rows lie.
         places_N: the tokens that carry weight.
         before_N: for each of them, the token that predicts it.
         weights_N: their losses' weights.
@@ -72,26 +73,58 @@ def common_beginning(rows: Sequence[Rendered]) -> int:
     return shared if shared >= SHARED_AT_LEAST else 0
 
 
-def pack(rows: Sequence[Rendered], device: str | torch.device = "cpu", share: bool = True) -> Pack:
-    """Lay rows end to end; what all of them begin with is there, and computed, once."""
-    shared = common_beginning(rows) if share else 0
-    ids = rows[0].ids[:shared]
-    positions = list(range(shared))
+def families(rows: Sequence[Rendered], sizes: Sequence[int] | None = None) -> list[tuple[int, list[Rendered]]]:
+    """Rows in families that share their beginning: all of them in one, or those that belong together in one each,
+    whichever leaves fewer tokens to compute.
+
+    Args:
+        sizes: how many consecutive rows belong together; each alone if None.
+    """
+    together = [(common_beginning(rows), list(rows))]
+    if not sizes or max(sizes) == 1:
+        return together
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    groups = [list(rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
+    apart = [(common_beginning(group), group) for group in groups]
+    return min(together, apart, key=lambda found: sum(tokens(shared, group) for shared, group in found))
+
+
+def tokens(shared: int, rows: Sequence[Rendered]) -> int:
+    """How many tokens rows take whose first `shared` are there once."""
+    return shared + sum(len(row) - shared for row in rows)
+
+
+def pack(
+    rows: Sequence[Rendered],
+    device: str | torch.device = "cpu",
+    share: bool = True,
+    sizes: Sequence[int] | None = None,
+) -> Pack:
+    """Lay rows end to end; what a family of them (`families`) begins with is there, and computed, once."""
+    ids: list[int] = []
+    positions: list[int] = []
     places, before, weights, owner = [], [], [], []
-    for number, row in enumerate(rows):
-        start = len(ids) - shared
-        for i in range(max(shared, 1), len(row)):
-            if row.weights[i]:
-                places.append(start + i)
-                before.append(start + i - 1 if i > shared else shared - 1)
-                weights.append(row.weights[i])
-                owner.append(number)
-        ids = ids + row.ids[shared:]
-        positions += range(shared, len(row))
+    found = families(rows, sizes) if share else [(0, list(rows))]
+    number = 0
+    for shared, members in found:
+        at = len(ids)
+        ids += members[0].ids[:shared]
+        positions += range(shared)
+        for row in members:
+            start = len(ids) - shared
+            for i in range(max(shared, 1), len(row)):
+                if row.weights[i]:
+                    places.append(start + i)
+                    before.append(start + i - 1 if i > shared else at + shared - 1)
+                    weights.append(row.weights[i])
+                    owner.append(number)
+            ids += row.ids[shared:]
+            positions += range(shared, len(row))
+            number += 1
     return Pack(
         torch.tensor(ids, device=device),
         torch.tensor(positions, device=device),
-        Layout(shared, [len(r) - shared for r in rows], device),
+        Layout([Family(shared, [len(r) - shared for r in members]) for shared, members in found], device),
         torch.tensor(places, dtype=torch.long, device=device),
         torch.tensor(before, dtype=torch.long, device=device),
         torch.tensor(weights, dtype=torch.float32, device=device),
@@ -99,10 +132,18 @@ def pack(rows: Sequence[Rendered], device: str | torch.device = "cpu", share: bo
     )
 
 
-def packs(indices: Sequence[int], rows: Sequence[Rendered], capacity: int) -> list[list[int]]:
-    """Some rows, by index, grouped so that each group's tokens fit `capacity`."""
-    shared = common_beginning([rows[i] for i in indices])
-    groups = best_fit([len(rows[i]) - shared for i in indices], max(capacity - shared, 1))
+def packs(indices: Sequence[int], rows: Sequence[Sequence[Rendered]], capacity: int) -> list[list[int]]:
+    """Some sets of rows that belong together, by index, grouped so that each group's tokens fit `capacity`."""
+    chosen = [rows[i] for i in indices]
+    every = [row for together in chosen for row in together]
+    shared = common_beginning(every)
+    apart = [tokens(common_beginning(together), together) for together in chosen]
+    if max(map(len, chosen)) == 1 or tokens(shared, every) <= sum(apart):
+        groups = best_fit(
+            [sum(len(row) - shared for row in together) for together in chosen], max(capacity - shared, 1)
+        )
+    else:
+        groups = best_fit(apart, capacity)
     return [[indices[j] for j in group] for group in groups]
 
 
@@ -212,6 +253,11 @@ class PackedForward:
         self.probe, self.tolerance = _probe(rows), tolerance or (0.1 if coarse else 1e-3)
         self._check()
 
+    def undo(self) -> None:
+        """Leave the model as it was found."""
+        unfuse(self.model)
+        self.model.set_attn_implementation(self._slow_attention)
+
     @property
     def backbone(self) -> Any:
         """The model without its output layer."""
@@ -222,9 +268,9 @@ class PackedForward:
         """The name under which transformers knows the attention that this forward needs."""
         return ATTENTION if self.packed else str(self._slow_attention)
 
-    def pack(self, rows: Sequence[Rendered]) -> Pack:
-        """Rows as this model can take them."""
-        return pack(rows, self.device, share=self.packed and max(map(len, rows)) <= self.longest)
+    def pack(self, rows: Sequence[Rendered], sizes: Sequence[int] | None = None) -> Pack:
+        """Rows as this model can take them. `sizes`: see `families`."""
+        return pack(rows, self.device, self.packed and max(map(len, rows)) <= self.longest, sizes)
 
     def nll(self, batch: Pack) -> Tensor:
         """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight."""
@@ -255,15 +301,13 @@ class PackedForward:
 
     def _separately(self, batch: Pack) -> Tensor:
         losses = []
-        start = 0
-        for number, length in enumerate(batch.layout.lengths):
+        for number, (start, length, _, _) in enumerate(batch.layout.rows):
             mine = batch.owner_N == number
             if mine.any():
                 ids = batch.ids_T[start : start + length][None]
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, batch.before_N[mine] - start]
                 targets = batch.ids_T[batch.places_N[mine]]
                 losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
-            start += length
         return torch.cat(losses)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from tunesmith import plugins
 from tunesmith.conversation.message import Conversation
-from tunesmith.conversation.render import Rendered, Renderer
+from tunesmith.conversation.render import Renderer
 from tunesmith.errors import DataError, Interrupted, MachineError, TrainingError
 from tunesmith.models.load import load_model
 from tunesmith.models.machine import Machine, reuse_buffers
@@ -27,6 +29,8 @@ from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, 
 from tunesmith.train import checkpoints, optimizers
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.checkpoints import State
+from tunesmith.train.objectives.method import Batch, Example, Method
+from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
 
 
@@ -51,10 +55,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         TrainingError: the loss or the gradient is not finite; names the rows of that step.
         Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
-    rows = encode(section, inputs.training, inputs.renderer)
-    held_out = encode(section, inputs.validation, inputs.renderer) if inputs.validation else []
-    lengths = [len(r) for r in rows]
-    schedule = Schedule.of(len(rows), section.batch_size, section.epochs, section.max_steps, inputs.seed)
+    examples = encode(section, inputs.training, inputs.renderer)
+    held_out = encode(section, inputs.validation, inputs.renderer)
+    schedule = Schedule.of(len(examples), section.batch_size, section.epochs, section.max_steps, inputs.seed)
     validate_every = section.validate_every or schedule.steps_per_epoch
     state = checkpoints.newest(run.checkpoints) or State(
         precision=inputs.machine.precision if section.precision == "auto" else section.precision,
@@ -65,7 +68,13 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 
     if section.adapter.whole_model:  # its own weights are the masters
         state.precision = "float32"
-    model, forward, parameters = _load(section, inputs, state.precision, rows)
+    base = _load(inputs, state.precision)
+    if section.method.compares:
+        examples, held_out = _compared(section, inputs, state.precision, base, examples, held_out)
+    parameters = sum(p.numel() for p in base.parameters())
+    torch.manual_seed(inputs.seed)
+    model = section.adapter.attach(base)
+    forward = PackedForward(model, [example.sequences[0] for example in examples])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in weights.values())
     saved = parameters if section.adapter.whole_model else trained
@@ -80,19 +89,19 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     model.train()
     with _stop_requests() as stop, bar("Training", schedule.total, state.step) as progress:
         while state.step < schedule.total and not _stale(section, state):
-            chosen = schedule.step(state.step)
+            chosen = [examples[i] for i in schedule.step(state.step)]
             rate = learning_rate(
                 state.step, schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
             )
             began = time.perf_counter()
-            loss, norm = _gradients(section, forward, rows, packs(chosen, rows, section.pack_tokens))
+            loss, told, norm = _gradients(section, forward, chosen)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
-                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, inputs.training, chosen, run)
+                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
             _update(optimizer, rate)
             if not torch.stack(torch._foreach_norm(list(weights.values()))).isfinite().all():
-                raise _not_finite({"weights": math.nan}, state, inputs.training, chosen, run)
-            tokens, seconds = sum(lengths[i] for i in chosen), time.perf_counter() - began
+                raise _not_finite({"weights": math.nan}, state, chosen, run)
+            tokens, seconds = sum(e.tokens for e in chosen), time.perf_counter() - began
             state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + seconds
             line: dict[str, Any] = {
                 "step": state.step,
@@ -103,12 +112,14 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 "tokens": tokens,
                 "tokens_per_second": round(tokens / seconds, 1),
                 "memory_bytes": _memory(inputs.machine.device),
+                **told,
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                line["validation_loss"] = found = _validate(section, forward, held_out)
+                found, told = _validate(section, forward, held_out)
+                line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                 if not math.isfinite(found):
-                    raise _not_finite({"validation loss": found}, state, inputs.validation, range(5), run)
+                    raise _not_finite({"validation loss": found}, state, held_out[:5], run)
                 if _improved(state, found) and section.keep_best:
                     with whole_folder(run.stage("train") / "best") as folder:
                         section.adapter.save(model, folder)
@@ -136,16 +147,25 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     }
 
 
-def _load(
-    section: TrainSection, inputs: TrainInputs, precision: str, rows: Sequence[Rendered]
-) -> tuple[Any, PackedForward, int]:
-    """The model with what is trained of it marked, its packed forward, and how many weights the base has."""
+def _load(inputs: TrainInputs, precision: str) -> Any:
+    """The base model, as it is before training."""
     reuse_buffers()
-    base = load_model(inputs.model, getattr(torch, precision), inputs.machine.device)
-    parameters = sum(p.numel() for p in base.parameters())
-    torch.manual_seed(inputs.seed)
-    model = section.adapter.attach(base)
-    return model, PackedForward(model, rows), parameters
+    return load_model(inputs.model, getattr(torch, precision), inputs.machine.device)
+
+
+def _compared(
+    section: TrainSection,
+    inputs: TrainInputs,
+    precision: str,
+    base: Any,
+    *parts: list[Example],
+) -> tuple[list[Example], ...]:
+    """The examples of each part with the log-probabilities that the base gives them."""
+    forward = PackedForward(base, [example.sequences[0] for example in parts[0]])
+    name = f"{inputs.model.identity} in {precision}"
+    found = tuple(with_reference(part, forward, name, section.pack_tokens) for part in parts)
+    forward.undo()
+    return found
 
 
 def _keep(section: TrainSection, state: State, model: Any, run: Run) -> None:
@@ -157,50 +177,87 @@ def _keep(section: TrainSection, state: State, model: Any, run: Run) -> None:
             section.adapter.save(model, folder)
 
 
-def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Rendered]:
-    """Tokens and loss weights of each row.
+def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Example]:
+    """What the method makes of the rows.
 
     Raises:
-        DataError: a row has no token to learn from, or is longer than `train.max_length`.
+        DataError: rows are of another kind than the method learns from; or one has no token to learn from, or is
+            longer than `train.max_length`.
     """
+    method: Method = section.method
+    other = next((row for row in rows if row.kind != method.takes), None)
+    if other is not None:
+        fitting = [name for name in sorted(plugins.known("objective")) if _takes(name) == other.kind]
+        raise DataError(
+            f"method {method.kind} learns from {method.takes} rows, and this is a {other.kind} row",
+            where=other.id,
+            fix=f"Take train.method: {' or '.join(fitting)}; or say how to read the rows otherwise: layout, columns.",
+        )
+    examples: list[Example] = []
     with bar("Tokens", len(rows)) as progress:
-        encoded = []
-        for row in rows:
-            encoded.append(section.method.encode(row, renderer))
+        for made in method.encode(rows, renderer, section.max_length):
+            examples += made
             progress.advance()
-    for row, rendered in zip(rows, encoded, strict=True):
-        if not rendered.trained:
+    for example in examples:
+        if not all(sequence.trained for sequence in example.sequences):
             raise DataError(
                 "no token of this row carries loss",
-                where=row.id,
+                where=example.row,
                 fix="Check the roles, weights and template.",
             )
-        if len(rendered) > section.max_length:
+        if len(example) > section.max_length:
             raise DataError(
-                f"has {len(rendered)} tokens, train.max_length is {section.max_length}",
-                where=row.id,
+                f"has {len(example)} tokens, train.max_length is {section.max_length}",
+                where=example.row,
                 fix="Raise train.max_length, or set data.over_length.",
             )
-    return encoded
+    return examples
+
+
+def _takes(method: str) -> str:
+    found: type[Method] = plugins.load("objective", method)
+    return found.takes
+
+
+def _batches(
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+) -> tuple[Counter[str], Iterator[Batch]]:
+    """The sizes that the terms of these examples' loss are divided by, and the examples in packs."""
+    method: Method = section.method
+    sizes: Counter[str] = Counter()
+    for example in examples:
+        sizes.update(method.sizes(example))
+
+    def packed(sequences: list[tuple[Any, ...]]) -> Iterator[tuple[list[Example], Any]]:
+        for group in packs(range(len(examples)), sequences, section.pack_tokens):
+            rows, counts = [s for i in group for s in sequences[i]], [len(sequences[i]) for i in group]
+            yield [examples[i] for i in group], forward.pack(rows, counts)
+
+    context = None
+    if any(example.beside for example in examples):
+        with torch.no_grad():
+            context = method.look(forward, packed([example.beside for example in examples]))
+    return sizes, (Batch(*part, context) for part in packed([example.sequences for example in examples]))
 
 
 def _gradients(
-    section: TrainSection, forward: PackedForward, rows: Sequence[Rendered], groups: list[list[int]]
-) -> tuple[float, float]:
-    """Gradients of one optimizer step, clipped: its loss, and the gradient's norm before clipping.
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+) -> tuple[float, dict[str, float], float]:
+    """Gradients of one optimizer step, clipped: its loss, figures beside it, and the gradient's norm before clipping.
 
     Raises:
         MachineError: memory ran out.
     """
-    method = section.method
-    size = sum(method.size(rows[i]) for group in groups for i in group)
-    total = 0.0
+    total, told = 0.0, _Means()
     try:
-        for group in groups:
-            # Each pack adds the sum over its tokens, divided by the whole step's: packing changes nothing.
-            loss = method.loss(forward, forward.pack([rows[i] for i in group])) / size
+        sizes, batches = _batches(section, forward, examples)
+        for batch in batches:
+            found = section.method.loss(forward, batch)
+            # Each pack adds its sum, divided by the whole step's size: packing changes nothing.
+            loss: torch.Tensor = sum(term / sizes[name] for name, term in found.terms.items())
             loss.backward()
             total += loss.item()
+            told.add(found.told)
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
@@ -210,7 +267,23 @@ def _gradients(
             fix=f"Set it lower than {section.pack_tokens} (the result stays the same), or take a smaller model.",
         ) from error
     trained = [p for p in forward.model.parameters() if p.requires_grad]
-    return total, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
+    return total, told.values, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
+
+
+class _Means:
+    """Means of figures that come as sums and counts."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+
+    def add(self, told: dict[str, tuple[float, float]]) -> None:
+        for name, (total, count) in told.items():
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = before[0] + total, before[1] + count
+
+    @property
+    def values(self) -> dict[str, float]:
+        return {name: total / count for name, (total, count) in self._sums.items() if count}
 
 
 def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -221,17 +294,21 @@ def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 @torch.no_grad()
-def _validate(section: TrainSection, forward: PackedForward, rows: Sequence[Rendered]) -> float:
-    """Loss per unit of weight over the held-out rows."""
+def _validate(
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+) -> tuple[float, dict[str, float]]:
+    """The loss of the held-out rows as if they were one step, and the figures beside it."""
     forward.model.eval()
-    total = 0.0
-    groups = packs(range(len(rows)), rows, section.pack_tokens)
-    with bar("Validating", len(groups)) as progress:
-        for group in groups:
-            total += section.method.loss(forward, forward.pack([rows[i] for i in group])).item()
-            progress.advance()
+    total, told = 0.0, _Means()
+    sizes, batches = _batches(section, forward, examples)
+    with bar("Validating", len(examples)) as progress:
+        for batch in batches:
+            found = section.method.loss(forward, batch)
+            total += sum(term.item() / sizes[name] for name, term in found.terms.items())
+            told.add(found.told)
+            progress.advance(len(batch.examples))
     forward.model.train()
-    return total / sum(section.method.size(r) for r in rows)
+    return total, told.values
 
 
 def _improved(state: State, loss: float) -> bool:
@@ -246,12 +323,10 @@ def _stale(section: TrainSection, state: State) -> bool:
     return section.early_stopping is not None and state.stale >= section.early_stopping
 
 
-def _not_finite(
-    values: dict[str, float], state: State, rows: Sequence[Conversation], chosen: Sequence[int], run: Run
-) -> TrainingError:
+def _not_finite(values: dict[str, float], state: State, examples: Sequence[Example], run: Run) -> TrainingError:
     """The error for the first of some values that is not finite, with the rows it came from."""
     what, value = next((what, value) for what, value in values.items() if not math.isfinite(value))
-    names = [rows[i].id for i in chosen if i < len(rows)]
+    names = list(dict.fromkeys(example.row for example in examples))
     run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=names)
     saved = sorted(run.checkpoints.glob("step-*"))
     return TrainingError(

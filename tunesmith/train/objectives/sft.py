@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.conversation.render import Rendered, Renderer
-from tunesmith.section import Section
+from tunesmith.conversation.render import Renderer
+from tunesmith.train.objectives.method import Batch, Example, Loss, Method
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from tunesmith.models.packed import Pack, PackedForward
+    from tunesmith.models.packed import PackedForward
 
 
-class Sft(Section):
+class Sft(Method):
     """Learn to give the answers of the training rows."""
 
     kind: Literal["sft"] = "sft"
     loss_on: Literal["assistant", "last"] = "assistant"
     """Which answers carry loss: every assistant's turn, or only a row's last one."""
 
-    def encode(self, row: Conversation, renderer: Renderer) -> Rendered:
-        return renderer.render(row, only_last=self.loss_on == "last")
+    def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
+        for row in rows:
+            yield [Example(row.id, (renderer.render(row, only_last=self.loss_on == "last"),))]
 
-    def size(self, rendered: Rendered) -> float:
+    def sizes(self, example: Example) -> dict[str, float]:
         """A step's loss is its sum over tokens divided by the step's total weight, so that a token counts
         the same in whatever batch it comes."""
-        return sum(rendered.weights)
+        return {"tokens": sum(example.sequences[0].weights)}
 
-    def loss(self, forward: PackedForward, batch: Pack) -> Tensor:
+    def loss(self, forward: PackedForward, batch: Batch) -> Loss:
         """Weighted sum over tokens of -log p(token | what precedes it), in nats."""
-        return (forward.nll(batch) * batch.weights_N).sum()
+        return Loss({"tokens": (forward.nll(batch.pack) * batch.pack.weights_N).sum()})

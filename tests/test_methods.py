@@ -1,0 +1,270 @@
+"""Each method's loss and gradients are TRL's on the same rows."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import COLOURS, make_model, make_tokenizer
+from tunesmith import plugins
+from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text
+from tunesmith.conversation.render import Rendered, Renderer
+from tunesmith.models.packed import PackedForward
+from tunesmith.train.objectives.method import Example
+from tunesmith.train.objectives.text import chunks
+from tunesmith.train.reference import with_reference
+from tunesmith.train.section import TrainSection
+from tunesmith.train.train import _batches, _Means, encode
+
+# Without the line break that ChatML has after a turn: TRL trains it, Tunesmith does not.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+N = 6
+
+
+def asked(i: int) -> Message:
+    return Message("user", f"Item {i} is {COLOURS[i % 4]}. What colour is it?" + " Well?" * i)
+
+
+def answer(i: int) -> Message:
+    return Message("assistant", COLOURS[i % 4] + " it is" * (i % 3))
+
+
+PAIRS = [Preference((asked(i), answer(i)), f"r:{i}", rejected=(answer(i + 1),), shared=1) for i in range(N)]
+RATED = [Rated((asked(i), answer(i + i % 2)), f"r:{i}", good=i % 2 == 0) for i in range(N)]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """Where training started, and where it is."""
+    folder = make_model(tmp_path_factory.mktemp("m") / "m", TEMPLATE)
+    start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    now = copy.deepcopy(start)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in now.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    return start, now
+
+
+def ours(method: dict[str, Any] | str, rows: list[Any], models: tuple[Any, Any], capacity: int = 4096) -> Any:
+    """Loss, gradients by name, and figures, of one step on all rows."""
+    section = TrainSection(method=method, max_length=512, pack_tokens=capacity)
+    start, now = map(copy.deepcopy, models)
+    examples = encode(section, rows, Renderer(make_tokenizer(TEMPLATE)))
+    if section.method.compares:
+        examples = with_reference(examples, PackedForward(start, [examples[0].sequences[0]]), "test", capacity)
+    forward = PackedForward(now, [examples[0].sequences[0]])
+    sizes, batches = _batches(section, forward, examples)
+    total, told = 0.0, _Means()
+    for batch in batches:
+        found = section.method.loss(forward, batch)
+        loss = sum(term / sizes[name] for name, term in found.terms.items())
+        loss.backward()
+        total += loss.item()
+        told.add(found.told)
+    return total, {name: p.grad for name, p in now.named_parameters()}, told.values
+
+
+def theirs(trainer: Callable[..., Any], config: Any, rows: list[dict[str, Any]], models: Any, **more: Any) -> Any:
+    from datasets import Dataset
+
+    start, now = map(copy.deepcopy, models)
+    if more.pop("reference", False):
+        more["ref_model"] = start
+    made = trainer(
+        model=now, args=config, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(TEMPLATE), **more
+    )
+    made.model.eval()
+    batch = next(iter(made.get_train_dataloader()))
+    loss = made.compute_loss(made.model, batch)
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in now.named_parameters()}
+
+
+def config(kind: Any, folder: Path, **more: Any) -> Any:
+    return kind(
+        output_dir=str(folder),
+        per_device_train_batch_size=N,
+        max_length=512,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        **more,
+    )
+
+
+def turns(*messages: Message) -> list[dict[str, Any]]:
+    return [m.for_template() for m in messages]
+
+
+def pairs() -> list[dict[str, Any]]:
+    return [
+        {"prompt": turns(*row.prompt), "chosen": turns(row.messages[-1]), "rejected": turns(*row.rejected)}
+        for row in PAIRS
+    ]
+
+
+def same(found: Any, expected: Any) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
+    for name, gradient in expected[1].items():
+        if gradient is not None:
+            torch.testing.assert_close(found[1][name], gradient, rtol=2e-3, atol=2e-5, msg=name)
+
+
+DPO = {
+    "sigmoid": ({}, {"loss_type": ["sigmoid"]}),
+    "hinge": ({"form": "hinge"}, {"loss_type": ["hinge"]}),
+    "ipo": ({"form": "ipo"}, {"loss_type": ["ipo"]}),
+    "robust": ({"form": "robust", "label_smoothing": 0.2}, {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    "apo_zero": ({"form": "apo_zero"}, {"loss_type": ["apo_zero"]}),
+    "apo_down": ({"form": "apo_down"}, {"loss_type": ["apo_down"]}),
+    "length normalised": ({"length_normalised": True}, {"loss_type": ["sigmoid_norm"]}),
+    "with sft": ({"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+}
+
+
+@pytest.mark.parametrize(("mine", "trl"), DPO.values(), ids=DPO)
+def test_dpo(tmp_path: Path, models: Any, mine: dict[str, Any], trl: dict[str, Any]) -> None:
+    from trl import DPOConfig, DPOTrainer
+
+    found = ours({"kind": "dpo", "beta": 0.3} | mine, PAIRS, models)
+    same(found, theirs(DPOTrainer, config(DPOConfig, tmp_path, beta=0.3, **trl), pairs(), models, reference=True))
+    assert 0 <= found[2]["rewards_accuracy"] <= 1
+
+
+CPO = {
+    "cpo": ({"kind": "cpo", "beta": 0.3}, {"loss_type": "sigmoid", "beta": 0.3}),
+    "cpo smoothed": (
+        {"kind": "cpo", "beta": 0.3, "label_smoothing": 0.1, "sft_weight": 0.5},
+        {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.5},
+    ),
+    "cpo hinge": ({"kind": "cpo", "form": "hinge", "beta": 0.3}, {"loss_type": "hinge", "beta": 0.3}),
+    "simpo": (
+        {"kind": "simpo", "gamma": 0.6},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.6, "cpo_alpha": 0.0},
+    ),
+}
+
+
+@pytest.mark.parametrize(("mine", "trl"), CPO.values(), ids=CPO)
+def test_cpo_and_simpo(tmp_path: Path, models: Any, mine: dict[str, Any], trl: dict[str, Any]) -> None:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    same(ours(mine, PAIRS, models), theirs(CPOTrainer, config(CPOConfig, tmp_path, **trl), pairs(), models))
+
+
+def test_orpo(models: Any) -> None:
+    """TRL takes the cross-entropy over the prompt too, Tunesmith as the paper does: so the parts are compared."""
+    from types import SimpleNamespace
+
+    from trl.experimental.orpo import ORPOTrainer
+
+    model = models[1]
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    rendered = [[renderer.render(c) for c in row.conversations] for row in PAIRS]
+
+    def mean(row: Rendered) -> Any:
+        logits = model(torch.tensor([row.ids])).logits
+        labels = torch.tensor([[i if w else -100 for i, w in zip(row.ids, row.weights, strict=True)]])
+        return ORPOTrainer.get_batch_logps(logits, labels, average_log_prob=True)[0]
+
+    model.zero_grad()
+    scores = [torch.stack([mean(pair[side]) for pair in rendered]) for side in (0, 1)]
+    fake = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
+    losses = ORPOTrainer.odds_ratio_loss(fake, *scores)[0]
+    counts = torch.tensor([pair[0].trained for pair in rendered])
+    expected = -(scores[0] * counts).sum() / counts.sum() - losses.mean()
+    expected.backward()
+    found = ours({"kind": "orpo", "beta": 0.4}, PAIRS, models)
+    same(found, (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+    model.zero_grad()
+
+
+def test_kto(tmp_path: Path, models: Any) -> None:
+    from trl import KTOConfig, KTOTrainer
+
+    rows = [{"prompt": turns(*r.prompt), "completion": turns(r.messages[-1]), "label": r.good} for r in RATED]
+    trl = config(KTOConfig, tmp_path, beta=0.3, desirable_weight=1.2, train_sampling_strategy="sequential")
+    found = ours({"kind": "kto", "beta": 0.3, "good_weight": 1.2}, RATED, models)
+    same(found, theirs(KTOTrainer, trl, rows, models, reference=True))
+    assert found[2]["kl"] >= 0
+
+
+@pytest.mark.parametrize("method", ["dpo", "cpo", "simpo", "orpo", "kto"])
+def test_packing_changes_nothing(models: Any, method: str) -> None:
+    rows = RATED if method == "kto" else PAIRS
+    whole, apart = (ours(method, rows, models, capacity) for capacity in (4096, 1))
+    same(apart, whole)
+    assert apart[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-4)
+
+
+def test_conservative_dpo_lies_between_both_ways_round(models: Any) -> None:
+    """cDPO (Mitchell 2023): the share's weighted mean of the loss and of the loss of the swapped pairs."""
+    swapped = [Preference((*r.prompt, *r.rejected), r.id, rejected=r.messages[1:], shared=1) for r in PAIRS]
+    one, other = (ours("dpo", rows, models)[0] for rows in (PAIRS, swapped))
+    assert ours({"kind": "dpo", "label_smoothing": 0.3}, PAIRS, models)[0] == pytest.approx(
+        0.7 * one + 0.3 * other, 1e-4
+    )
+
+
+def test_texts_are_cut_without_overlap_and_nothing_is_lost(models: Any) -> None:
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    row = Text((), "t:1", text="Red, green and blue. " * 20)
+    whole = renderer.render_text(row)
+    pieces = chunks(whole, 37)
+    assert [i for piece in pieces for i in piece.ids] == whole.ids
+    assert whole.ids[-1] == renderer.tokenizer.eos_token_id
+    lengths = [len(piece) for piece in pieces]
+    assert max(lengths) <= 37 and max(lengths) - min(lengths) <= 1
+    assert all(piece.weights == [0.0] + [1.0] * (len(piece) - 1) for piece in pieces)
+    section = TrainSection(method="text", max_length=37)
+    assert [e.sequences[0] for e in encode(section, [row], renderer)] == pieces
+
+
+def test_text_is_plain_language_modelling(models: Any) -> None:
+    rows: list[Conversation] = [Text((), f"t:{i}", text=asked(i).content) for i in range(N)]
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    model = models[1]
+    model.zero_grad()
+    total, count = 0.0, 0
+    for row in rows:
+        ids = torch.tensor([renderer.render_text(row).ids])  # type: ignore[arg-type]
+        total = total + model(ids, labels=ids).loss * (ids.shape[1] - 1)
+        count += ids.shape[1] - 1
+    (total / count).backward()  # type: ignore[attr-defined]
+    expected = (float((total / count).detach()), {name: p.grad for name, p in model.named_parameters()})
+    same(ours("text", rows, models), expected)
+    model.zero_grad()
+
+
+def test_the_reference_is_kept_and_a_damaged_one_made_again(models: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    example = Example("r", (Rendered([5, 6, 7], [0.0, 1.0, 1.0]),))
+    forward = PackedForward(copy.deepcopy(models[0]), [example.sequences[0]])
+    (first,) = with_reference([example], forward, "m", 64)
+    monkeypatch.setattr("tunesmith.train.reference._computed", lambda *a: pytest.fail("computed again"))
+    assert with_reference([example], forward, "m", 64)[0].reference == first.reference
+    monkeypatch.undo()
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    (kept,) = (tmp_path / "reference").iterdir()
+    kept.write_bytes(kept.read_bytes()[:50])
+    assert with_reference([example], forward, "m", 64)[0].reference == first.reference
+
+
+def test_every_method_is_listed_with_what_it_takes() -> None:
+    assert {plugins.load("objective", name).takes for name in plugins.known("objective")} == {
+        "conversation",
+        "preference",
+        "rated",
+        "text",
+    }

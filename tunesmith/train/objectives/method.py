@@ -1,0 +1,112 @@
+"""What a training method is: rows become examples, and a batch of examples a loss.
+
+A step's loss is a sum of terms. Each term is a sum over the step's examples, divided by the step's size of that
+term (its tokens, its pairs), so that how a step is packed, accumulated or spread over ranks changes nothing.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.conversation.render import Rendered, Renderer
+from tunesmith.section import Section
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from tunesmith.models.packed import Pack, PackedForward
+
+
+@dataclass(frozen=True)
+class Example:
+    """What the loop trains on at a time, made of a row.
+
+    Attributes:
+        row: the row's id.
+        sequences: the token sequences that the loss needs together.
+        beside: further ones that are only looked at, without gradient.
+        target: a pair's margin, a verdict (1 or 0), a class.
+        reference: the log-probabilities in nats that the model had of `sequences` and `beside` before training, each
+            summed over its weighted tokens; empty until the loop has asked for them.
+    """
+
+    row: str
+    sequences: tuple[Rendered, ...]
+    beside: tuple[Rendered, ...] = ()
+    target: float = 0.0
+    reference: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        """Tokens of the longest sequence."""
+        return max(map(len, self.sequences + self.beside))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences that are trained on."""
+        return sum(map(len, self.sequences))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples whose sequences lie in one pack, in order; `context` is what the method's `look` gave for the step."""
+
+    examples: Sequence[Example]
+    pack: Pack
+    context: Any = None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A batch's part of a step's loss.
+
+    Attributes:
+        terms: by name, each a sum over the batch; the loop divides it by the step's `sizes` of that name.
+        told: figures to show beside the loss, each as a sum and of how many; the loop shows their mean.
+    """
+
+    terms: dict[str, Tensor]
+    told: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+class Method(Section):
+    """A training method."""
+
+    kind: str
+    takes: ClassVar[str] = "conversation"
+    """The kind of rows that it learns from."""
+    head: ClassVar[str] = "language"
+    """What the model ends with: a `language` head, one score a class (`classes`) or one score (`reward`)."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether it needs the log-probabilities that the model had before training."""
+        return False
+
+    @abstractmethod
+    def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
+        """The examples of each row, in order."""
+
+    @abstractmethod
+    def sizes(self, example: Example) -> dict[str, float]:
+        """What an example adds to the number that each term of its step is divided by."""
+
+    def look(self, forward: PackedForward, packs: Iterator[tuple[Sequence[Example], Pack]]) -> Any:
+        """What the loss of a step's examples needs to know of all of them, without gradient. `packs` are the examples'
+        `beside` sequences."""
+        return None
+
+    @abstractmethod
+    def loss(self, forward: PackedForward, batch: Batch) -> Loss:
+        """The batch's loss with its gradient."""
+
+
+def log_probs(forward: PackedForward, pack: Pack) -> list[Tensor]:
+    """Each sequence's log-probabilities [tokens that carry weight], in nats."""
+    import torch
+
+    counts = torch.bincount(pack.owner_N, minlength=len(pack.layout.rows)).tolist()
+    return list((-forward.nll(pack)).split(counts))
