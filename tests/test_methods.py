@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,6 +17,7 @@ from tests.conftest import COLOURS, make_model, make_tokenizer
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text
 from tunesmith.conversation.render import Rendered, Renderer
+from tunesmith.errors import ModelError
 from tunesmith.models.packed import PackedForward
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.objectives.text import chunks
@@ -59,11 +62,14 @@ def ours(method: dict[str, Any] | str, rows: list[Any], models: tuple[Any, Any],
     """Loss, gradients by name, and figures, of one step on all rows."""
     section = TrainSection(method=method, max_length=512, pack_tokens=capacity)
     start, now = map(copy.deepcopy, models)
-    examples = encode(section, rows, Renderer(make_tokenizer(TEMPLATE)))
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    examples = encode(section, rows, renderer)
     if section.method.compares:
         examples = with_reference(examples, PackedForward(start, [examples[0].sequences[0]]), "test", capacity)
     forward = PackedForward(now, [examples[0].sequences[0]])
-    sizes, batches = _batches(section, forward, examples)
+    section.method.suits(renderer)
+    known = section.method.start(examples)
+    sizes, batches = _batches(section, forward, examples, known)
     total, told = 0.0, _Means()
     for batch in batches:
         found = section.method.loss(forward, batch)
@@ -78,11 +84,11 @@ def theirs(trainer: Callable[..., Any], config: Any, rows: list[dict[str, Any]],
     from datasets import Dataset
 
     start, now = map(copy.deepcopy, models)
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.pad_token = "<|endoftext|>"  # a head would read its score before the end of turn, were that the padding
     if more.pop("reference", False):
         more["ref_model"] = start
-    made = trainer(
-        model=now, args=config, train_dataset=Dataset.from_list(rows), processing_class=make_tokenizer(TEMPLATE), **more
-    )
+    made = trainer(model=now, args=config, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, **more)
     made.model.eval()
     batch = next(iter(made.get_train_dataloader()))
     loss = made.compute_loss(made.model, batch)
@@ -198,6 +204,104 @@ def test_kto(tmp_path: Path, models: Any) -> None:
     found = ours({"kind": "kto", "beta": 0.3, "good_weight": 1.2}, RATED, models)
     same(found, theirs(KTOTrainer, trl, rows, models, reference=True))
     assert found[2]["kl"] >= 0
+
+
+@pytest.fixture(scope="module")
+def scorers(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Any]:
+    """The model with a head of classes in place of its language head."""
+    folder = tmp_path_factory.mktemp("s")
+    models[1].save_pretrained(folder)
+
+    def make(classes: list[str]) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        torch.manual_seed(2)
+        named = {"id2label": dict(enumerate(classes)), "label2id": {c: i for i, c in enumerate(classes)}}
+        made = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32, **named)
+        torch.nn.init.normal_(made.score.weight, std=0.5)
+        made.config.pad_token_id = make_tokenizer().convert_tokens_to_ids("<|endoftext|>")
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("center", [0.0, 0.1])
+def test_reward(tmp_path: Path, models: Any, scorers: Any, center: float) -> None:
+    from trl import RewardConfig, RewardTrainer
+
+    rows = [replace(row, margin=0.1 * i) for i, row in enumerate(PAIRS)]
+    told = [pair | {"margin": row.margin} for pair, row in zip(pairs(), rows, strict=True)]
+    model = scorers(["reward"])
+    trl = config(RewardConfig, tmp_path, center_rewards_coefficient=center or None)
+    found = ours({"kind": "reward", "center": center}, rows, (None, model))
+    same(found, theirs(RewardTrainer, trl, told, (None, model)))
+
+
+def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    rows = [Conversation((asked(i), Message("assistant", COLOURS[min(i, 2)])), f"r:{i}") for i in range(N)]
+    classes = sorted(set(COLOURS[:3]))
+    model = scorers(classes)
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    weights = compute_class_weight("balanced", classes=np.array(classes), y=[row.answer for row in rows])
+    losses = []
+    for row in rows:
+        scores = model(torch.tensor([renderer.prompt(row.prompt)])).logits
+        target = torch.tensor([classes.index(row.answer)])
+        losses.append(torch.nn.functional.cross_entropy(scores, target) * float(weights[target.item()]))
+    loss = torch.stack(losses).mean()
+    loss.backward()
+    expected = (loss.item(), {name: p.grad for name, p in model.named_parameters()})
+    found = ours({"kind": "classify", "weights": "balanced"}, rows, (None, scorers(classes)))
+    same(found, expected)
+    assert 0 <= found[2]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
+    from trl.experimental.gkd import GKDTrainer
+
+    teacher, student = models
+    teacher.save_pretrained(tmp_path)
+    make_tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    rows = [Conversation((asked(i), answer(i)), f"r:{i}") for i in range(N)]
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    student.zero_grad()
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        rendered = renderer.render(row)
+        ids = torch.tensor([rendered.ids])
+        labels = torch.tensor([[i if w else -100 for i, w in zip(rendered.ids, rendered.weights, strict=True)]])
+        with torch.no_grad():
+            told = teacher(ids).logits
+        total = total + GKDTrainer.generalized_jsd_loss(
+            student(ids).logits[:, :-1], told[:, :-1], labels[:, 1:], beta, temperature=2.0, reduction="sum"
+        )
+        count += rendered.trained
+    (total / count).backward()
+    expected = ((total / count).item(), {name: p.grad for name, p in student.named_parameters()})
+    method = {"kind": "distill", "teacher": str(tmp_path), "beta": beta, "temperature": 2.0}
+    same(ours(method, rows, models), expected)
+    student.zero_grad()
+
+
+def test_a_teacher_of_another_vocabulary_is_refused_and_its_text_is_not(models: Any, tmp_path: Path) -> None:
+    teacher = make_model(tmp_path / "t", TEMPLATE)
+    tokenizer = make_tokenizer(TEMPLATE)
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(teacher)
+    rows = [Conversation((asked(i), answer(i)), f"r:{i}") for i in range(2)]
+    with pytest.raises(ModelError, match="another vocabulary"):
+        ours({"kind": "distill", "teacher": str(teacher)}, rows, models)
+    section = TrainSection(method={"kind": "distill", "teacher": str(teacher), "source": "text", "max_new_tokens": 4})
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+    for example, row in zip(encode(section, rows, renderer), rows, strict=True):
+        prompt = renderer.prompt(row.prompt)
+        model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+        said = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False)[0, len(prompt) :].tolist()
+        learnt = renderer.tokenizer.decode(example.sequences[0].ids[len(prompt) :]).removesuffix("<|im_end|>")
+        assert learnt == renderer.decode(said)
 
 
 @pytest.mark.parametrize("method", ["dpo", "cpo", "simpo", "orpo", "kto"])

@@ -28,6 +28,9 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "simpo": "tunesmith.train.objectives.pairs:SimPo",
         "orpo": "tunesmith.train.objectives.pairs:Orpo",
         "kto": "tunesmith.train.objectives.kto:Kto",
+        "reward": "tunesmith.train.objectives.classify:Reward",
+        "classify": "tunesmith.train.objectives.classify:Classify",
+        "distill": "tunesmith.train.objectives.distill:Distill",
     },
     # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name).
     "adapter": {

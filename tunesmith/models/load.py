@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+CLASSES = "classes.json"  # beside the weights of a model whose head tells classes apart
 LOADED_PER_SECOND = 250e6  # bytes of weights, for the bar
 
 
@@ -73,8 +76,6 @@ def load_renderer(model: ResolvedModel) -> Renderer:
 
 def context_length(model: ResolvedModel) -> int | None:
     """The longest sequence in tokens that the model's configuration allows, where it says so."""
-    import json
-
     config = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         return None
@@ -83,21 +84,31 @@ def context_length(model: ResolvedModel) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+def load_model(
+    model: ResolvedModel, dtype: torch.dtype, device: str = "cpu", classes: Sequence[str] = ()
+) -> PreTrainedModel:
     """The base model's weights in `dtype`, in evaluation mode.
+
+    Args:
+        classes: if given, the model ends with a score for each of them instead of its language head; the scores'
+            weights are drawn by torch's seed where the files have none.
 
     Raises:
         ModelError: files that are damaged or of an architecture that transformers does not have.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     silence()
+    kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
+    numbers = {name: i for i, name in enumerate(classes)}
+    head = {"id2label": {i: name for name, i in numbers.items()}, "label2id": numbers} if classes else {}
     size = sum(p.stat().st_size for p in model.path.glob("*.safetensors"))
     try:
         with clock(f"Loading {model.name}", 1 + size / LOADED_PER_SECOND):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
+            loaded, report = kind.from_pretrained(
                 model.path,
+                **head,
                 dtype=dtype,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
@@ -109,13 +120,29 @@ def load_model(model: ResolvedModel, dtype: torch.dtype, device: str = "cpu") ->
             where=str(model.path),
             fix="Check that the folder is whole and that this version of transformers knows its model_type.",
         ) from error
-    if report["missing_keys"]:  # transformers would go on with random numbers in their place
+    if classes and not hasattr(loaded, "score"):
         raise ModelError(
-            f"lacks {len(report['missing_keys'])} of its weights, such as {min(report['missing_keys'])}",
+            f"architecture {loaded.config.model_type} can't be given a head of classes",
+            where=str(model.path),
+            fix="Take a decoder whose head transformers calls `score` (Llama, Mistral, Qwen, Gemma, GPT-2 and others).",
+        )
+    missing = [key for key in report["missing_keys"] if not (classes and key.startswith("score."))]
+    if missing:  # transformers would go on with random numbers in their place
+        raise ModelError(
+            f"lacks {len(missing)} of its weights, such as {min(missing)}",
             where=str(model.path),
             fix="Fetch the model again; a base without a language model's head can't be used.",
         )
     return loaded.to(device).eval()
+
+
+def classes_of(tuned: Path) -> list[str]:
+    """What the head of a tuned model tells apart; nothing where it is a language head."""
+    try:
+        found: list[str] = json.loads((tuned / CLASSES).read_text(encoding="utf-8"))
+        return found
+    except FileNotFoundError:
+        return []
 
 
 def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: str = "cpu", merge: bool = True) -> Any:
@@ -127,9 +154,10 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
     import torch
     from peft import PeftModel
 
+    classes = classes_of(adapter)
     if not (adapter / "adapter_config.json").is_file():
-        return load_model(replace(model, path=adapter), dtype, device)
-    base = load_model(model, torch.float32 if merge else dtype, device)
+        return load_model(replace(model, path=adapter), dtype, device, classes)
+    base = load_model(model, torch.float32 if merge else dtype, device, classes)
     try:
         tuned = PeftModel.from_pretrained(base, str(adapter))
         if merge:

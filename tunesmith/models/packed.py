@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,10 +235,11 @@ def _window(config: Any) -> bool:
 
 
 class PackedForward:
-    """A causal language model as a function from packs to per-token losses.
+    """A causal language model as a function from packs to per-token losses (or to scores, where it has a head of
+    classes instead).
 
     Args:
-        model: a transformers causal LM, with or without PEFT's layers in it.
+        model: a transformers causal LM or decoder with a `score` head, with or without PEFT's layers in it.
         rows: of the first two, the beginnings are taken to compare packed with one-by-one losses; where they
             differ by more than `tolerance` nats a token, rows go one by one (`why` says so).
     """
@@ -248,6 +249,7 @@ class PackedForward:
         self.device = next(self.model.parameters()).device
         self.packed, self.why = True, "rows packed, attention per row, logits where loss is"
         self._slow_attention = self.model.config._attn_implementation
+        self._scorer = hasattr(self.model, "score")
         self.longest = _longest_alike(self.model.config.get_text_config())
         coarse = next(self.model.parameters()).dtype != torch.float32
         self.probe, self.tolerance = _probe(rows), tolerance or (0.1 if coarse else 1e-3)
@@ -274,21 +276,60 @@ class PackedForward:
 
     def nll(self, batch: Pack) -> Tensor:
         """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight."""
-        together = self.packed and batch.layout.longest <= self.longest
-        return self._together(batch) if together else self._one_by_one(batch)
+        return self._together(batch) if self._can_pack(batch) else self._one_by_one(batch)
 
-    def _together(self, batch: Pack) -> Tensor:
+    def predicting(self, batch: Pack) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """States [N, D] that predict the N tokens that carry weight, and what makes logits [n, V] of some of them."""
+        if self._can_pack(batch):
+            return self._hidden(batch, batch.before_N), self.model.get_output_embeddings()
+        with self._own_attention():
+            return torch.cat([logits for logits, _ in self._separate_logits(batch)]), lambda logits: logits
+
+    def scores(self, batch: Pack) -> Tensor:
+        """The scores [R, K] that a model with a head of K classes gives each of the pack's rows at its end."""
+        head = self.model.score
+        found: Tensor = head(self._ends(batch).to(next(head.parameters()).dtype)).float()
+        return found
+
+    def _ends(self, batch: Pack) -> Tensor:
+        """The state [R, D] at each row's last token."""
+        if self._can_pack(batch):
+            places = [row.start + row.length - 1 for row in batch.layout.rows]
+            return self._hidden(batch, torch.tensor(places, device=self.device))
+        return self._ends_apart(batch)
+
+    def _ends_apart(self, batch: Pack) -> Tensor:
+        with self._own_attention():
+            rows = [batch.ids_T[row.start : row.start + row.length][None] for row in batch.layout.rows]
+            return torch.cat([self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, -1] for ids in rows])
+
+    def _can_pack(self, batch: Pack) -> bool:
+        return self.packed and batch.layout.longest <= self.longest
+
+    def _hidden(self, batch: Pack, places: Tensor) -> Tensor:
         with laid_out(batch.layout):
             hidden = self.backbone(
                 input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False
             ).last_hidden_state[0]
         # index_select: its backward adds in a fixed order, where indexing's need not.
-        picked = hidden.index_select(0, batch.before_N)
-        return head_nll(picked, self.model.get_output_embeddings(), batch.ids_T[batch.places_N])
+        return hidden.index_select(0, places)
+
+    def _together(self, batch: Pack) -> Tensor:
+        """The pack's losses; or its rows' states, in units of their spread, where the model has no language head."""
+        if self._scorer:
+            return self._spread(self._ends(batch))
+        head = self.model.get_output_embeddings()
+        return head_nll(self._hidden(batch, batch.before_N), head, batch.ids_T[batch.places_N])
 
     def _one_by_one(self, batch: Pack) -> Tensor:
+        if self._scorer:
+            return self._spread(self._ends_apart(batch))
         with self._own_attention():
-            return self._separately(batch)
+            parts = self._separate_logits(batch)
+            return torch.cat([F.cross_entropy(logits.float(), to, reduction="none") for logits, to in parts])
+
+    def _spread(self, states: Tensor) -> Tensor:
+        return states.float() / states.float().std()
 
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -299,16 +340,14 @@ class PackedForward:
         finally:
             self.model.set_attn_implementation(now)
 
-    def _separately(self, batch: Pack) -> Tensor:
-        losses = []
+    def _separate_logits(self, batch: Pack) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each row's logits before its weighted tokens, and those tokens."""
         for number, (start, length, _, _) in enumerate(batch.layout.rows):
             mine = batch.owner_N == number
             if mine.any():
                 ids = batch.ids_T[start : start + length][None]
                 logits = self.model(input_ids=ids, use_cache=False).logits[0, batch.before_N[mine] - start]
-                targets = batch.ids_T[batch.places_N[mine]]
-                losses.append(F.cross_entropy(logits.float(), targets, reduction="none"))
-        return torch.cat(losses)
+                yield logits, batch.ids_T[batch.places_N[mine]]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -327,7 +366,8 @@ class PackedForward:
                 raise CannotPack("this architecture does not use transformers' attention interface")
             if getattr(self.model, "is_gradient_checkpointing", False):
                 raise CannotPack("its layers are computed again in the backward pass")
-            self._check_head(probe[0])
+            if not self._scorer:
+                self._check_head(probe[0])
             counts = fuse(self.model, lambda: self._together(pack(probe, self.device)))
             if self._off(probe, expected) > self.tolerance:
                 unfuse(self.model)
@@ -366,7 +406,8 @@ class PackedForward:
         first, *others = rows
         changed = Rendered(first.ids[:SHARED_AT_LEAST] + first.ids[SHARED_AT_LEAST:][::-1], first.weights)
         mine, theirs = pack([first, *others], self.device), pack([changed, *others], self.device)
-        moved = (self._together(mine) - self._together(theirs))[mine.owner_N > 0].abs().max().item()
+        others_N = slice(1, None) if self._scorer else mine.owner_N > 0
+        moved = (self._together(mine) - self._together(theirs))[others_N].abs().max().item()
         if not moved <= self.tolerance / 10:
             raise CannotPack(f"a row's tokens move another row's losses by {moved:.2g} nats")
         if _window(self.model.config.get_text_config()) and not any(

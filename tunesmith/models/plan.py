@@ -109,7 +109,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     """The (out, in) of every linear layer but the output layer, by name."""
     import torch
 
-    head = model.get_output_embeddings()
+    head = getattr(model, "score", None) or model.get_output_embeddings()
     return {
         name: (m.weight.shape[0], m.weight.shape[1])
         for name, m in model.named_modules()

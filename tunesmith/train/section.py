@@ -14,7 +14,7 @@ class TrainSection(Section):
     """How the model is trained."""
 
     method: plugins.field("objective") = "sft"  # type: ignore[valid-type]
-    """The training method: sft, text, dpo, kto, orpo, simpo or cpo."""
+    """The training method: sft, text, dpo, kto, orpo, simpo, cpo, reward, classify or distill. docs/methods.md."""
     adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
     """What is trained: small weights on top of the frozen base (lora, loha, lokr, vera, oft, ia3), or the base's own
     (full, partial)."""

@@ -20,12 +20,12 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import DataError, Interrupted, MachineError, TrainingError
-from tunesmith.models.load import load_model
+from tunesmith.models.load import CLASSES, load_model
 from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
-from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_text
+from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_json, write_text
 from tunesmith.train import checkpoints, optimizers
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.checkpoints import State
@@ -68,13 +68,15 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 
     if section.adapter.whole_model:  # its own weights are the masters
         state.precision = "float32"
-    base = _load(inputs, state.precision)
+    section.method.suits(inputs.renderer)
+    base, classes = _load(section, inputs, state.precision, examples)
     if section.method.compares:
         examples, held_out = _compared(section, inputs, state.precision, base, examples, held_out)
     parameters = sum(p.numel() for p in base.parameters())
     torch.manual_seed(inputs.seed)
     model = section.adapter.attach(base)
     forward = PackedForward(model, [example.sequences[0] for example in examples])
+    known = section.method.start(examples)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     trained = sum(p.numel() for p in weights.values())
     saved = parameters if section.adapter.whole_model else trained
@@ -94,7 +96,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 state.step, schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
             )
             began = time.perf_counter()
-            loss, told, norm = _gradients(section, forward, chosen)
+            loss, told, norm = _gradients(section, forward, chosen, known)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
                 raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
@@ -116,7 +118,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                found, told = _validate(section, forward, held_out)
+                found, told = _validate(section, forward, held_out, known)
                 line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                 if not math.isfinite(found):
                     raise _not_finite({"validation loss": found}, state, held_out[:5], run)
@@ -133,7 +135,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                     fix="The same command goes on from here.",
                 )
 
-    _keep(section, state, model, run)
+    _keep(section, state, model, classes, run)
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -147,10 +149,23 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     }
 
 
-def _load(inputs: TrainInputs, precision: str) -> Any:
-    """The base model, as it is before training."""
+def _load(
+    section: TrainSection, inputs: TrainInputs, precision: str, examples: Sequence[Example]
+) -> tuple[Any, list[str]]:
+    """The base model as it is before training, and what its head tells apart if that is not the language."""
     reuse_buffers()
-    return load_model(inputs.model, getattr(torch, precision), inputs.machine.device)
+    classes = section.method.classes(examples)
+    torch.manual_seed(inputs.seed)  # behind a new head's weights
+    base = load_model(inputs.model, getattr(torch, precision), inputs.machine.device, classes)
+    if classes:
+        base.config.pad_token_id = _padding(inputs.renderer, examples)
+    return base, classes
+
+
+def _padding(renderer: Renderer, examples: Sequence[Example]) -> int | None:
+    """A special token that ends no sequence: transformers reads a score before the last token that is not padding."""
+    ends = {sequence.ids[-1] for example in examples for sequence in example.sequences}
+    return next((i for i in sorted(renderer.tokenizer.all_special_ids) if i not in ends), None)
 
 
 def _compared(
@@ -168,13 +183,15 @@ def _compared(
     return found
 
 
-def _keep(section: TrainSection, state: State, model: Any, run: Run) -> None:
+def _keep(section: TrainSection, state: State, model: Any, classes: list[str], run: Run) -> None:
     """Write the best weights, or the last, to where the next stages look for them."""
     with whole_folder(run.stage("train") / ("model" if section.adapter.whole_model else "adapter")) as folder:
         if section.keep_best and state.best_step is not None:
             shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
         else:
             section.adapter.save(model, folder)
+        if classes:
+            write_json(folder / CLASSES, classes)
 
 
 def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Example]:
@@ -220,7 +237,7 @@ def _takes(method: str) -> str:
 
 
 def _batches(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
 ) -> tuple[Counter[str], Iterator[Batch]]:
     """The sizes that the terms of these examples' loss are divided by, and the examples in packs."""
     method: Method = section.method
@@ -237,11 +254,11 @@ def _batches(
     if any(example.beside for example in examples):
         with torch.no_grad():
             context = method.look(forward, packed([example.beside for example in examples]))
-    return sizes, (Batch(*part, context) for part in packed([example.sequences for example in examples]))
+    return sizes, (Batch(*part, known, context) for part in packed([example.sequences for example in examples]))
 
 
 def _gradients(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
 ) -> tuple[float, dict[str, float], float]:
     """Gradients of one optimizer step, clipped: its loss, figures beside it, and the gradient's norm before clipping.
 
@@ -250,7 +267,7 @@ def _gradients(
     """
     total, told = 0.0, _Means()
     try:
-        sizes, batches = _batches(section, forward, examples)
+        sizes, batches = _batches(section, forward, examples, known)
         for batch in batches:
             found = section.method.loss(forward, batch)
             # Each pack adds its sum, divided by the whole step's size: packing changes nothing.
@@ -295,12 +312,12 @@ def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 @torch.no_grad()
 def _validate(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example]
+    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
 ) -> tuple[float, dict[str, float]]:
     """The loss of the held-out rows as if they were one step, and the figures beside it."""
     forward.model.eval()
     total, told = 0.0, _Means()
-    sizes, batches = _batches(section, forward, examples)
+    sizes, batches = _batches(section, forward, examples, known)
     with bar("Validating", len(examples)) as progress:
         for batch in batches:
             found = section.method.loss(forward, batch)

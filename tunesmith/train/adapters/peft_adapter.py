@@ -40,7 +40,14 @@ class PeftAdapter(Section):
         from tunesmith.models.plan import linear_layers
 
         try:
-            return get_peft_model(model, self.config(model))
+            config = self.config(model)
+            if hasattr(model, "score"):  # PEFT then trains and saves the head too
+                config.task_type = "SEQ_CLS"
+            adapted = get_peft_model(model, config)
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:  # a head comes in the base's precision
+                    parameter.data = parameter.data.float()
+            return adapted
         except (ValueError, TypeError, RuntimeError) as error:
             linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
             absent = isinstance(self.targets, list) and not any(_named(n, self.targets) for n in linear_layers(model))

@@ -29,7 +29,7 @@ class Example:
         row: the row's id.
         sequences: the token sequences that the loss needs together.
         beside: further ones that are only looked at, without gradient.
-        target: a pair's margin, a verdict (1 or 0), a class.
+        target: a pair's margin, a verdict (1 or 0), a class's name.
         reference: the log-probabilities in nats that the model had of `sequences` and `beside` before training, each
             summed over its weighted tokens; empty until the loop has asked for them.
     """
@@ -37,7 +37,7 @@ class Example:
     row: str
     sequences: tuple[Rendered, ...]
     beside: tuple[Rendered, ...] = ()
-    target: float = 0.0
+    target: Any = 0.0
     reference: tuple[float, ...] = ()
 
     def __len__(self) -> int:
@@ -52,10 +52,12 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples whose sequences lie in one pack, in order; `context` is what the method's `look` gave for the step."""
+    """Examples whose sequences lie in one pack, in order; what the method's `start` made known of the run, and what its
+    `look` saw of the step."""
 
     examples: Sequence[Example]
     pack: Pack
+    known: Any = None
     context: Any = None
 
 
@@ -89,6 +91,17 @@ class Method(Section):
     @abstractmethod
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         """The examples of each row, in order."""
+
+    def suits(self, renderer: Renderer) -> None:
+        """Raise a TunesmithError where the method can't be used with this model."""
+
+    def classes(self, examples: Sequence[Example]) -> list[str]:
+        """What the model's head tells apart, where it is not a language head."""
+        return []
+
+    def start(self, examples: Sequence[Example]) -> Any:
+        """What the loss needs to know of all training examples, or to have loaded."""
+        return None
 
     @abstractmethod
     def sizes(self, example: Example) -> dict[str, float]:
