@@ -1,10 +1,16 @@
-"""LoRA fine-tuning speed and memory, ours beside TRL's, on the same rows, model and machine.
+"""Training speed and memory, ours beside other tools', on the same rows, model and machine.
 
-    python benchmarks/training.py [--rows FILE] [--pairs 5] [--modes default best] [--steps 6]
+    python benchmarks/training.py [--what lora full dpo] [--peers trl trl-best llamafactory litgpt] [--rows FILE]
+                                  [--pairs 5] [--steps 6]
 
-TRL is installed into an environment of its own (benchmarks/.peers/trl). Runs alternate, ours first, so that
-a machine's good and bad minutes fall on both; the figure is the median of the pairs' ratios. Rates are real
-tokens (no padding) a second of wall time from the end of the first step to the end of the last.
+Each peer is installed into an environment of its own (benchmarks/.peers/NAME) at first use, and does what of the three
+it can (PEERS). Runs alternate, ours first, so that a machine's good and bad minutes fall on both; the figure is the
+median of the pairs' ratios. Rates are real tokens (no padding; both endings of a pair whole) a second of wall time from
+the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard against instructions that a machine
+only claims to have, and the same settings of the memory allocator.
+
+`trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
+at a time, no gradient checkpointing.
 """
 
 from __future__ import annotations
@@ -17,10 +23,31 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-PINS = ("torch==2.13.0", "trl==1.16.0", "transformers==5.23.0", "peft==0.21.0", "accelerate==1.15.0", "datasets==5.2.0")
+TORCH = "torch==2.13.0"
+
+
+class Peer(NamedTuple):
+    """An environment, what to install there, the script that runs in it, its mode, and what it can train."""
+
+    environment: str
+    pins: tuple[str, ...]
+    script: str
+    mode: str
+    trains: tuple[str, ...]
+
+
+TRL = ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.0", "accelerate==1.15.0", "datasets==5.2.0")
+PEERS = {
+    "trl": Peer("trl", TRL, "trl_train.py", "default", ("lora", "full", "dpo")),
+    "trl-best": Peer("trl", TRL, "trl_train.py", "best", ("lora", "full", "dpo")),
+    "llamafactory": Peer("llamafactory", ("llamafactory==0.9.5",), "llamafactory_train.py", "best", ("lora", "full")),
+    "litgpt": Peer("litgpt", ("litgpt==0.5.13", "safetensors"), "litgpt_train.py", "best", ("lora", "full")),
+}
+# glibc keeps big buffers instead of giving them back after each step; Tunesmith sets the same for itself.
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 OURS = """
 import json, resource, sys, time
 import tunesmith
@@ -36,16 +63,21 @@ seconds = ends[-1] - ends[0]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 print(json.dumps({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak}))
 """
+TRAIN: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"kind": "lora", "rank": 16, "alpha": 32}},
+    "full": {"adapter": "full", "learning_rate": 1e-5},
+    "dpo": {"method": "dpo", "adapter": {"kind": "lora", "rank": 16, "alpha": 32}},
+}
 
 
-def peer_python() -> Path:
-    """The Python of TRL's own environment, made at first use."""
-    folder = HERE / ".peers" / "trl"
+def python_of(peer: Peer) -> Path:
+    """The Python of a peer's own environment, made at first use."""
+    folder = HERE / ".peers" / peer.environment
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
-        print("Installing TRL into", folder, file=sys.stderr)
+        print("Installing", *peer.pins, "into", folder, file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *PINS], check=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, *peer.pins], check=True)
         (folder / "ready").touch()
     return python
 
@@ -62,67 +94,91 @@ def told(figures: dict[str, Any]) -> str:
     return f"{figures['tokens_per_second']:.0f} tokens/s, {figures['peak_bytes'] / 2**30:.2f} GiB"
 
 
+def rows_for(what: str, lines: list[str], folder: Path) -> Path:
+    """The rows as they are; for pairs, each row's answer against the next row's."""
+    head = folder / f"{what}.jsonl"
+    if what == "dpo" and "rejected" not in json.loads(lines[0]):
+        from tunesmith.data.prepare import detect, read_rows
+        from tunesmith.data.section import SourceSection
+
+        plain = rows_for("plain", lines, folder)
+        source = SourceSection(path=str(plain))
+        layout = detect(source, plain)
+        rows = [layout.read(row, source, "") for _, row in read_rows(source, plain)]  # type: ignore[arg-type]
+        lines = [
+            json.dumps(
+                {
+                    "prompt": [m.for_template() for m in row.prompt],
+                    "chosen": [{"role": "assistant", "content": row.answer}],
+                    "rejected": [{"role": "assistant", "content": other.answer}],
+                }
+            )
+            for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
+            if row.answer != other.answer
+        ]
+    head.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return head
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--what", nargs="+", default=["lora"], choices=list(TRAIN))
+    options.add_argument("--peers", nargs="+", default=["trl"], choices=list(PEERS))
     options.add_argument("--rows", default="tunesmith/recipes/quickstart/train.jsonl")
     options.add_argument("--count", type=int, default=512, help="how many rows of the file")
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--steps", type=int, default=6, help="optimizer steps of 8 rows, TRL's default batch")
-    options.add_argument("--modes", nargs="+", default=["default"], choices=["default", "best"])
     options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="ours")
     given = options.parse_args()
 
     from tunesmith.models.machine import ISA, machine
     from tunesmith.models.resolve import resolve
     from tunesmith.models.section import ModelSection
-    from tunesmith.runs import read_jsonl
 
     here = machine()
-    # TRL gets the same guard against instructions that this machine only claims to have.
-    environment = dict(os.environ) | ({ISA: here.isa} if here.isa else {})
+    environment = dict(os.environ) | ALLOCATOR | ({ISA: here.isa} if here.isa else {})
     model = resolve(ModelSection(name="smollm2-135m-instruct")).path
-    python = peer_python()
     print(json.dumps({"machine": here.as_dict(), "rows": given.rows, "steps": given.steps}))
+    lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
 
     with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head.jsonl"
-        lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
-        head.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        recipe = {
-            "name": "ours",
-            "model": "smollm2-135m-instruct",
-            "data": {"sources": [str(head)], "split": {"validation": 0, "test": 0}},
-            "train": {"batch_size": 8, "max_steps": given.steps, "epochs": 100, "precision": given.precision},
-        }
-        for mode in given.modes:
-            pairs = []
-            for number in range(given.pairs):
-                recipe["name"] = f"{mode}-{number}"
-                ours = run([sys.executable, "-c", OURS, json.dumps(recipe), folder], environment)
-                rows = Path(folder) / recipe["name"] / "data" / "train.jsonl"
-                assert read_jsonl(rows)
-                script = str(HERE / "peers" / "trl_sft.py")
-                theirs = run(
-                    [str(python), script, str(model), str(rows), mode, str(given.steps), here.precision], environment
-                )
-                ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
-                pairs.append((ratio, ours, theirs))
-                print(f"{mode} {number}: ours {told(ours)}; TRL {told(theirs)}; ratio {ratio:.2f}", flush=True)
-            ratios = sorted(p[0] for p in pairs)
-            print(
-                json.dumps(
-                    {
-                        "mode": mode,
-                        "median_ratio": round(statistics.median(ratios), 2),
-                        "spread": [round(ratios[0], 2), round(ratios[-1], 2)],
-                        "ours_tokens_per_second": round(statistics.median(p[1]["tokens_per_second"] for p in pairs)),
-                        "trl_tokens_per_second": round(statistics.median(p[2]["tokens_per_second"] for p in pairs)),
-                        "ours_peak_gib": round(statistics.median(p[1]["peak_bytes"] for p in pairs) / 2**30, 2),
-                        "trl_peak_gib": round(statistics.median(p[2]["peak_bytes"] for p in pairs) / 2**30, 2),
-                        "versions": pairs[0][2]["versions"],
-                    }
-                )
-            )
+        for what in given.what:
+            head = rows_for(what, lines, Path(folder))
+            train = {"batch_size": 8, "max_steps": given.steps, "epochs": 100, "precision": given.precision}
+            recipe: dict[str, Any] = {
+                "model": "smollm2-135m-instruct",
+                "data": {"sources": [str(head)], "split": {"validation": 0, "test": 0}, "over_length": "drop"},
+                "train": train | TRAIN[what],
+            }
+            for name in (name for name in given.peers if what in PEERS[name].trains):
+                peer = PEERS[name]
+                python = python_of(peer)
+                pairs = []
+                for number in range(given.pairs):
+                    recipe["name"] = f"{what}-{name}-{number}"
+                    ours = run([sys.executable, "-c", OURS, json.dumps(recipe), folder], environment)
+                    rows = Path(folder) / recipe["name"] / "data" / "train.jsonl"
+                    script = [str(python), str(HERE / "peers" / peer.script), str(model), str(rows), what, peer.mode]
+                    theirs = run([*script, str(given.steps), here.precision], environment)
+                    ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
+                    pairs.append((ratio, ours, theirs))
+                    print(
+                        f"{what}, {name} {number}: ours {told(ours)}; theirs {told(theirs)}; ratio {ratio:.2f}",
+                        flush=True,
+                    )
+                ratios = sorted(p[0] for p in pairs)
+                summary = {
+                    "what": what,
+                    "peer": name,
+                    "median_ratio": round(statistics.median(ratios), 2),
+                    "spread": [round(ratios[0], 2), round(ratios[-1], 2)],
+                    "ours_tokens_per_second": round(statistics.median(p[1]["tokens_per_second"] for p in pairs)),
+                    "their_tokens_per_second": round(statistics.median(p[2]["tokens_per_second"] for p in pairs)),
+                    "ours_peak_gib": round(statistics.median(p[1]["peak_bytes"] for p in pairs) / 2**30, 2),
+                    "their_peak_gib": round(statistics.median(p[2]["peak_bytes"] for p in pairs) / 2**30, 2),
+                    "versions": pairs[0][2]["versions"],
+                }
+                print(json.dumps(summary), flush=True)
 
 
 if __name__ == "__main__":

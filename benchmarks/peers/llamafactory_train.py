@@ -1,0 +1,59 @@
+"""LLaMA-Factory's training on given rows; runs in an environment of its own and prints one JSON line.
+
+python llamafactory_train.py MODEL ROWS.jsonl lora|full best STEPS PRECISION
+"""
+
+import json
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from measured import Clock, count_tokens, tell
+
+model_path, rows_path, what, _, steps, precision = *sys.argv[1:5], int(sys.argv[5]), sys.argv[6]
+folder = Path(tempfile.mkdtemp())
+with open(rows_path, encoding="utf-8") as file:
+    rows = [{"messages": json.loads(line)["messages"]} for line in file]
+(folder / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+tags = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "system_tag": "system",
+}
+info = {"rows": {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}}
+(folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+from llamafactory.train.tuner import run_exp  # noqa: E402
+
+seen, clock = count_tokens(), Clock()
+settings = {
+    "model_name_or_path": model_path,
+    "stage": "sft",
+    "do_train": True,
+    "finetuning_type": what,
+    "template": "chatml",
+    "dataset": "rows",
+    "dataset_dir": str(folder),
+    "output_dir": str(folder / "out"),
+    "cutoff_len": 1024,
+    "per_device_train_batch_size": 1,
+    "gradient_accumulation_steps": 8,
+    "max_steps": steps,
+    "learning_rate": 1e-4,
+    "disable_gradient_checkpointing": True,
+    "pure_bf16": what == "lora" and precision == "bfloat16",
+    "report_to": "none",
+    "save_strategy": "no",
+    "logging_steps": 1,
+    "use_cpu": not torch.cuda.is_available(),
+    "preprocessing_num_workers": 1,
+    "overwrite_cache": True,
+}
+if what == "lora":
+    settings |= {"lora_rank": 16, "lora_alpha": 32, "lora_target": "all"}
+run_exp(args=settings, callbacks=[clock])
+tell(seen, clock.ends, {"llamafactory": version("llamafactory"), "torch": torch.__version__})
