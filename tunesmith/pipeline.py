@@ -188,7 +188,7 @@ class Journey:
             section["split"] = {part: None if isinstance(s, str) else s for part, s in section["split"].items()}
             return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
-            kept = r.train.model_dump(mode="json", exclude={"keep_checkpoints", "checkpoint_every"})
+            kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
             return model | {"section": kept}
         kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
         return model | {"section": kept, "goal": r.goal.model_dump(mode="json")}
@@ -241,8 +241,9 @@ class Journey:
     def data_inputs(self) -> Any:
         from tunesmith.data.prepare import DataInputs
         from tunesmith.models.load import context_length
+        from tunesmith.train import auto
 
-        longest = self.recipe.train.max_length
+        longest = auto.with_length(self.recipe.train, self.model)[0].max_length
         context = context_length(self.model) or longest
         if context < longest:
             say(f"rows may have {context} tokens, the model's context (train.max_length is {longest})")
@@ -308,6 +309,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "package": ("data", "train", "evaluate"),
 }
 OPTIONAL = {("package", "evaluate")}
+# Keys of `train` that change what is kept or told of it, but no weight.
+NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers"}
 
 
 def _finish(run: Run, recipe: Recipe) -> None:

@@ -43,6 +43,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "full": "tunesmith.train.adapters.full:Full",
         "partial": "tunesmith.train.adapters.full:Partial",
     },
+    # Another place for a run's figures: `train.trackers`. A Section with open(name, folder, settings).
+    "tracker": {
+        "tensorboard": "tunesmith.train.trackers.tensorboard:TensorBoard",
+        "wandb": "tunesmith.train.trackers.wandb:Wandb",
+        "mlflow": "tunesmith.train.trackers.mlflow:Mlflow",
+        "clearml": "tunesmith.train.trackers.clearml:ClearMl",
+        "dvclive": "tunesmith.train.trackers.dvclive:DvcLive",
+    },
     # A file's format, by its suffix: (path) -> iterator of (row number, row or Broken).
     "reader": {
         "jsonl": "tunesmith.data.readers:read_jsonl",

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.pipeline import Journey, open_recipe
+from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, read_jsonl
 
@@ -65,7 +66,10 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     from tunesmith.train.train import encode
 
     renderer, shown = journey.renderer, []
-    for example in encode(journey.recipe.train, rows[:SHOWN], renderer)[:SHOWN]:
+    from tunesmith.train import auto
+
+    train, _ = auto.with_length(journey.recipe.train, journey.model)
+    for example in encode(train, rows[:SHOWN], renderer)[:SHOWN]:
         for sequence in example.sequences:
             texts = [renderer.tokenizer.decode([i]) for i in sequence.ids]
             shown.append(list(zip(texts, sequence.weights, strict=True)))
@@ -79,9 +83,10 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         TunesmithError: what would have stopped the run before training.
     """
     from tunesmith.data.prepare import load_rows, prepare
-    from tunesmith.models.packed import common_beginning, tokens
     from tunesmith.models.plan import empty_model, estimate, shape_of
+    from tunesmith.train import auto
     from tunesmith.train.batching import Schedule
+    from tunesmith.train.calibrate import job_of
 
     journey = _journey(recipe, overrides)
     train = journey.recipe.train
@@ -90,27 +95,19 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         rows = load_rows(Path(folder) / "train.jsonl")
     from tunesmith.train.train import encode
 
+    train, choices = auto.with_length(train, journey.model)
     examples = encode(train, rows, journey.renderer)
-    schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
     empty = empty_model(journey.model)
+    if auto.wanted(train):
+        train, more = auto.resolve(train, examples, empty)
+        choices |= more
+    if choices:
+        say(auto.told(choices))
+    schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
     shape = shape_of(empty)
     trained = sum(p.numel() for p in train.adapter.attach(empty).parameters() if p.requires_grad)
-    own = train.adapter.whole_model
     precision = journey.machine.precision if train.precision == "auto" else train.precision
-    return estimate(
-        shape,
-        journey.machine,
-        "float32" if own else precision,
-        trained,
-        0 if own else trained,
-        [tokens(common_beginning(e.sequences), e.sequences) for e in examples],
-        common_beginning([sequence for e in examples for sequence in e.sequences]),
-        sum(sequence.trained for e in examples for sequence in e.sequences),
-        schedule.total,
-        schedule.total / schedule.steps_per_epoch,
-        train.batch_size,
-        train.pack_tokens,
-    )
+    return estimate(job_of(train, shape, trained, precision, examples, schedule), journey.machine)
 
 
 def _journey(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Journey:

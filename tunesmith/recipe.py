@@ -26,6 +26,7 @@ from tunesmith.train.section import TrainSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter"}
+LISTS = {"trackers": "tracker"}  # keys that hold a list of such
 
 
 def _model(value: Any) -> Any:
@@ -234,11 +235,15 @@ def _told(error: ValidationError, raw: dict[str, Any]) -> str:
 def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
     """The keys that are known at a place in the recipe `raw`."""
     here: Any = Recipe
+    point: str | None = None
     for part in loc:
         with contextlib.suppress(KeyError, IndexError, TypeError):  # a loc also names branches of a union
             raw = raw[part]
+        if isinstance(part, int) and point and isinstance(raw, dict):
+            here = plugins.load(point, raw["kind"])
         if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, Section)):
             continue
+        point = LISTS.get(part)
         field = here.model_fields.get(str(part))
         here = _section_in(field.annotation) if field else None
         if here is Section and part in POINTS and isinstance(raw, dict):

@@ -186,6 +186,16 @@ class Run:
     def checkpoints(self) -> Path:
         return self.stage("train") / "checkpoints"
 
+    @property
+    def findings(self) -> Path:
+        """What was noticed while training, a line each."""
+        return self.stage("train") / "findings.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        """Answers to a few validation rows, a line a row and validation."""
+        return self.stage("train") / "samples.jsonl"
+
     def stage(self, name: str) -> Path:
         return self.path / name
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import STAGES, Run, runs_folder
+from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -49,6 +49,7 @@ def summary(result: Result) -> dict[str, Any]:
         "scorecard": result.scorecard,
         "data": (run.complete("data") or {}).get("counts"),
         "train": (run.complete("train") or {}).get("summary"),
+        "findings": read_jsonl(run.findings),
         "package": (run.complete("package") or {}).get("check"),
         "report": str(run.report) if run.report.is_file() else None,
         "adapter": str(run.tuned) if run.tuned.is_dir() else None,
@@ -68,7 +69,13 @@ def stages(result: Result) -> None:
         facts = {k: v for k, v in told.items() if isinstance(v, int | float)} if isinstance(told, dict) else {}
         shown = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in facts.items())
         made.add_row(stage, "complete", f"{manifest['seconds']:.0f}", Text(shown or str(told)))
-    _console().print(made)
+    out = _console()
+    out.print(made)
+    for found in read_jsonl(result.run.findings):
+        where = f" Rows: {', '.join(found['rows'][:5])}." if found["rows"] else ""
+        out.print(
+            f"Noticed at step {found['step']} ({found['kind']}): {found['what']}.{where} {found['fix']}", markup=False
+        )
 
 
 def ending(result: Result) -> None:
@@ -159,7 +166,9 @@ def plan(found: Plan) -> None:
         table.add_row(f"  {part}", f"{size / 2**20:,.0f} MiB")
     out.print(table)
     if not found.fits:
-        out.print("It does not fit. Cheapest change first: a smaller train.pack_tokens, a smaller model.")
+        from tunesmith.models.plan import told
+
+        out.print(f"It does not fit. {told(found.changes)}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _duration(seconds: float) -> str:

@@ -52,6 +52,8 @@ def write_report(run: Run) -> None:
             data=manifests.get("data"),
             answers_are=ANSWERS.get(card["answers"], card["answers"]),
             training=_training(manifests, steps),
+            findings=read_jsonl(run.findings),
+            samples=_samples(read_jsonl(run.samples)),
             package=manifests.get("package"),
             recipe=run.recipe.read_text(encoding="utf-8"),
             model=_model(manifests),
@@ -208,10 +210,24 @@ def _training(manifests: dict[str, dict[str, Any]], steps: Sequence[dict[str, An
     if "train" not in manifests:
         return None
     speeds = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
-    return manifests["train"]["summary"] | {
-        "speed": statistics.median(speeds) if speeds else None,
-        "memory": max((row.get("memory_bytes", 0) for row in steps), default=0),
-    }
+    return (
+        {"auto": {}}
+        | manifests["train"]["summary"]
+        | {
+            "speed": statistics.median(speeds) if speeds else None,
+            "memory": max((row.get("memory_bytes", 0) for row in steps), default=0),
+        }
+    )
+
+
+def _samples(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Each sampled row's answers, from validation to validation; an answer that did not change is told once."""
+    by_row: dict[str, list[dict[str, Any]]] = {}
+    for line in lines:
+        told = by_row.setdefault(line["row"], [])
+        if not told or told[-1]["answer"] != line["answer"]:
+            told.append(line)
+    return list(by_row.values())
 
 
 def _model(manifests: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

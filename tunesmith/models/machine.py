@@ -7,6 +7,7 @@ child process tries, once a machine, and the answer is kept.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
@@ -136,6 +137,29 @@ def give_back() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
         trim(0)
+
+
+def peak_memory(device: str) -> int:
+    """Most bytes in use since `forget_peak`: of the accelerator's memory, else of this process."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    peak = next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), 0)
+    return peak or int(psutil.Process().memory_info().rss)
+
+
+def forget_peak(device: str) -> None:
+    """Begin anew for `peak_memory`, where the system can."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
 
 
 def reuse_buffers() -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import psutil
@@ -23,6 +22,7 @@ STEP_SECONDS = 0.02  # what a step takes besides, however small the model
 # Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 9, 3
 PROCESS = 450 * 2**20  # Python, torch and transformers before any weight
+LORA_RANK = 16  # of the adapter that is advised instead of training every weight
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,38 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Job:
+    """What is to be trained, on what, as far as its cost depends on it.
+
+    Attributes:
+        precision: of the frozen weights and of what is kept for backward.
+        trained: weights that are trained, of which `added` lie beside the base's own.
+        lengths: tokens of each row; all rows share the first `shared`, which are computed once a pack.
+        loss_tokens: tokens of all rows that carry loss.
+        state_bytes: what the optimizer keeps of each trained weight.
+    """
+
+    shape: Shape
+    precision: str
+    trained: int
+    added: int
+    lengths: list[int]
+    shared: int
+    loss_tokens: int
+    steps: int
+    epochs: float
+    batch_size: int
+    pack_tokens: int
+    state_bytes: float = 8.0
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Bytes and seconds are estimates; `memory` is by part."""
+    """Bytes and seconds are estimates; `memory` is by part.
+
+    Attributes:
+        changes: where it does not fit, what would make it fit, the cheapest first.
+    """
 
     parameters: int
     trained_parameters: int
@@ -54,6 +84,7 @@ class Plan:
     memory: dict[str, int]
     seconds: float
     available_bytes: int
+    changes: list[Change]
 
     @property
     def peak_bytes(self) -> int:
@@ -65,6 +96,27 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"peak_bytes": self.peak_bytes, "fits": self.fits}
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that would lower the peak.
+
+    Attributes:
+        settings: recipe keys and their values, as `--set` takes them.
+        costs: what is given up.
+        peak_bytes: the estimated peak with it.
+        fits: whether that is within the memory there is.
+    """
+
+    settings: dict[str, Any]
+    costs: str
+    peak_bytes: int
+    fits: bool
+
+    def __str__(self) -> str:
+        said = " ".join(f"--set {key}={value}" for key, value in self.settings.items())
+        return f"{said} ({self.costs}): about {self.peak_bytes / 2**30:.1f} GiB"
 
 
 def empty_model(model: ResolvedModel) -> PreTrainedModel:
@@ -117,54 +169,123 @@ def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
     }
 
 
-def estimate(
-    shape: Shape,
-    machine: Machine,
-    precision: str,
-    trained: int,
-    added: int,
-    lengths: list[int],
-    shared: int,
-    loss_tokens: int,
-    steps: int,
-    epochs: float,
-    batch_size: int,
-    pack_tokens: int,
-) -> Plan:
-    """Memory and time of a run that trains `trained` weights, of which `added` lie beside the base's own.
+def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
+    """Memory and time of a job that may take `available` bytes (if None: what is free, and what this process has).
 
-    Each row has `lengths` tokens, of which all rows share the first `shared`: those are computed once a pack. A
-    token costs two floating-point operations a weight forward and two backward, and two more where a weight is
+    A token costs two floating-point operations a weight forward and two backward, and two more where a weight is
     trained; the output layer only counts where a token carries loss.
-    Memory is the frozen weights, the trained ones with gradient and AdamW's two moments, what one pack keeps
+    Memory is the frozen weights, the trained ones with gradient and the optimizer's state, what one pack keeps
     for backward, and one chunk of logits.
     """
-    size = BYTES[precision]
-    own = [length - shared for length in lengths]
-    in_pack = min(max(pack_tokens, max(lengths)), shared + sum(sorted(own)[-batch_size:]))
+    free = free_memory() if available is None else available
+    shape = job.shape
+    own = [length - job.shared for length in job.lengths]
     products = sum(rows * columns for rows, columns in shape.linear.values())
-    tokens = round(sum(lengths) * epochs)
-    computed = sum(own) * epochs * (1 + shared / max(in_pack - shared, 1))
-    changed = min(trained - added, products)
-    work = computed * (4 * products + 6 * added + 2 * changed) + 4 * round(loss_tokens * epochs) * shape.head
-    rate = max(machine.gflops.get(precision, 0.0), 1.0) * 1e9
-    kept = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
+    tokens = round(sum(job.lengths) * job.epochs)
+    computed = sum(own) * job.epochs * (1 + job.shared / max(_in_pack(job) - job.shared, 1))
+    changed = min(job.trained - job.added, products)
+    work = computed * (4 * products + 6 * job.added + 2 * changed)
+    work += 4 * round(job.loss_tokens * job.epochs) * shape.head
+    rate = max(machine.gflops.get(job.precision, 0.0), 1.0) * 1e9
+    memory = peak_memory(job)
     return Plan(
-        parameters=shape.parameters + added,
-        trained_parameters=trained,
-        rows=len(lengths),
-        steps=steps,
+        parameters=shape.parameters + job.added,
+        trained_parameters=job.trained,
+        rows=len(job.lengths),
+        steps=job.steps,
         tokens=tokens,
-        precision=precision,
-        memory={
-            "process": PROCESS,
-            "weights": shape.parameters * size,
-            "adapter": added * 4,
-            "gradients": trained * 4,
-            "optimizer": trained * 8,
-            "activations": in_pack * kept * shape.layers * size,
-            "logits": 2 * min(LOGIT_CHUNK, math.ceil(in_pack)) * shape.vocabulary * 4,
-        },
-        seconds=round(work / (rate * STEP_EFFICIENCY) + steps * STEP_SECONDS, 1),
-        available_bytes=psutil.virtual_memory().available,
+        precision=job.precision,
+        memory=memory,
+        seconds=round(work / (rate * STEP_EFFICIENCY) + job.steps * STEP_SECONDS, 1),
+        available_bytes=free,
+        changes=[] if sum(memory.values()) <= free else advise(job, free),
     )
+
+
+def free_memory() -> int:
+    """Bytes that this process has or could have."""
+    return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
+
+
+def peak_memory(job: Job) -> dict[str, int]:
+    """Bytes at the peak of a training step, by part."""
+    shape, size, in_pack = job.shape, BYTES[job.precision], _in_pack(job)
+    kept = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
+    return {
+        "process": PROCESS,
+        "weights": shape.parameters * size,
+        "adapter": job.added * 4,
+        "gradients": job.trained * 4,
+        "optimizer": round(job.trained * job.state_bytes),
+        "activations": in_pack * kept * shape.layers * size,
+        "logits": 2 * min(LOGIT_CHUNK, in_pack) * shape.vocabulary * 4,
+    }
+
+
+def _in_pack(job: Job) -> int:
+    """Tokens in the largest pack."""
+    own = sorted(length - job.shared for length in job.lengths)
+    return min(max(job.pack_tokens, max(job.lengths)), job.shared + sum(own[-job.batch_size :]))
+
+
+def advise(job: Job, available: int) -> list[Change]:
+    """What lowers a job's peak, the cheapest first: each change by itself, and last all of them together.
+
+    Only changes that lower the estimate are listed. What costs nothing in the result comes first, what gives up
+    precision next, what trains fewer weights or on less after that.
+    """
+    longest = max(job.lengths)
+    steps: list[tuple[dict[str, Any], str, dict[str, Any]]] = []
+    if _in_pack(job) > longest:
+        fitting = [n for n in _halves(job.pack_tokens, longest) if _peak(job, pack_tokens=n) <= available]
+        pack = fitting[0] if fitting else longest
+        steps.append(({"train.pack_tokens": pack}, "the result stays the same", {"pack_tokens": pack}))
+    if job.precision == "float32" and job.added:
+        steps.append(({"train.precision": "bfloat16"}, "the frozen base is rounded", {"precision": "bfloat16"}))
+    if job.state_bytes > 4 and job.trained > 10**7:
+        steps.append(({"train.optimizer": "adafactor"}, "other steps than adamw's", {"state_bytes": 0.1}))
+    if not job.added:
+        added = sum(LORA_RANK * (rows + columns) for rows, columns in job.shape.linear.values())
+        change = {"trained": added, "added": added, "precision": "bfloat16", "state_bytes": 8.0}
+        steps.append(({"train.adapter": "lora"}, "small weights beside the frozen base are trained", change))
+    shorter = sorted(job.lengths)[int(0.9 * (len(job.lengths) - 1))]
+    if shorter < longest:
+        settings = {"train.max_length": shorter, "data.over_length": "drop"}
+        kept = [length for length in job.lengths if length <= shorter]
+        pack = min(job.pack_tokens, max(shorter, job.shared + 1))
+        costs = f"the longest {len(job.lengths) - len(kept)} rows are left out"
+        steps.append((settings | {"train.pack_tokens": pack}, costs, {"lengths": kept, "pack_tokens": pack}))
+    if len(steps) > 1:
+        # A later change of the same field stands: the whole list is a job that could be run.
+        settings = {k: v for s, _, _ in steps for k, v in s.items()}
+        if settings.get("train.adapter") == "lora":
+            settings.pop("train.optimizer", None)
+        steps.append((settings, "all of these", {k: v for _, _, c in steps for k, v in c.items()}))
+    peaks = [_peak(job, **change) for _, _, change in steps]
+    return [
+        Change(settings, costs, peak, peak <= available)
+        for (settings, costs, _), peak in zip(steps, peaks, strict=True)
+        if peak < _peak(job)
+    ]
+
+
+def told(changes: list[Change]) -> str:
+    """The changes as advice: those that are enough by themselves, or all and that a smaller model is needed."""
+    enough = [str(change) for change in changes if change.fits]
+    if enough:
+        return "Cheapest change first: " + "; or ".join(enough) + "."
+    tried = "; ".join(map(str, changes))
+    return (f"Not enough by themselves: {tried}. " if tried else "") + "Take a smaller base model, or a larger machine."
+
+
+def _peak(job: Job, **change: Any) -> int:
+    return sum(peak_memory(replace(job, **change)).values())
+
+
+def _halves(start: int, end: int) -> list[int]:
+    """`start` halved again and again, down to `end`."""
+    found = []
+    while start // 2 > end:
+        start //= 2
+        found.append(start)
+    return [*found, end]

@@ -198,8 +198,11 @@ def _data(manifests: dict[str, dict[str, Any]]) -> str:
 
 
 def _training(recipe: dict[str, Any], manifests: dict[str, dict[str, Any]]) -> str:
-    section = recipe["train"]
     summary = (manifests.get("train") or {}).get("summary", {})
+    chosen = {key: choice["value"] for key, choice in summary.get("auto", {}).items()}
+    section = recipe["train"] | {key: value for key, value in chosen.items() if "." not in key}
+    if "adapter.rank" in chosen:
+        section["adapter"] = section["adapter"] | {"rank": chosen["adapter.rank"]}
     parameters = summary.get("parameters", {})
     facts = {
         "method": _plugin(section["method"]),

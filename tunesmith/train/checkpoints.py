@@ -107,5 +107,10 @@ def _load(
         torch.cuda.set_rng_state(tensors["random/cuda"])
 
 
+def remove(folder: Path, state: State) -> None:
+    """Remove the checkpoint of `state`."""
+    shutil.rmtree(folder / f"step-{state.step:06d}")
+
+
 def _all(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from tunesmith import plugins
-from tunesmith.section import Section
+from tunesmith.section import AUTO, NumberOrAuto, Section, WholeOrAuto
+
+__all__ = ["AUTO", "TrainSection"]
 
 
 class TrainSection(Section):
@@ -18,18 +20,20 @@ class TrainSection(Section):
     adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
     """What is trained: small weights on top of the frozen base (lora, loha, lokr, vera, oft, ia3), or the base's own
     (full, partial)."""
-    epochs: float = Field(3, gt=0)
-    """Passes over the training rows; may be a fraction."""
+    epochs: Annotated[float, Field(gt=0), *NumberOrAuto] = 3
+    """Passes over the training rows; may be a fraction. auto: three, fewer or more by how many rows there are."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever `epochs` says."""
-    batch_size: int = Field(16, ge=1)
-    """Rows in an optimizer step. How they are packed for the machine does not change the result."""
+    batch_size: Annotated[int, Field(ge=1), *WholeOrAuto] = 16
+    """Rows in an optimizer step; auto: by how many rows there are. How they are packed for the machine does not change
+    the result."""
     pack_tokens: int = Field(1024, ge=1)
     """Tokens in one forward pass; rows of a step are packed up to it, and gradients are added up."""
-    max_length: int = Field(1024, ge=8)
-    """Longest row in tokens; `data.over_length` says what becomes of longer ones."""
-    learning_rate: float = Field(2e-4, gt=0)
-    """The peak rate."""
+    max_length: Annotated[int, Field(ge=8), *WholeOrAuto] = 1024
+    """Longest row in tokens; auto: the model's context, up to 4,096. `data.over_length` says what becomes of longer
+    ones."""
+    learning_rate: Annotated[float, Field(gt=0), *NumberOrAuto] = 2e-4
+    """The peak rate; auto: by the model's size, the method and the adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the rate falls after the warm-up, towards zero after the last step. wsd stays until `decay` is left."""
     decay: float = Field(0.2, gt=0, le=1)
@@ -56,3 +60,5 @@ class TrainSection(Section):
     """End with the weights of the lowest validation loss instead of the last ones."""
     early_stopping: int | None = Field(None, ge=1)
     """Stop after this many validations without a lower loss."""
+    trackers: list[plugins.field("tracker")] = Field(default_factory=list)  # type: ignore[valid-type]
+    """Where figures go besides metrics.jsonl: tensorboard, wandb, mlflow, clearml, dvclive. None if not given."""

@@ -10,25 +10,28 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-import psutil
 import torch
 
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
-from tunesmith.errors import DataError, Interrupted, MachineError, TrainingError
+from tunesmith.errors import DataError, Interrupted, TrainingError
 from tunesmith.models.load import CLASSES, load_model
-from tunesmith.models.machine import Machine, reuse_buffers
+from tunesmith.models.machine import Machine, peak_memory, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
+from tunesmith.models.plan import empty_model, estimate, shape_of
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
-from tunesmith.runs import Run, append_jsonl, json_line, need_room, read_jsonl, whole_folder, write_json, write_text
-from tunesmith.train import checkpoints, optimizers
+from tunesmith.runs import Run, need_room, read_jsonl, whole_folder, write_json
+from tunesmith.train import auto, checkpoints, optimizers
 from tunesmith.train.batching import Schedule, learning_rate
+from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
 from tunesmith.train.checkpoints import State
+from tunesmith.train.follow import following, forget_after
 from tunesmith.train.objectives.method import Batch, Example, Method
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
@@ -55,8 +58,14 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         TrainingError: the loss or the gradient is not finite; names the rows of that step.
         Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
+    section, choices = auto.with_length(section, inputs.model)
     examples = encode(section, inputs.training, inputs.renderer)
     held_out = encode(section, inputs.validation, inputs.renderer)
+    if auto.wanted(section):
+        section, more = auto.resolve(section, examples, empty_model(inputs.model))
+        choices |= more
+    if choices:
+        say(auto.told(choices))
     schedule = Schedule.of(len(examples), section.batch_size, section.epochs, section.max_steps, inputs.seed)
     validate_every = section.validate_every or schedule.steps_per_epoch
     state = checkpoints.newest(run.checkpoints) or State(
@@ -72,39 +81,73 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     base, classes = _load(section, inputs, state.precision, examples)
     if section.method.compares:
         examples, held_out = _compared(section, inputs, state.precision, base, examples, held_out)
-    parameters = sum(p.numel() for p in base.parameters())
+    shape = shape_of(base)
     torch.manual_seed(inputs.seed)
     model = section.adapter.attach(base)
     forward = PackedForward(model, [example.sequences[0] for example in examples])
     known = section.method.start(examples)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    trained = sum(p.numel() for p in weights.values())
+    trained, parameters = sum(p.numel() for p in weights.values()), shape.parameters
     saved = parameters if section.adapter.whole_model else trained
     need_room(run.path, 4 * (3 * trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
     optimizer = optimizers.make(section, weights, section.adapter.rate_of)
     if state.step:
         checkpoints.restore(run.checkpoints, state, weights, optimizer)
         say(f"Going on from step {state.step} of {schedule.total}")
-    _forget_after(run, state.step)
-    run.event("train_started", step=state.step, total=schedule.total, forward=forward.why)
+    forget_after(run, state.step)
+    job = job_of(section, shape, trained, state.precision, examples, schedule)
+    expected = estimate(job, inputs.machine)
 
     model.train()
-    with _stop_requests() as stop, bar("Training", schedule.total, state.step) as progress:
+    measured = None
+    if not state.step:
+        start = State(state.precision, state.threads)
+
+        def attempt(chosen: Sequence[int]) -> None:
+            _gradients(section, forward, [examples[i] for i in chosen], known)
+            _update(optimizer, 0.0)
+
+        with bar("Trying the longest step"), out_of_memory(job, "the longest step, tried before the first"):
+            measured = calibrate(
+                section,
+                schedule,
+                [e.tokens for e in examples],
+                inputs.machine,
+                attempt,
+                [e.tokens for e in held_out],
+                lambda some: _validate(section, forward, [held_out[i] for i in some], known),
+                lambda: checkpoints.save(run.checkpoints, start, weights, optimizer, section.keep_checkpoints),
+            )
+        optimizer = optimizers.make(section, weights, section.adapter.rate_of)
+        checkpoints.restore(run.checkpoints, start, weights, optimizer)
+        checkpoints.remove(run.checkpoints, start)
+        say(measured.correct(expected))
+    run.event("train_started", step=state.step, total=schedule.total, forward=forward.why)
+
+    seconds = measured.seconds if measured else expected.seconds
+    with (
+        _stop_requests() as stop,
+        following(run, section, list(weights), schedule.total, state.step, seconds) as follow,
+        out_of_memory(job, "a training step"),
+    ):
         while state.step < schedule.total and not _stale(section, state):
             chosen = [examples[i] for i in schedule.step(state.step)]
             rate = learning_rate(
                 state.step, schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
             )
             began = time.perf_counter()
-            loss, told, norm = _gradients(section, forward, chosen, known)
+            with follow.clock("step"):
+                loss, told, norm = _gradients(section, forward, chosen, known)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
                 raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
-            _update(optimizer, rate)
-            if not torch.stack(torch._foreach_norm(list(weights.values()))).isfinite().all():
+            with follow.clock("step"):
+                _update(optimizer, rate)
+                norms = torch.stack(torch._foreach_norm(list(weights.values())))
+            if not norms.isfinite().all():
                 raise _not_finite({"weights": math.nan}, state, chosen, run)
-            tokens, seconds = sum(e.tokens for e in chosen), time.perf_counter() - began
-            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + seconds
+            tokens, took = sum(e.tokens for e in chosen), time.perf_counter() - began
+            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
             line: dict[str, Any] = {
                 "step": state.step,
                 "epoch": round(state.step / schedule.steps_per_epoch, 4),
@@ -112,23 +155,24 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 "learning_rate": rate,
                 "grad_norm": norm,
                 "tokens": tokens,
-                "tokens_per_second": round(tokens / seconds, 1),
-                "memory_bytes": _memory(inputs.machine.device),
+                "tokens_per_second": round(tokens / took, 1),
+                "memory_bytes": peak_memory(inputs.machine.device),
                 **told,
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                found, told = _validate(section, forward, held_out, known)
+                with follow.clock("validation"):
+                    found, told = _validate(section, forward, held_out, known)
                 line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                 if not math.isfinite(found):
                     raise _not_finite({"validation loss": found}, state, held_out[:5], run)
                 if _improved(state, found) and section.keep_best:
-                    with whole_folder(run.stage("train") / "best") as folder:
+                    with follow.clock("checkpoint"), whole_folder(run.stage("train") / "best") as folder:
                         section.adapter.save(model, folder)
-            append_jsonl(run.metrics, line)
-            progress.advance(1, f"loss {loss:.3f}  {line['tokens_per_second']:.0f} tokens/s")
+            follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
-                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
+                with follow.clock("checkpoint"):
+                    checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
             if stop.is_set():
                 raise Interrupted(
                     f"stopped after step {state.step} of {schedule.total}; everything is saved",
@@ -146,6 +190,10 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "precision": state.precision,
         "threads": state.threads,
         "forward": forward.why,
+        "auto": {key: asdict(choice) for key, choice in choices.items()},
+        "plan": {"seconds": expected.seconds, "peak_bytes": expected.peak_bytes},
+        "measured": measured.as_dict() if measured else None,
+        "findings": read_jsonl(run.findings),
     }
 
 
@@ -260,29 +308,16 @@ def _batches(
 def _gradients(
     section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
 ) -> tuple[float, dict[str, float], float]:
-    """Gradients of one optimizer step, clipped: its loss, figures beside it, and the gradient's norm before clipping.
-
-    Raises:
-        MachineError: memory ran out.
-    """
+    """Gradients of one optimizer step, clipped: its loss, figures beside it, and the norm before clipping."""
     total, told = 0.0, _Means()
-    try:
-        sizes, batches = _batches(section, forward, examples, known)
-        for batch in batches:
-            found = section.method.loss(forward, batch)
-            # Each pack adds its sum, divided by the whole step's size: packing changes nothing.
-            loss: torch.Tensor = sum(term / sizes[name] for name, term in found.terms.items())
-            loss.backward()
-            total += loss.item()
-            told.add(found.told)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
-            raise
-        raise MachineError(
-            f"memory ran out in a training step ({str(error).splitlines()[0][:200]})",
-            where="train.pack_tokens",
-            fix=f"Set it lower than {section.pack_tokens} (the result stays the same), or take a smaller model.",
-        ) from error
+    sizes, batches = _batches(section, forward, examples, known)
+    for batch in batches:
+        found = section.method.loss(forward, batch)
+        # Each pack adds its sum, divided by the whole step's size: packing changes nothing.
+        loss: torch.Tensor = sum(term / sizes[name] for name, term in found.terms.items())
+        loss.backward()
+        total += loss.item()
+        told.add(found.told)
     trained = [p for p in forward.model.parameters() if p.requires_grad]
     return total, told.values, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
 
@@ -328,6 +363,13 @@ def _validate(
     return total, told.values
 
 
+def _by_loss(section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any) -> list[str]:
+    """The names of some examples' rows, those with the highest loss first."""
+    with torch.random.fork_rng():
+        losses = {example.row: _validate(section, forward, [example], known)[0] for example in examples}
+    return sorted(losses, key=lambda name: -losses[name])
+
+
 def _improved(state: State, loss: float) -> bool:
     if state.best_loss is None or loss < state.best_loss:
         state.best_step, state.best_loss, state.stale = state.step, loss, 0
@@ -352,18 +394,6 @@ def _not_finite(values: dict[str, float], state: State, examples: Sequence[Examp
         fix=(f"The last good weights are kept in {saved[-1]}. " if saved else "")
         + "Look at those rows; a lower train.learning_rate often helps.",
     )
-
-
-def _forget_after(run: Run, step: int) -> None:
-    """Drop the metrics of steps that a kill left without a checkpoint: they will be taken again."""
-    kept = [row for row in read_jsonl(run.metrics) if row["step"] <= step]
-    write_text(run.metrics, "".join(json_line(row) for row in kept))
-
-
-def _memory(device: str) -> int:
-    if device == "cuda":
-        return int(torch.cuda.max_memory_allocated())
-    return int(psutil.Process().memory_info().rss)
 
 
 @contextlib.contextmanager

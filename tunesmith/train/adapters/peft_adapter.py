@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from tunesmith.errors import ModelError
-from tunesmith.section import Section
+from tunesmith.section import AUTO, Section, WholeOrAuto
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -79,12 +79,14 @@ class PeftAdapter(Section):
 class RankedAdapter(PeftAdapter):
     """An adapter whose update is a product of two matrices of a small inner size, or made of such."""
 
-    rank: int = Field(16, ge=1)
-    """The update's inner size."""
+    rank: Annotated[int, Field(ge=1), *WholeOrAuto] = 16
+    """The update's inner size; auto: by how many tokens there are to learn."""
     alpha: float = Field(32, gt=0)
     """The update is scaled by alpha / rank."""
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
+        if self.rank == AUTO:  # only looked at so far: any rank fits as well as the least
+            return self.model_copy(update={"rank": 1}).attach(model)
         smallest = min(self.chosen(model).items(), key=lambda item: min(item[1]), default=None)
         if smallest and self.rank > min(smallest[1]):
             raise ModelError(

@@ -1,0 +1,71 @@
+"""`auto` is a number by a stated rule: the same everywhere, kept, and as if it had been written there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_recipe
+from tunesmith.train import auto
+from tunesmith.train.adapters.full import Full
+from tunesmith.train.adapters.lora import Lora
+from tunesmith.train.adapters.others import Ia3
+
+
+def config(family: str, size: int) -> Any:
+    return type("Config", (), {"hidden_size": size, "model_type": family})
+
+
+@pytest.mark.parametrize(
+    ("family", "size", "rate"),
+    # As tinker_cookbook.hyperparam_utils.get_lr gives for Llama-3.2-1B, Llama-3.1-8B, Qwen3-8B.
+    [("llama", 2048, 4.9e-4), ("llama", 4096, 2.9e-4), ("qwen3", 4096, 4.7e-4), ("phi3", 4096, 2.9e-4)],
+)
+def test_rates_are_the_published_rule(family: str, size: int, rate: float) -> None:
+    assert auto.learning_rate(config(family, size), Lora(), "sft").value == pytest.approx(rate, rel=0.05)
+    assert auto.learning_rate(config(family, size), Full(), "sft").value == pytest.approx(rate / 10, rel=0.05)
+    assert auto.learning_rate(config(family, size), Lora(), "dpo").value == pytest.approx(rate / 40, rel=0.05)
+    assert auto.learning_rate(config(family, size), Lora(alpha=64), "sft").value == pytest.approx(rate / 2, rel=0.05)
+    assert auto.learning_rate(config(family, size), Ia3(), "sft").value == 3e-3
+
+
+@pytest.mark.parametrize(("rows", "passes"), [(10, 10), (3, 25), (33, 3), (50, 3), (8_000, 3), (12_500, 2), (10**6, 1)])
+def test_epochs(rows: int, passes: int) -> None:
+    assert auto.epochs(rows, "sft").value == passes
+    assert auto.epochs(rows, "dpo").value == 1
+
+
+@pytest.mark.parametrize(("rows", "size"), [(50, 8), (4_000, 8), (5_000, 16), (10_000, 32), (10**6, 64)])
+def test_batches(rows: int, size: int) -> None:
+    assert auto.batch_size(rows).value == size
+
+
+def test_a_run_with_auto_is_the_run_with_those_numbers(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    keys = {"learning_rate": "auto", "batch_size": "auto", "epochs": "auto", "max_length": "auto"}
+    recipe["train"] |= keys | {"adapter": {"kind": "lora", "rank": "auto"}}
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("check", path).code == 0
+    planned = tunesmith("plan", path, "--json").json
+    said = tunesmith("run", path)
+    assert said.code == 0 and "train.adapter.rank 8 (" in said.err, said.err
+    run = tmp_path / "runs/tiny"
+    told = json.loads((run / "train/manifest.json").read_text())["summary"]
+    assert planned["trained_parameters"] == told["parameters"]["trained"]
+    assert set(told["auto"]) == {*keys, "adapter.rank"}
+    assert "Chosen by rule" in (run / "report.html").read_text()
+    assert f"{told['auto']['learning_rate']['value']:g}, cosine" in (run / "README.md").read_text()
+    sets = [f"--set=train.{key}={choice['value']}" for key, choice in told["auto"].items()]
+    assert tunesmith("train", path, "--set=name=other", *sets).code == 0
+    adapter = "train/adapter/adapter_model.safetensors"
+    assert (run / adapter).read_bytes() == (tmp_path / "runs/other" / adapter).read_bytes()
+
+
+def test_only_auto_and_numbers_are_taken(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("check", path, "--set", "train.learning_rate=automatic")
+    assert said.code == 2 and "train.learning_rate: expected a number" in said.err
+    said = tunesmith("check", path, "--set", "train.batch_size=0")
+    assert said.code == 2 and "train.batch_size" in said.err

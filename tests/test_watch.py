@@ -1,0 +1,153 @@
+"""What is noticed of a run: planted trouble is found, and a calm run gives no alarm."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import write_jsonl, write_recipe
+from tunesmith.runs import read_jsonl
+from tunesmith.train.watch import review
+
+
+def lines(steps: int = 120, seed: int = 0, validate_every: int = 10) -> list[dict[str, Any]]:
+    """A run as it should be: loss falls from 3 to about 1 with noise, validation follows."""
+    draw = random.Random(seed)
+    made = []
+    for step in range(1, steps + 1):
+        level = 1 + 2 * math.exp(-step / 30)
+        line: dict[str, Any] = {
+            "step": step,
+            "loss": level + draw.gauss(0, 0.1),
+            "grad_norm": 1.0 + abs(draw.gauss(0, 0.25)),
+            "seconds": {"step": 1.0, "validation": 0.0},
+            "use": 0.9,
+        }
+        if step % validate_every == 0:
+            line["validation_loss"] = level + 0.1 + draw.gauss(0, 0.005)
+        made.append(line)
+    return made
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_calm_run_gives_no_alarm(seed: int) -> None:
+    assert review(lines(seed=seed)) == []
+
+
+def kinds(found: list[Any]) -> list[str]:
+    return [finding.kind for finding in found]
+
+
+def test_a_spike_is_found_at_its_step() -> None:
+    run = lines()
+    run[70]["loss"] = 9.0
+    (found,) = review(run)
+    assert (found.kind, found.step) == ("spike", 71) and "9.000" in found.what and "learning_rate" in found.fix
+
+
+def test_validation_that_turns_up_while_training_falls_is_overfitting() -> None:
+    run = lines()
+    for line in run[60:]:
+        if "validation_loss" in line:
+            line["validation_loss"] += (line["step"] - 60) * 0.02
+    (found,) = review(run)
+    assert found.kind == "overfitting" and found.step in (80, 90) and "early_stopping" in found.fix
+
+
+def test_validation_that_rises_with_the_training_loss_is_not_overfitting_but_divergence() -> None:
+    run = lines()
+    for line in run[60:]:
+        rise = (line["step"] - 60) * 0.1
+        line["loss"] += rise
+        if "validation_loss" in line:
+            line["validation_loss"] += rise
+    assert "divergence" in kinds(review(run)) and "overfitting" not in kinds(review(run))
+
+
+def test_gradients_that_swing_or_vanish() -> None:
+    swinging, vanishing = lines(), lines()
+    for line in swinging[40:]:
+        line["grad_norm"] = 10.0 if line["step"] % 2 else 0.5
+    for line in vanishing[40:]:
+        line["grad_norm"], line["loss"] = 1e-6, 2.0
+    assert "noisy_gradients" in kinds(review(swinging))
+    assert kinds(review(vanishing)) == ["vanishing_gradients"]
+
+
+def test_what_stands_still_is_dead_but_not_what_only_starts_late() -> None:
+    dead, late = lines(), lines()
+    for line in dead:
+        line["still"] = ["layers.1.q_proj.lora_A"]
+    for line in late[:5]:
+        line["still"] = ["layers.1.q_proj.lora_A"]
+    (found,) = review(dead)
+    assert found.kind == "dead_weights" and "layers.1.q_proj.lora_A" in found.what
+    assert review(late) == []
+
+
+@pytest.mark.parametrize("what", ["data", "validation", "checkpoint"])
+def test_time_that_goes_elsewhere_is_named(what: str) -> None:
+    run = lines()
+    for line in run:
+        line["seconds"] = {"step": 0.5, what: 0.5}
+    (found,) = review(run)
+    assert found.kind == "low_use" and f"50% into {what}" in found.what and found.fix
+
+
+def test_cores_that_idle_within_a_step_are_named() -> None:
+    run = [line | {"use": 0.2} for line in lines()]
+    (found,) = review(run)
+    assert found.kind == "low_use" and "20% of a step" in found.what
+
+
+def test_a_run_tells_the_spike_with_its_rows_everywhere(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    """Two rows of noise among learnt ones: named, worst first, in events, runs show and the report."""
+    asked = [{"prompt": f"Item {i} is red. What colour is it?", "completion": "red"} for i in range(118)]
+    noise = [{"prompt": f"Item {i} is odd. What is it?", "completion": "%~@#!?*&^|<}{>" * 2} for i in range(2)]
+    write_jsonl(tmp_path / "rows.jsonl", asked + noise)
+    recipe["train"] |= {"max_steps": 25, "epochs": 9, "learning_rate": 0.02, "schedule": "constant", "keep_best": False}
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    found = [f for f in read_jsonl(tmp_path / "runs/tiny/train/findings.jsonl") if f["kind"] == "spike"]
+    assert found and "Noticed at step" in said.err
+    rows = {row["id"]: row for row in read_jsonl(tmp_path / "runs/tiny/data/train.jsonl")}
+    for finding in found:
+        assert "odd" in rows[finding["rows"][0]]["messages"][0]["content"]
+    events = [e["finding"] for e in read_jsonl(tmp_path / "runs/tiny/events.jsonl") if e["event"] == "finding"]
+    assert found[0] in events
+    shown = tunesmith("runs", "show", "tiny", "--json").json
+    assert found[0] in shown["findings"] and found[0] in shown["train"]["findings"]
+    assert "(spike)" in tunesmith("runs", "show", "tiny").out
+    assert 'data-kind="spike"' in (tmp_path / "runs/tiny/report.html").read_text()
+
+
+def test_the_first_minute_measures_and_changes_nothing(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, which draws random numbers: the adapter is the same with and without the steps that are tried."""
+    from tunesmith.train import train as loop
+
+    recipe["train"]["adapter"]["dropout"] = 0.2
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("train", path, "--set", "name=tried")
+    assert said.code == 0 and "Measured before the first step" in said.err, said.err
+    steps = []
+
+    def nothing(*given: Any) -> Any:
+        steps.append(given)
+        given[-1]()  # the checkpoint that the loop goes back to
+        return type("Measured", (), {"seconds": 1.0, "correct": lambda *_: "", "as_dict": lambda _: {}})()
+
+    monkeypatch.setattr(loop, "calibrate", nothing)
+    assert tunesmith("train", path, "--set", "name=untried").code == 0 and steps
+    name = "train/adapter/adapter_model.safetensors"
+    assert (tmp_path / "runs/tried" / name).read_bytes() == (tmp_path / "runs/untried" / name).read_bytes()
+    told = json.loads((tmp_path / "runs/tried/train/manifest.json").read_text())["summary"]
+    assert told["measured"]["peak_bytes"] > 0 and told["measured"]["seconds"] > 0
+    assert told["measured"]["longest_tokens"] >= told["measured"]["step_tokens"]
+    assert not (tmp_path / "runs/tried/train/checkpoints/step-000000").exists()
