@@ -6,8 +6,8 @@
 Each peer is installed into an environment of its own (benchmarks/.peers/NAME) at first use, and does what of the three
 it can (PEERS). Runs alternate, ours first, so that a machine's good and bad minutes fall on both; the figure is the
 median of the pairs' ratios. Rates are real tokens (no padding; both endings of a pair whole) a second of wall time from
-the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard against instructions that a machine
-only claims to have, and the same settings of the memory allocator.
+the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard against instructions
+that a machine only claims to have, and the same settings of the memory allocator.
 
 `trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
 at a time, no gradient checkpointing.
