@@ -196,7 +196,7 @@ class Journey:
     @cached_property
     def sources(self) -> list[tuple[str, str]]:
         """Names and hashes of the data's files, in the recipe's order."""
-        from tunesmith.data.prepare import source_files
+        from tunesmith.data.sources import source_files
 
         files = source_files(self.recipe.data, self.folder)
         return [(path.name, runs.hash_file(path)) for part in files.values() for _, path in part]
