@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -47,7 +48,7 @@ class FakeHub:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked.append(f"{request.command} {path}")
-        parts = path.removeprefix("/api/models").strip("/").split("/")
+        parts = re.sub("^/(api/)?(models|datasets)(?=/)", "", path).strip("/").split("/")
         name, rest = "/".join(parts[:2]), parts[2:]
         if name not in self.repositories:
             return _send(request, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
@@ -57,18 +58,24 @@ class FakeHub:
         revision = rest[1] if len(rest) > 1 else "main"
         if revision not in ("main", COMMIT):
             return _send(request, 404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-        files = sorted(p for p in folder.iterdir() if p.is_file())
+        files = sorted(p for p in folder.rglob("*") if p.is_file())
         if path.startswith("/api/") and rest[:1] == ["tree"]:
-            tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": _etag(p)} for p in files]
+            tree = [
+                {"type": "file", "path": _name(p, folder), "size": p.stat().st_size, "oid": _etag(p)} for p in files
+            ]
             return _send(request, 200, json.dumps(tree).encode())
         if path.startswith("/api/"):
-            page = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": p.name} for p in files]}
+            page = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": _name(p, folder)} for p in files]}
             return _send(request, 200, json.dumps(page).encode())
-        wanted = folder / rest[2]
+        wanted = folder / "/".join(rest[2:])
         if not wanted.is_file():
             return _send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         headers = {"ETag": f'"{_etag(wanted)}"', "X-Repo-Commit": COMMIT}
         return _send(request, 200, wanted.read_bytes(), headers)
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
 
 
 def _etag(path: Path) -> str:

@@ -125,7 +125,7 @@ def test_recipe_names(tunesmith: Any, tmp_path: Path) -> None:
     [
         (b"", ["rows.jsonl", "holds no rows"]),
         (b"\n \n", ["rows.jsonl", "holds no rows"]),
-        ("caf\xe9".encode("utf-16"), ["rows.jsonl:1", "is not UTF-8"]),
+        ("caf\xe9".encode("utf-16"), ["rows.jsonl:1", "is not JSON"]),
         ([GOOD[0], '{"prompt": "a", "completion', *GOOD], ["rows.jsonl:2", "is not JSON", "1 of 22 rows"]),
         ([*GOOD, "[1]"], ["rows.jsonl:21", "is a JSON list, not an object"]),
         ([*GOOD, '{"prompt": "a"}'], ["rows.jsonl:21", "lacks 'completion' (it has: prompt)", "max_rejected=0.05"]),
@@ -162,7 +162,7 @@ def test_messages(refuse: Any, messages: Any, why: str) -> None:
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     good = [json.dumps({"messages": turns})] * 5
     if why == "is not JSON":
-        why = "weight inf"
+        why = "1e999 is larger than any number"
     assert refuse("rows.jsonl:6", why, rows=[*good, json.dumps({"messages": messages}).replace("Infinity", "1e999")])
     assert refuse(
         "no row is left to train on", "4 rows read, 4 rejected", why, "rows.jsonl:1",
@@ -196,8 +196,8 @@ def test_files(refuse: Any, recipe: Any, tmp_path: Path) -> None:
     assert refuse("data.sources.0.path", "no such file", "absent.jsonl", change=source(path="absent.jsonl"))
     assert refuse("data.sources.0.path", "is a folder", "*.jsonl", change=source(path=str(tmp_path)))
     assert refuse("names a variable that is not set", change=source(path="$NO_SUCH_FOLDER/x.jsonl"))
-    (tmp_path / "rows.txt").write_text("a\n")
-    assert refuse("rows.txt", "'.txt' are not read", "jsonl", change=source(path="rows.txt"))
+    (tmp_path / "rows.xyz").write_bytes(b"\x00\x01")
+    assert refuse("rows.xyz", "'.xyz' are not read", "jsonl", change=source(path="rows.xyz"))
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress("\n".join(GOOD).encode())[:-30])
     assert refuse("rows.jsonl.gz", "can't be unpacked", "cut short", change=source(path="rows.jsonl.gz"))
     (tmp_path / "plain.jsonl.gz").write_bytes(b"not gzip at all")

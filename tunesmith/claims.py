@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from tunesmith import runs
+from tunesmith.data.section import is_url
 from tunesmith.errors import RunError
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run
@@ -55,11 +56,13 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
     keys = recipe.model_dump(mode="json")
 
     def whole(path: str) -> str:
-        return str((folder / Path(os.path.expandvars(path)).expanduser()).resolve())
+        return path if is_url(path) else str((folder / Path(os.path.expandvars(path)).expanduser()).resolve())
 
     for source in keys["data"]["sources"]:
-        source["path"] = whole(source["path"])
-    for part, given in keys["data"]["split"].items():
+        if source["path"] is not None:
+            source["path"] = whole(source["path"])
+    for part in ("validation", "test"):
+        given = keys["data"]["split"][part]
         if isinstance(given, str):
             keys["data"]["split"][part] = whole(given)
     for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):

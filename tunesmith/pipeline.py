@@ -184,8 +184,10 @@ class Journey:
         model = {"model": self.model.identity, "renderer": self.renderer.hash, "seed": r.seed}
         if stage == "data":
             # Where files lie does not matter, what they hold does.
-            section = r.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path"}}})
-            section["split"] = {part: None if isinstance(s, str) else s for part, s in section["split"].items()}
+            section = r.data.model_dump(mode="json", exclude={"sources": {"__all__": {"path", "sql"}}})
+            for part in ("validation", "test"):
+                given = section["split"][part]
+                section["split"][part] = None if isinstance(given, str) else given
             return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
@@ -194,12 +196,16 @@ class Journey:
         return model | {"section": kept, "goal": r.goal.model_dump(mode="json")}
 
     @cached_property
-    def sources(self) -> list[tuple[str, str]]:
-        """Names and hashes of the data's files, in the recipe's order."""
+    def files(self) -> dict[str, list[Any]]:
+        """The data's files, fetched where they were elsewhere."""
         from tunesmith.data.sources import source_files
 
-        files = source_files(self.recipe.data, self.folder)
-        return [(path.name, runs.hash_file(path)) for part in files.values() for _, path in part]
+        return source_files(self.recipe.data, self.folder)
+
+    @cached_property
+    def sources(self) -> list[tuple[str, str]]:
+        """Names and hashes of the data's files, in the recipe's order."""
+        return [(path.name, runs.hash_file(path)) for part in self.files.values() for _, path in part]
 
     @contextlib.contextmanager
     def artifact(self, stage: str, key: str) -> Iterator[Path]:
@@ -235,6 +241,10 @@ class Journey:
         from tunesmith.data.prepare import prepare
 
         told = prepare(self.recipe.data, self.data_inputs(), target)
+        if set(told["inputs"].values()) != {digest for _, digest in self.sources}:
+            raise DataError(
+                "a file changed while it was read", where="data.sources", fix="Run again once nothing writes to it."
+            )
         say(f"data: {describe_counts(told['counts'])}")
         return told
 
@@ -247,7 +257,7 @@ class Journey:
         context = context_length(self.model) or longest
         if context < longest:
             say(f"rows may have {context} tokens, the model's context (train.max_length is {longest})")
-        return DataInputs(self.renderer, min(longest, context), self.recipe.seed, self.folder)
+        return DataInputs(self.renderer, min(longest, context), self.recipe.seed, self.folder, self.files)
 
     def rows(self, part: str) -> list[Any]:
         from tunesmith.data.prepare import load_rows

@@ -14,8 +14,8 @@ import yaml
 from tunesmith import recipe
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.layouts import Unusable
+from tunesmith.data.opening import Broken
 from tunesmith.data.prepare import DETECTION_ROWS, answers_kind, detect
-from tunesmith.data.readers import Broken
 from tunesmith.data.section import ColumnsSection, SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import DataError, RecipeError

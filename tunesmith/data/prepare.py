@@ -14,9 +14,9 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Layout, Unusable
-from tunesmith.data.readers import Broken, Row
+from tunesmith.data.opening import Broken, Row
 from tunesmith.data.section import DataSection, SourceSection, placeholders
-from tunesmith.data.sources import lines_in, read_rows, source_files
+from tunesmith.data.sources import Files, lines_in, origins, read_rows, source_files
 from tunesmith.data.split import hold_out, same_question
 from tunesmith.errors import DataError, ModelError, nearest
 from tunesmith.progress import bar
@@ -35,6 +35,7 @@ class DataInputs:
     max_length: int
     seed: int
     folder: Path
+    files: Files | None = None
 
 
 @dataclass
@@ -63,7 +64,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     Raises:
         DataError: a file or too many rows can't be used; says which and why.
     """
-    files = source_files(section, inputs.folder)
+    files = inputs.files or source_files(section, inputs.folder)
     room = sum(path.stat().st_size for paths in files.values() for _, path in paths)
     need_room(target, 4 * room, "Preparing the data")
     ledger = Ledger()
@@ -115,6 +116,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         "specials": sum(inputs.renderer.specials_in(row) for row in every),
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
+        "sources": origins(files),
         "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
     }
 

@@ -1,56 +1,74 @@
-"""Files -> (row number, row), one at a time. What can't be read comes out as `Broken`, never left out."""
+"""JSON and tables as text -> (row number, row), one at a time. What can't be read comes out as `Broken`,
+never left out. The other formats: columnar.py, documents.py, labelstudio.py."""
 
 from __future__ import annotations
 
 import csv
-import gzip
-import io
 import json
+import math
 import sys
-import zlib
+from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
+from tunesmith.data.opening import LONGEST_LINE, Broken, Row, Rows, lines, not_utf8, opened, shown
 from tunesmith.errors import DataError
 
-Row = dict[str, Any]
+HALF = "holds half a character: an escape such as \\ud83d without its second half"
 
 
-@dataclass(frozen=True)
-class Broken:
-    """A row that can't be read: a reason code, what is wrong, and the text as it stands in the file."""
+class _Twice(dict[str, Any]):
+    """An object in which a key stands twice: one of the two values would be lost."""
 
-    reason: str
-    why: str
-    text: str
+    key = ""
 
 
-Rows = Iterator[tuple[int, Row | Broken]]
+def _object(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) == len(pairs):
+        return row
+    marked = _Twice(row)
+    names = [name for name, _ in pairs]
+    marked.key = next(name for name in names if names.count(name) > 1)
+    return marked
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with path.open("rb") as file:
-        yield cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.suffix.lower() == ".gz" else file
+def _number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"{text} is larger than any number that can be kept")
+    return value
 
 
-def _text(path: Path, file: BinaryIO) -> Iterator[str]:
-    """Lines of a UTF-8 file; a byte that is not UTF-8 becomes a lone surrogate, for the row to be found out."""
-    try:
-        yield from io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise DataError(
-            f"can't be unpacked ({error})",
-            where=str(path),
-            fix="The file is cut short or damaged; fetch it again.",
-        ) from error
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
 
 
-def _not_utf8(text: str) -> bool:
-    return any("\udc80" <= c <= "\udcff" for c in text)
+def load_json(text: str) -> Any:
+    """A JSON value, strictly: no NaN or Infinity; an object with a key twice is marked (see `json_row`).
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or nested too deep.
+    """
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+
+
+def json_row(value: Any, text: str) -> Row | Broken:
+    """A parsed value as a row, if nothing in it is lost or unwritable."""
+    if not isinstance(value, dict):
+        return Broken("not_an_object", f"is a JSON {type(value).__name__}, not an object", text)
+    twice = _twice(value)
+    if twice is not None:
+        return Broken("duplicate_key", f"has the key '{twice}' twice", text)
+    return Broken("half_character", HALF, text) if _half_characters(value, text) else value
+
+
+def _twice(value: Any) -> str | None:
+    if isinstance(value, _Twice):
+        return value.key
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return next((key for part in inner if (key := _twice(part)) is not None), None)
 
 
 def _half_characters(row: Row, text: str) -> bool:
@@ -64,142 +82,149 @@ def _half_characters(row: Row, text: str) -> bool:
     return False
 
 
-HALF = "holds half a character: an escape such as \\ud83d without its second half"
-
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _shown(text: str) -> str:
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 def read_jsonl(path: Path) -> Rows:
     """One JSON object a line; row numbers are line numbers. Blank lines are not rows."""
-    with _opened(path) as file:
-        for number, line in enumerate(_text(path, file), 1):
-            if not line.strip():
-                continue
-            yield number, _parse(line)
+    with opened(path) as file:
+        for number, line in enumerate(lines(path, file), 1):
+            if isinstance(line, Broken):
+                yield number, line
+            elif line.strip():
+                yield number, _parse(line)
 
 
 def _parse(line: str) -> Row | Broken:
     text = line.rstrip("\r\n")
-    if _not_utf8(text):
-        return Broken("not_utf8", "is not UTF-8", _shown(text))
+    if not_utf8(text):
+        return Broken("not_utf8", "is not UTF-8", shown(text))
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        value = load_json(text)
     except (ValueError, RecursionError) as error:
         return Broken("broken_json", f"is not JSON ({error})", text)
-    if not isinstance(value, dict):
-        return Broken("not_an_object", f"is a JSON {type(value).__name__}, not an object", text)
-    return Broken("half_character", HALF, text) if _half_characters(value, text) else value
+    return json_row(value, text)
 
 
-def read_json(path: Path) -> Rows:
-    """A JSON list of objects, or an object with one such list in it."""
-    with _opened(path) as file:
-        text = "".join(_text(path, file))
+def load_file(path: Path) -> tuple[Any, str]:
+    """A whole JSON file: (its value, its text).
+
+    Raises:
+        DataError: it is not JSON or not UTF-8; names the line.
+    """
+    with opened(path) as file:
+        pieces = []
+        for number, line in enumerate(lines(path, file), 1):
+            if isinstance(line, Broken):
+                raise DataError(line.why, where=f"{path}:{number}", fix="Write one object a line, as .jsonl.")
+            if not_utf8(line):
+                raise DataError("is not UTF-8", where=f"{path}:{number}", fix="Save the file as UTF-8.")
+            pieces.append(line)
+    text = "".join(pieces)
     if not text.strip():
-        return
-    if _not_utf8(text):
-        line = next(i for i, line in enumerate(text.split("\n"), 1) if _not_utf8(line))
-        raise DataError("is not UTF-8", where=f"{path}:{line}", fix="Save the file as UTF-8.")
+        return [], text
     try:
-        value = json.loads(text, parse_constant=_refuse_constant)
+        return load_json(text), text
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"is not JSON ({error})",
             where=f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else str(path),
             fix="Mend it there; one object a line is called .jsonl.",
         ) from error
+
+
+def read_json(path: Path) -> Rows:
+    """A JSON list of objects (or of texts), or an object with one such list in it."""
+    value, text = load_file(path)
     if isinstance(value, dict):
+        if (twice := _twice(value)) is not None and isinstance(value, _Twice):
+            raise DataError(f"has the key '{twice}' twice", where=str(path), fix="Rename one of the two.")
         # A lone conversation is a row itself, not a list of rows.
-        lists = [v for k, v in value.items() if isinstance(v, list) and k not in ("messages", "conversations")]
-        value = lists[0] if len(lists) == 1 else [value]
+        inner = [v for k, v in value.items() if isinstance(v, list) and k not in ("messages", "conversations")]
+        value = inner[0] if len(inner) == 1 else [value]
     if not isinstance(value, list):
         raise DataError("holds no list of rows", where=str(path), fix="Expected a JSON list of objects.")
+    texts = all(isinstance(row, str) for row in value)
     for number, row in enumerate(value, 1):
-        if not isinstance(row, dict):
-            yield number, Broken("not_an_object", f"is a {type(row).__name__}, not an object", json.dumps(row))
-        elif _half_characters(row, text):
-            yield number, Broken("half_character", HALF, json.dumps(row))
-        else:
-            yield number, row
+        row = {"text": row} if texts else row
+        told = json_row(row, text if "\\ud" in text or "\\uD" in text else "")
+        if isinstance(told, Broken):
+            told = Broken(told.reason, told.why.replace("a JSON ", "a "), json.dumps(row))
+        yield number, told
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
     """A header and rows; row numbers are the line on which a row begins (the header's is 1)."""
-    with _opened(path) as file:
-        records = _records(_text(path, file), delimiter)
+    with opened(path) as file:
+        records = _records(lines(path, file), delimiter)
         at, header, text = next(records, (1, [], ""))
-        if isinstance(header, csv.Error):
-            raise DataError(f"its header is not CSV ({header})", where=f"{path}:{at}", fix="Mend the quotes there.")
-        if _not_utf8(text):
+        if isinstance(header, Broken):
+            raise DataError(f"its header {header.why}", where=f"{path}:{at}", fix="Mend the header there.")
+        if not_utf8(text):
             raise DataError("its header is not UTF-8", where=f"{path}:{at}", fix="Save the file as UTF-8.")
         if len(set(header)) != len(header):
             raise DataError(
                 f"two columns have the same name ({', '.join(header)})", where=f"{path}:{at}", fix="Rename one."
             )
         for at, values, text in records:
-            if isinstance(values, csv.Error):
-                yield at, Broken("broken_csv", f"is not CSV ({values})", _shown(text))
+            if isinstance(values, Broken):
+                yield at, values
             elif len(values) != len(header):
                 why = f"has {len(values)} fields where the header has {len(header)}"
-                yield at, Broken("broken_csv", why, _shown(text))
-            elif _not_utf8(text):
-                yield at, Broken("not_utf8", "is not UTF-8", _shown(text))
+                yield at, Broken("broken_csv", why, shown(text))
+            elif not_utf8(text):
+                yield at, Broken("not_utf8", "is not UTF-8", shown(text))
             else:
                 yield at, dict(zip(header, values, strict=True))
 
 
-def _records(lines: Iterator[str], delimiter: str) -> Iterator[tuple[int, list[str] | csv.Error, str]]:
-    """The records of a CSV file that are not blank: (line, fields or what is wrong with it, as it stands there)."""
+def _records(source: Iterator[str | Broken], delimiter: str) -> Iterator[tuple[int, list[str] | Broken, str]]:
+    """The records of a CSV file that are not blank: (line, fields or what is wrong with it, as it stands there).
+
+    Where a quote opens that never closes well, only its first line is given up: the lines after it are read
+    anew, so that one stray quote costs one row.
+    """
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    taken: list[str] = []
+    ahead: deque[str | Broken] = deque()
+    at = 1
 
-    def taking() -> Iterator[str]:
-        for line in lines:
-            taken.append(line)
-            yield line
+    def more() -> str | Broken | None:
+        return ahead.popleft() if ahead else next(source, None)
 
-    reader = csv.reader(taking(), delimiter=delimiter, strict=True)
-    while True:
-        at = reader.line_num + 1
-        taken.clear()
-        values: list[str] | csv.Error
+    while (first := more()) is not None:
+        if isinstance(first, Broken):
+            yield at, first, first.text
+            at += 1
+            continue
+        taken, size, over = [first], len(first), False
+
+        def taking(taken: list[str] = taken) -> Iterator[str]:
+            nonlocal size, over
+            yield taken[0]
+            while size <= LONGEST_LINE and (line := more()) is not None:
+                if isinstance(line, Broken):
+                    ahead.appendleft(line)
+                    break
+                taken.append(line)
+                size += len(line)
+                yield line
+            over = size > LONGEST_LINE
+
+        values: list[str] | Broken
         try:
-            values = next(reader)
+            values = next(csv.reader(taking(), delimiter=delimiter, strict=True))
         except StopIteration:
-            return
+            values = []
         except csv.Error as error:
-            values = error
-        if isinstance(values, csv.Error) and "unexpected end" in str(values):
-            values = csv.Error(f"a quote opens here and is never closed: it takes in {len(taken)} lines")
+            why = f"is not CSV ({error})"
+            if "unexpected end" in str(error):
+                why = f"is not CSV (a quote opens here and is never closed{' within 16 MB' if over else ''})"
+            ahead.extendleft(reversed(taken[1:]))
+            del taken[1:]
+            values = Broken("broken_csv", why, shown(first.rstrip("\r\n")))
         text = "".join(taken).rstrip("\r\n")
         if text.strip():
             yield at, values, text
+        at += len(taken)
 
 
 def read_tsv(path: Path) -> Rows:
     """As CSV, with tabs."""
     return read_csv(path, "\t")
-
-
-def read_parquet(path: Path) -> Rows:
-    """Rows of a Parquet file, counted from 1."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path.suffix.lower() == ".gz":
-        raise DataError("a gzipped Parquet file", where=str(path), fix="Unpack it; Parquet compresses by itself.")
-    try:
-        number = 0
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches():
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # damage shows as any of these
-        raise DataError(f"is not Parquet, or damaged ({error})", where=str(path), fix="Check the file.") from error

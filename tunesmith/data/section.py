@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,10 @@ def placeholders(template: str) -> list[tuple[str, str | None]]:
     return found
 
 
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
 class ColumnsSection(Section):
     """Which column holds what, for rows of no known layout."""
 
@@ -40,12 +45,29 @@ class ColumnsSection(Section):
 
 
 class SourceSection(Section):
-    """A file, or several by a pattern. A plain string stands for `{path: ...}`."""
+    """Where rows lie: files, a hub data set, or a database. A plain string stands for `{path: ...}`."""
 
-    path: str = Field(min_length=1)
-    """Relative to the recipe; may hold * and ${VARIABLES}."""
-    format: Literal["auto", "jsonl", "json", "csv", "tsv", "parquet"] = "auto"
-    """Of the file; by its ending if `auto`. A further .gz is unpacked."""
+    path: str | None = Field(None, min_length=1)
+    """A file or several: relative to the recipe, may hold * and ${VARIABLES}; or a URL (https://, s3://, gs://)."""
+    hub: str | None = None
+    """A data set of the hub, as owner/name; in place of `path`."""
+    split: str = "train"
+    """Of the hub's data set."""
+    subset: str | None = None
+    """Of the hub's data set, where it has several."""
+    revision: str | None = None
+    """Of the hub's data set: a commit, tag or branch. What `main` was is written into the manifest."""
+    sql: str | None = None
+    """A database, as an SQLAlchemy URL; in place of `path`. Passwords come from ${VARIABLES}."""
+    query: str | None = None
+    """What the database is asked."""
+    format: str = "auto"
+    """Of the files: jsonl, json, csv, tsv, parquet, arrow, txt, paragraphs, document, md, html, pdf, docx, conll,
+    label_studio; by ending and content if `auto`. A further .gz or .zst is unpacked."""
+    tag: str | None = None
+    """A name for this source's rows, for `data.mix` and `data.balance`."""
+    weight: float = Field(1.0, gt=0, le=1000)
+    """How often an epoch has each of its training rows: 2 twice, 0.5 a half of them, drawn by the seed."""
     layout: str = "auto"
     """Of the rows: chat, sharegpt, instruction, prompt, question, text, preference, rated, columns; detected if
     `auto`."""
@@ -57,6 +79,22 @@ class SourceSection(Section):
     """A system prompt for this source's rows that have none; in place of `data.system`."""
     where: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(default_factory=dict)
     """Keep only rows whose column has this value (or one of these); the others are counted as removed."""
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        known = ["auto", *plugins.known("reader")]
+        if value not in known:
+            raise ValueError(f"no format is called '{value}'{nearest(value, known)}; known: {', '.join(known)}")
+        return value
+
+    @field_validator("path", "sql")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        password = re.search(r"://[^/@:]*:([^/@]+)@", value or "")
+        if password and "$" not in password[1]:
+            raise ValueError("a password would be copied into every run; write ${A_VARIABLE} in its place")
+        return value
 
     @field_validator("layout")
     @classmethod
@@ -76,6 +114,12 @@ class SourceSection(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> SourceSection:
+        if sum(place is not None for place in (self.path, self.hub, self.sql)) != 1:
+            raise ValueError("a source is one of `path`, `hub` and `sql`")
+        if (self.sql is None) != (self.query is None):
+            raise ValueError("`sql` and `query` go together")
+        if self.hub is None and {"split", "subset", "revision"} & self.model_fields_set:
+            raise ValueError("`split`, `subset` and `revision` belong to a `hub` data set")
         if self.columns and self.layout not in ("auto", "columns"):
             raise ValueError(f"`columns` and layout {self.layout} exclude each other; leave one out")
         if self.template is not None and self.layout in ("chat", "sharegpt"):

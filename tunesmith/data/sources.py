@@ -6,31 +6,66 @@ import glob
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tunesmith import plugins
-from tunesmith.data.readers import Broken, Row
-from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.data.formats import format_of
+from tunesmith.data.opening import Broken, Row
+from tunesmith.data.section import DataSection, SourceSection, is_url
 from tunesmith.errors import DataError
 
+Files = dict[str, list[tuple[SourceSection, Path]]]
 
-def source_files(section: DataSection, folder: Path) -> dict[str, list[tuple[SourceSection, Path]]]:
-    """The files of each part. `train` holds everything that is still to be split.
+
+def source_files(section: DataSection, folder: Path) -> Files:
+    """The files of each part, fetched where they are elsewhere. `train` holds everything that is still to be split.
 
     Raises:
-        DataError: a path that matches no file.
+        DataError: a source that matches nothing or can't be reached.
     """
-    found: dict[str, list[tuple[SourceSection, Path]]] = {"train": [], "validation": [], "test": []}
+    found: Files = {"train": [], "validation": [], "test": []}
     for number, source in enumerate(section.sources):
-        found["train"] += [(source, path) for path in _paths(source.path, folder, f"data.sources.{number}.path")]
+        found["train"] += _files(source, folder, f"data.sources.{number}")
     for part in ("validation", "test"):
         given = getattr(section.split, part)
         if isinstance(given, str):
-            like = section.sources[0].model_copy(update={"path": given, "format": "auto"})
+            first = section.sources[0]
+            kept = first.model_dump(include={"layout", "columns", "template", "system", "where"}, exclude_unset=True)
+            like = SourceSection(path=given, **kept)
             found[part] = [(like, path) for path in _paths(given, folder, f"data.split.{part}")]
     return found
 
 
+def origins(files: Files) -> list[dict[str, Any]]:
+    """What a manifest tells of the sources: which they were, the revision or query, and their files' names."""
+    told: dict[int, dict[str, Any]] = {}
+    for source, path in (pair for pairs in files.values() for pair in pairs):
+        fields = (
+            ("path", "hub", "subset", "split", "revision", "query", "tag") if source.hub else ("path", "query", "tag")
+        )
+        known = {name: value for name in fields if (value := getattr(source, name)) is not None}
+        told.setdefault(id(source), known | {"files": []})["files"].append(path.name)
+    return list(told.values())
+
+
+def _files(source: SourceSection, folder: Path, key: str) -> list[tuple[SourceSection, Path]]:
+    if source.hub is not None:
+        from tunesmith.data.hub import fetch_set
+
+        pinned, paths = fetch_set(source, f"{key}.hub")
+        return [(pinned, path) for path in paths]
+    if source.sql is not None:
+        from tunesmith.data.database import run_query
+
+        return [(source, run_query(source.sql, source.query or "", folder, f"{key}.sql"))]
+    return [(source, path) for path in _paths(source.path or "", folder, f"{key}.path")]
+
+
 def _paths(pattern: str, folder: Path, key: str) -> list[Path]:
+    if is_url(pattern):
+        from tunesmith.data.remote import fetch_url
+
+        return fetch_url(pattern, key)
     expanded = Path(os.path.expandvars(pattern)).expanduser()
     whole = expanded if expanded.is_absolute() else folder / expanded
     paths = [whole] if whole.is_file() else [Path(p) for p in sorted(glob.glob(str(whole), recursive=True))]  # noqa: PTH207
@@ -50,13 +85,21 @@ def lines_in(path: Path) -> int:
 
 
 def read_rows(source: SourceSection, path: Path) -> Iterator[tuple[int, Row | Broken]]:
-    """A file's rows as they are, by its format."""
-    suffixes = [s.lstrip(".").lower() for s in path.suffixes if s.lower() != ".gz"]
-    name = source.format if source.format != "auto" else (suffixes[-1] if suffixes else "")
-    if name not in plugins.known("reader"):
+    """A file's rows as they are, by its format.
+
+    Raises:
+        DataError: the file is of no known format, damaged, or changed while it was read.
+    """
+    before = _state(path)
+    yield from plugins.load("reader", format_of(path, source.format))(path)
+    if _state(path) != before:
         raise DataError(
-            f"files that end in '.{name}' are not read",
+            "changed while it was read",
             where=str(path),
-            fix=f"Name its format (data.sources[].format): {', '.join(sorted(plugins.known('reader')))}.",
+            fix="Run again once nothing writes to it; a copy taken first is safe.",
         )
-    yield from plugins.load("reader", name)(path)
+
+
+def _state(path: Path) -> tuple[int, int, int]:
+    found = path.stat()
+    return found.st_ino, found.st_size, found.st_mtime_ns
