@@ -40,6 +40,7 @@ def fetch_set(source: SourceSection, key: str) -> tuple[SourceSection, list[Path
     from huggingface_hub import hf_hub_download, snapshot_download
 
     name = str(source.hub)
+    source = source.model_copy(update={"split": source.split or "train"})
     where = f"{key}: {name}"
     with _told(where, source.revision):
         commit, there = _listing(name, source.revision)
@@ -85,6 +86,7 @@ def _configs(card: str) -> list[dict[str, Any]]:
 
 
 def _by_card(configs: list[dict[str, Any]], there: Sequence[str], source: SourceSection, where: str) -> list[str]:
+    wanted_split = source.split or "train"
     names = [str(c.get("config_name", "default")) for c in configs]
     default = next((n for n, c in zip(names, configs, strict=True) if c.get("default")), None)
     wanted = source.subset or default or (names[0] if len(names) == 1 else "default")
@@ -105,12 +107,12 @@ def _by_card(configs: list[dict[str, Any]], there: Sequence[str], source: Source
     for entry in listed:
         split, path = (entry.get("split", "train"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
         patterns.setdefault(str(split), []).extend(str(p) for p in (path if isinstance(path, list) else [path]))
-    if source.split not in patterns:
+    if wanted_split not in patterns:
         raise DataError(
-            f"has no split '{source.split}'{nearest(source.split, patterns)}", where=where,
+            f"has no split '{wanted_split}'{nearest(wanted_split, patterns)}", where=where,
             fix=f"Name one (data.sources[].split): {', '.join(patterns)}.",
         )  # fmt: skip
-    whole = [f"{base}/{p}" if base else p for p in patterns[source.split]]
+    whole = [f"{base}/{p}" if base else p for p in patterns[wanted_split]]
     chosen = [f for f in inside if any(fnmatch.fnmatchcase(f, p.replace("**/", "*")) or f == p for p in whole)]
     if not chosen:
         raise DataError(f"holds no file for {', '.join(whole)}", where=where, fix="Choose another split or revision.")
@@ -118,6 +120,7 @@ def _by_card(configs: list[dict[str, Any]], there: Sequence[str], source: Source
 
 
 def _by_name(there: Sequence[str], source: SourceSection, where: str) -> list[str]:
+    wanted = source.split or "train"
     files = [f for f in there if _kind(f) and PurePosixPath(f).name.lower() not in CARDS]
     folders = {part for f in files for part in PurePosixPath(f).parts[:-1]}
     if source.subset:
@@ -137,12 +140,12 @@ def _by_name(there: Sequence[str], source: SourceSection, where: str) -> list[st
             else f"Files that are read end in: {', '.join(READABLE)}.",
         )
     of = {split: [f for f in files if any(_has_word(f, w) for w in words)] for split, words in SPLITS.items()}
-    of.setdefault(source.split, [f for f in files if _has_word(f, source.split)])
+    of.setdefault(wanted, [f for f in files if _has_word(f, wanted)])
     named = {split for split, found in of.items() if found}
-    chosen = of[source.split] if named else (files if source.split == "train" else [])
+    chosen = of[wanted] if named else (files if wanted == "train" else [])
     if not chosen:
         raise DataError(
-            f"has no split '{source.split}'", where=where,
+            f"has no split '{wanted}'", where=where,
             fix=f"It has: {', '.join(sorted(named)) or 'one split, train'} (data.sources[].split).",
         )  # fmt: skip
     best = min((_kind(f) for f in chosen), key=READABLE.index)

@@ -51,8 +51,8 @@ class SourceSection(Section):
     """A file or several: relative to the recipe, may hold * and ${VARIABLES}; or a URL (https://, s3://, gs://)."""
     hub: str | None = None
     """A data set of the hub, as owner/name; in place of `path`."""
-    split: str = "train"
-    """Of the hub's data set."""
+    split: str | None = None
+    """Of the hub's data set; train if not given."""
     subset: str | None = None
     """Of the hub's data set, where it has several."""
     revision: str | None = None
@@ -118,7 +118,7 @@ class SourceSection(Section):
             raise ValueError("a source is one of `path`, `hub` and `sql`")
         if (self.sql is None) != (self.query is None):
             raise ValueError("`sql` and `query` go together")
-        if self.hub is None and {"split", "subset", "revision"} & self.model_fields_set:
+        if self.hub is None and (self.split or self.subset or self.revision):
             raise ValueError("`split`, `subset` and `revision` belong to a `hub` data set")
         if self.columns and self.layout not in ("auto", "columns"):
             raise ValueError(f"`columns` and layout {self.layout} exclude each other; leave one out")
