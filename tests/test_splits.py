@@ -68,7 +68,7 @@ def test_pieces_of_a_row_stay_on_one_side() -> None:
     ]
     rows.append(Conversation((Message("user", "A 2"), Message("assistant", "a")), "f.jsonl:90"))
     for seed in range(20):
-        rest, held = hold_out(rows, 9, seed, by_label=False)
+        rest, held = hold_out(rows, 9, seed, lambda row: "")
         sides = [{row.question[0].lower() for row in part} for part in (rest, held)]
         assert held and not sides[0] & sides[1]
 

@@ -14,10 +14,12 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Layout, Unusable
+from tunesmith.data.marks import know_columns, marked
 from tunesmith.data.opening import Broken, Row
 from tunesmith.data.section import DataSection, SourceSection, placeholders
+from tunesmith.data.shape import shape
 from tunesmith.data.sources import Files, lines_in, origins, read_rows, source_files
-from tunesmith.data.split import hold_out, same_question
+from tunesmith.data.split import split
 from tunesmith.errors import DataError, ModelError, nearest
 from tunesmith.progress import bar
 from tunesmith.runs import hash_file, json_line, need_room
@@ -86,11 +88,13 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     stop_if_too_many()
 
     every = [row for rows in parts.values() for row in rows]
+    know_columns(every, section)
     rows_are = _one_kind(every)
     kind = answers_kind(every) if section.answers == "auto" else section.answers
-    parts = _split(section, parts, inputs.seed, kind == "label", ledger)
+    parts = split(section.split, parts, inputs.seed, kind == "label", ledger)
     if not parts["train"]:
         raise _nothing_left(ledger, parts)
+    parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
     for part in PARTS:
         (target / f"{part}.jsonl").write_text("".join(json_line(r.as_dict()) for r in parts[part]), "utf-8")
     (target / "rejected.jsonl").write_text("".join(map(json_line, ledger.rejected)), "utf-8")
@@ -205,7 +209,7 @@ def _rows(
             ledger.remove(None, where, "where", "does not meet the source's `where`")
             continue
         try:
-            conversation = layout.read(row, source, where)
+            conversation = marked(layout.read(row, source, where), row, source, section)
             _usable(conversation)
         except Unusable as error:
             ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False, default=str))
@@ -407,30 +411,6 @@ def _length(messages: list[Message], inputs: DataInputs) -> float:
         return len(inputs.renderer.render(Conversation(tuple(messages))))
     except ModelError:  # a template may refuse a piece, such as one that opens with an answer
         return math.inf
-
-
-def _split(
-    section: DataSection, parts: dict[str, list[Conversation]], seed: int, by_label: bool, ledger: Ledger
-) -> dict[str, list[Conversation]]:
-    parts = dict(parts)
-    held = {part: {same_question(row) for row in parts[part]} for part in ("validation", "test")}
-    for part, others in (("validation", ("test",)), ("train", ("test", "validation"))):
-        kept = []
-        for row in parts[part]:
-            clash = next((o for o in others if same_question(row) in held[o]), None)
-            if clash:
-                ledger.remove(row, row.id, f"in_{clash}", f"asks the same as a {clash} row")
-            else:
-                kept.append(row)
-        parts[part] = kept
-    total = len(parts["train"])
-    for part in ("test", "validation"):
-        share = getattr(section.split, part)
-        if isinstance(share, str):
-            continue
-        wanted = max(round(share * total), 1 if share else 0) if share < 1 else int(share)
-        parts["train"], parts[part] = hold_out(parts["train"], wanted, seed, by_label)
-    return parts
 
 
 def _one_kind(rows: Sequence[Conversation]) -> str:

@@ -142,12 +142,40 @@ class SplitSection(Section):
     """Watched during training: 0.1, 200, or a path."""
     test: int | float | str = 0.1
     """For the proof at the end: 0.1, 200, or a path."""
+    by: str | None = None
+    """A column, as customer_id: rows of one value stay on one side. A row without it is on its own."""
+    stratify: str = "auto"
+    """What is given its share on every side: `label` (the answer), a column, `none`; labels if `auto`."""
+    time: str | None = None
+    """A column of times: the newest rows are the test, those before them validation."""
 
     @model_validator(mode="after")
     def _possible(self) -> SplitSection:
         parts = [p for p in (self.validation, self.test) if not isinstance(p, str)]
         if any(p < 0 or (p >= 1 and p != int(p)) for p in parts) or sum(p for p in parts if p < 1) >= 1:
             raise ValueError("a part is a share of the rows (together below 1), a whole count, or a path")
+        if self.time is not None and self.stratify not in ("auto", "none"):
+            raise ValueError("rows split by `time` can't be stratified too")
+        return self
+
+
+class BalanceSection(Section):
+    """How large the classes of the training rows are to be."""
+
+    by: str = "label"
+    """What makes a class: `label` (the answer), `tag`, or a column."""
+    how: Literal["repeat", "drop", "count", "weight"] = "repeat"
+    """repeat rows of small classes up to the largest; drop rows of large ones down to the smallest; count: `rows` of
+    each; weight: rows stay, and each class's answers weigh the same in the loss altogether."""
+    rows: int | None = Field(None, ge=1)
+    """Rows of each class, for `how: count`."""
+    cap: float = Field(10.0, ge=1)
+    """No row is there more often, or weighs more, than this many times."""
+
+    @model_validator(mode="after")
+    def _counted(self) -> BalanceSection:
+        if (self.how == "count") != (self.rows is not None):
+            raise ValueError("`rows` and `how: count` go together")
         return self
 
 
@@ -169,3 +197,35 @@ class DataSection(Section):
     not an answer; cut between turns into several rows."""
     max_rejected: float = Field(0.0, ge=0, le=1)
     """Share of rows that may be unusable before the stage stops. They are listed in rejected.jsonl."""
+    balance: BalanceSection | None = None
+    """Class sizes of the training rows; as they are if not given."""
+    mix: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
+    """Shares of an epoch by tag, as {mine: 0.8, general: 0.2}. The largest share's rows are all there, once."""
+
+    @model_validator(mode="after")
+    def _tagged(self) -> DataSection:
+        tags = [source.tag for source in self.sources]
+        if self.mix:
+            if abs(sum(self.mix.values()) - 1) > 1e-6:
+                raise ValueError("the shares of `mix` must sum to 1")
+            absent = next((tag for tag in self.mix if tag not in tags), None)
+            if absent is not None:
+                known = [tag for tag in tags if tag]
+                raise ValueError(f"no source has the tag '{absent}' of `mix`{nearest(absent, known)}")
+            if any(tag not in self.mix for tag in tags):
+                raise ValueError("with `mix`, every source needs a tag that it names; the others' rows would be lost")
+        return self
+
+    @property
+    def columns_named(self) -> dict[str, str]:
+        """Columns of the sources that shaping looks at, by the key that names each."""
+        named = {"split.by": self.split.by, "split.time": self.split.time}
+        if self.split.stratify not in ("auto", "label", "none"):
+            named["split.stratify"] = self.split.stratify
+        if self.balance is not None and self.balance.by not in ("label", "tag"):
+            named["balance.by"] = self.balance.by
+        return {key: name for key, name in named.items() if name is not None}
+
+    @property
+    def columns_kept(self) -> set[str]:
+        return set(self.columns_named.values())

@@ -1,0 +1,205 @@
+"""What becomes of an epoch: groups, strata and times on their sides, classes in balance, tags in their shares."""
+
+from __future__ import annotations
+
+import datetime
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conftest import write_jsonl, write_recipe
+from tests.prepared import PARTS
+from tunesmith.conversation.message import Conversation, Message
+from tunesmith.data.split import hold_out
+from tunesmith.errors import DataError
+
+SPLIT = {"validation": 0.2, "test": 0.2}
+
+
+def rows(n: int, **columns: Any) -> list[dict[str, Any]]:
+    """Rows with a question each; a column is a function of the row's number."""
+    return [
+        {"prompt": f"Question {i}?", "completion": "ab"[i % 2]} | {k: f(i) for k, f in columns.items()}
+        for i in range(n)
+    ]
+
+
+def values(made: Any, part: str, column: str) -> list[Any]:
+    return [row.metadata.get("columns", {}).get(column) for row in made.parts[part]]
+
+
+# ------------------------------------------------------------------ splits
+
+
+def test_a_group_is_on_one_side(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(120, customer=lambda i: i % 17 if i % 10 else None)))
+    made = prepared(path, split={**SPLIT, "by": "customer"})
+    sides = [set(values(made, part, "customer")) - {None} for part in PARTS]
+    assert sum(map(len, sides)) == 17 == len(set.union(*sides))
+    assert made.counts["test"] == 24 and made.counts["validation"] == 24
+    with pytest.raises(DataError, match=r"data\.split\.by: no row has a column 'costumer'"):
+        prepared(path, split={**SPLIT, "by": "costumer"})
+
+
+def test_a_group_is_on_one_side_of_given_files(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(20, customer=lambda i: i // 2)))
+    write_jsonl(tmp_path / "t.jsonl", [{"prompt": "Other?", "completion": "a", "customer": 3}])
+    made = prepared(path, split={"validation": 0, "test": "t.jsonl", "by": "customer"})
+    assert made.counts["train"] == 18 and made.counts["removed"] == {"in_test": 2}
+    assert [r["why"] for r in made.removed] == ["has the same customer as a test row"] * 2
+
+
+def test_strata(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(100, region=lambda i: "ns"[i % 10 == 0])))
+    made = prepared(path, split={**SPLIT, "stratify": "region"})
+    for part, n in (("test", 20), ("validation", 20), ("train", 60)):
+        assert Counter(values(made, part, "region")) == {"n": n * 0.9, "s": n * 0.1}
+
+
+@pytest.mark.parametrize("form", ["iso", "date", "number", "text number", "zones"])
+def test_the_newest_are_the_test(prepared: Any, tmp_path: Path, form: str) -> None:
+    def when(i: int) -> Any:
+        day = datetime.datetime(2024, 1, 1) + datetime.timedelta(days=(i * 37) % 50)
+        shapes = {"iso": day.isoformat(), "date": day.date().isoformat(), "number": (i * 37) % 50 + 0.5}
+        shapes |= {"text number": str(shapes["number"]), "zones": day.isoformat() + ("Z" if i % 2 else "+02:00")}
+        return shapes[form]
+
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(50, at=when)))
+    made = prepared(path, split={**SPLIT, "time": "at"})
+    train, validation, test = (values(made, part, "at") for part in PARTS)
+    assert max(train) < min(validation) and max(validation) < min(test)
+    assert (len(train), len(validation), len(test)) == (30, 10, 10)
+    bad = [*rows(50, at=when), {"prompt": "x", "completion": "a", "at": "soon"}, {"prompt": "y", "completion": "a"}]
+    made = prepared(str(write_jsonl(tmp_path / "a.jsonl", bad)), split={**SPLIT, "time": "at"}, max_rejected=0.1)
+    assert [r["reason"] for r in made.rejected] == ["bad_time"] * 2
+
+
+def test_what_was_asked_before_the_test_is_not_trained_on(prepared: Any, tmp_path: Path) -> None:
+    asked = rows(20, at=lambda i: i)
+    asked[3]["prompt"] = asked[19]["prompt"].upper()
+    made = prepared(str(write_jsonl(tmp_path / "a.jsonl", asked)), split={"validation": 0, "test": 4, "time": "at"})
+    assert made.counts["test"] == 4 and made.counts["removed"] == {"in_test": 1} and made.counts["train"] == 15
+
+
+@settings(max_examples=40, deadline=None)
+@given(groups=st.lists(st.integers(0, 6), min_size=1, max_size=40), wanted=st.integers(0, 20), seed=st.integers(0, 9))
+def test_near_duplicates_never_straddle(groups: list[int], wanted: int, seed: int) -> None:
+    made = [Conversation((Message("user", str(i)), Message("assistant", "x")), f"f:{i}") for i in range(len(groups))]
+
+    def alike(rows: Any) -> list[list[int]]:
+        return [[i for i, row in enumerate(rows) if groups[int(row.id[2:])] == g] for g in set(groups)]
+
+    kept, held = hold_out(made, wanted, seed, lambda row: "", None, lambda rows: [g for g in alike(rows) if g])
+    sides = [{groups[int(row.id[2:])] for row in side} for side in (kept, held)]
+    assert not sides[0] & sides[1] and len(kept) + len(held) == len(groups) and len(held) <= wanted
+
+
+# ------------------------------------------------------------------ balance
+
+
+def unbalanced(tmp_path: Path) -> str:
+    answers = ["a"] * 60 + ["b"] * 13 + ["c"] * 2
+    return str(write_jsonl(tmp_path / "u.jsonl", [
+        {"prompt": f"Question {i}?", "completion": answer} for i, answer in enumerate(answers)]))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("balance", "sizes"),
+    [
+        ({}, {"a": 60, "b": 60, "c": 20}),
+        ({"cap": 3}, {"a": 60, "b": 39, "c": 6}),
+        ({"cap": 100}, {"a": 60, "b": 60, "c": 60}),
+        ({"how": "drop"}, {"a": 2, "b": 2, "c": 2}),
+        ({"how": "count", "rows": 20}, {"a": 20, "b": 20, "c": 20}),
+    ],
+)
+def test_balance(prepared: Any, tmp_path: Path, balance: Any, sizes: dict[str, int]) -> None:
+    path = unbalanced(tmp_path)
+    made = prepared(path, balance=balance)
+    assert Counter(row.answer for row in made.parts["train"]) == sizes
+    times = Counter(row.id.partition("*")[0] for row in made.parts["train"])
+    for answer in sizes:  # no row is there twice before every other is there once
+        of = [times[row.id] for row in made.parts["train"] if row.answer == answer and "*" not in row.id]
+        assert max(of) - min(of) <= 1
+    assert len({row.id for row in made.parts["train"]}) == sum(sizes.values())
+    assert prepared(path, balance=balance).parts == made.parts
+    held = prepared(path, balance=balance, split=SPLIT)
+    assert not any("*" in row.id for part in ("validation", "test") for row in held.parts[part])
+
+
+def test_weights_are_scikit_learns(prepared: Any, tmp_path: Path) -> None:
+    from sklearn.utils.class_weight import compute_class_weight
+
+    made = prepared(unbalanced(tmp_path), balance={"how": "weight", "cap": 1000})
+    answers = [row.answer for row in made.parts["train"]]
+    expected = dict(zip("abc", compute_class_weight("balanced", classes=np.array(list("abc")), y=answers), strict=True))
+    assert {row.answer: row.messages[-1].weight for row in made.parts["train"]} == pytest.approx(expected)
+    capped = prepared(unbalanced(tmp_path), balance={"how": "weight", "cap": 2})
+    assert sorted({row.messages[-1].weight for row in capped.parts["train"]}) == pytest.approx([0.5, 75 / 39, 2.0])
+
+
+# ------------------------------------------------------------------ mixing
+
+
+def tagged(tmp_path: Path, **sizes: int) -> list[dict[str, Any]]:
+    for tag, n in sizes.items():
+        write_jsonl(tmp_path / f"{tag}.jsonl", [{"prompt": f"{tag} {i}", "completion": f"x{i}"} for i in range(n)])
+    return [{"path": f"{tag}.jsonl", "tag": tag} for tag in sizes]
+
+
+@pytest.mark.parametrize(("general", "expected"), [(500, 25), (25, 25), (10, 25), (1, 25)])
+def test_mix_is_exact_to_the_row(prepared: Any, tmp_path: Path, general: int, expected: int) -> None:
+    sources = tagged(tmp_path, mine=100, general=general)
+    made = prepared(*sources, mix={"mine": 0.8, "general": 0.2})
+    of = Counter(row.metadata["tag"] for row in made.parts["train"])
+    assert of == {"mine": 100, "general": expected}
+    times = Counter(row.id.partition("*")[0] for row in made.parts["train"])
+    assert all(times[f"mine.jsonl:{i}"] == 1 for i in range(1, 101))
+    of_general = [n for name, n in times.items() if name.startswith("general")]
+    assert max(of_general) - min(of_general) <= 1
+    assert made.counts["removed"] == ({"mix": general - 25} if general > 25 else {})
+    assert prepared(*sources, mix={"mine": 0.8, "general": 0.2}).parts == made.parts
+    if general == 500:
+        assert prepared(*sources, mix={"mine": 0.8, "general": 0.2}, seed=8).parts != made.parts
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=st.lists(st.integers(1, 30), min_size=2, max_size=4), cuts=st.data())
+def test_any_mix(prepared: Any, tmp_path: Path, sizes: list[int], cuts: Any) -> None:
+    parts = [cuts.draw(st.integers(1, 9)) for _ in sizes]
+    shares = {f"t{i}": part / sum(parts) for i, part in enumerate(parts)}
+    made = prepared(*tagged(tmp_path, **{f"t{i}": n for i, n in enumerate(sizes)}), mix=shares)
+    of = Counter(row.metadata["tag"] for row in made.parts["train"])
+    main = max(shares, key=lambda t: shares[t])
+    assert of[main] == sizes[int(main[1:])]
+    for tag, share in shares.items():
+        assert abs(of[tag] - of[main] * share / shares[main]) <= 0.5 + 1e-9
+
+
+def test_a_sources_weight(prepared: Any, tmp_path: Path) -> None:
+    a, b, c = tagged(tmp_path, a=10, b=10, c=10)
+    made = prepared(a | {"weight": 2.5}, b | {"weight": 0.25}, c)
+    assert Counter(row.metadata["tag"] for row in made.parts["train"]) == {"a": 25, "b": 2, "c": 10}
+    assert made.counts["made"] == 15 and made.counts["removed"] == {"weight": 8}
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"mix": {"mine": 0.8, "generl": 0.2}}, "did you mean 'general'"),
+        ({"mix": {"mine": 0.8, "general": 0.3}}, "must sum to 1"),
+        ({"mix": {"mine": 1.0}}, "every source needs a tag"),
+        ({"balance": {"how": "count"}}, "go together"),
+        ({"balance": {"by": "kind", "weight": 2}}, "weight"),
+        ({"split": {"time": "at", "stratify": "label"}}, "can't be stratified"),
+    ],
+)
+def test_shapes_that_cannot_be_meant(tunesmith: Any, recipe: Any, tmp_path: Path, keys: Any, told: str) -> None:
+    recipe["data"] |= {"sources": tagged(tmp_path, mine=3, general=3), **keys}
+    said = tunesmith("check", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 2 and told in said.json["error"]["what"]

@@ -1,0 +1,71 @@
+"""What a row carries besides its text: its source's tag and weight, and the columns that splitting and balancing
+look at."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.data.layouts import Row, Unusable
+from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.errors import DataError
+
+
+def marked(row: Conversation, raw: Row, source: SourceSection, section: DataSection) -> Conversation:
+    """The row with its marks in its metadata.
+
+    Raises:
+        Unusable: the column of times holds none.
+    """
+    marks: dict[str, Any] = {}
+    if source.tag is not None:
+        marks["tag"] = source.tag
+    if source.weight != 1:
+        marks["weight"] = source.weight
+    columns = {name: raw[name] for name in section.columns_kept if raw.get(name) is not None}
+    if section.split.time is not None:
+        columns[section.split.time] = seconds(raw.get(section.split.time), section.split.time)
+    if columns:
+        marks["columns"] = columns
+    return replace(row, metadata=row.metadata | marks) if marks else row
+
+
+def column(row: Conversation, name: str) -> Any:
+    """A kept column's value; None where the row had none."""
+    return row.metadata.get("tag") if name == "tag" else row.metadata.get("columns", {}).get(name)
+
+
+def seconds(value: Any, name: str) -> float:
+    """A time as seconds: of ISO 8601 text (UTC where it names no zone), a date, or a number as it is.
+
+    Raises:
+        Unusable: it is none of these.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        try:
+            value = datetime.datetime.fromisoformat(text)
+        except ValueError:
+            try:
+                value = float(text)
+            except ValueError:
+                value = None
+    if isinstance(value, datetime.date) and not isinstance(value, datetime.datetime):
+        value = datetime.datetime(value.year, value.month, value.day)
+    if isinstance(value, datetime.datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=datetime.UTC)).timestamp()
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return float(value)
+    raise Unusable("bad_time", f"'{name}' holds no time: a number, or a date as in 2026-11-22 or 2026-11-22T08:00")
+
+
+def know_columns(rows: Sequence[Conversation], section: DataSection) -> None:
+    """Raise where a column that the recipe names is in no row at all."""
+    for key, name in section.columns_named.items():
+        if rows and name != "tag" and all(column(row, name) is None for row in rows):
+            raise DataError(
+                f"no row has a column '{name}'", where=f"data.{key}", fix="Name a column of the sources' files."
+            )
