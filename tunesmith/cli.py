@@ -24,6 +24,8 @@ app = typer.Typer(
 )
 runs_app = typer.Typer(help="Look at runs, compare them, remove them.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
+data_app = typer.Typer(help="Label rows, and see how far annotators agree.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as train.epochs=1.")]
@@ -275,3 +277,73 @@ def runs_rm(
         shutil.rmtree(found.path)
     if not _answer({"removed": str(found.path)}, as_json):
         print(f"Removed {found.path}")
+
+
+DataFile = Annotated[Path, typer.Argument(metavar="DATA", help="A file of rows, of any format that is read.")]
+OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; JSONL.")]
+
+
+@data_app.command("label")
+def data_label(
+    rules: Annotated[Path, typer.Argument(metavar="RULES", help="A Python file of functions: row -> label or None.")],
+    data: DataFile,
+    out: OutFile = None,
+    truth: Annotated[str | None, typer.Option("--truth", help="A column of right labels, to measure with.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Label rows by rules that vote; a label model weighs them by how they agree. Runs the Python file."""
+    _hush(as_json)
+    from tunesmith import show
+    from tunesmith.data.labels.weak import label
+    from tunesmith.runs import json_line, write_text
+
+    found = label(rules, data, truth)
+    if out is not None:
+        write_text(out, "".join(map(json_line, found.rows)))
+    told = found.facts | {"rules": found.rules, "unlabelled": found.unlabelled, "broken": found.broken}
+    if not _answer(told, as_json):
+        show.labelled(found, out)
+
+
+@data_app.command("agreement")
+def data_agreement(
+    data: DataFile,
+    item: Annotated[str, typer.Option("--item", help="The column of items; {} stands for a number.")] = "item",
+    annotator: Annotated[str, typer.Option("--annotator", help="The column of annotators.")] = "annotator",
+    label: Annotated[str, typer.Option("--label", help="The column of labels, or Label Studio's control.")] = "label",
+    level: Annotated[str, typer.Option("--level", help="nominal, ordinal, interval or ratio.")] = "nominal",
+    adjudicate: Annotated[str | None, typer.Option("--adjudicate", help="majority or dawid_skene.")] = None,
+    out: OutFile = None,
+    as_json: Json = False,
+) -> None:
+    """How far annotators agree, where they do not, and one label for each item."""
+    _hush(as_json)
+    from tunesmith import show
+    from tunesmith.data.labels import agreement as agreeing
+    from tunesmith.data.labels.judgements import read_judgements
+    from tunesmith.runs import json_line, write_text
+
+    judgements = read_judgements(data, item, annotator, label)
+    found = agreeing.agreement(judgements, agreeing.level_named(level))
+    if adjudicate is not None:
+        rows = agreeing.adjudicate(judgements, agreeing.way_named(adjudicate))
+        found["adjudicated"] = {"rows": len(rows), "ties": sum(row["label"] is None for row in rows)}
+        if out is not None:
+            write_text(out, "".join(map(json_line, rows)))
+    if not _answer(found, as_json):
+        show.agreement(found, out)
+
+
+@data_app.command("tasks")
+def data_tasks(
+    data: DataFile,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; JSON.")],
+    as_json: Json = False,
+) -> None:
+    """Write rows as tasks that Label Studio imports."""
+    _hush(as_json)
+    from tunesmith.data.labels.tasks import write_tasks
+
+    written = write_tasks(data, out)
+    if not _answer({"tasks": str(out), "rows": written}, as_json):
+        print(f"Wrote {written} tasks to {out}. In Label Studio: Import; what people say comes back by Export, JSON.")

@@ -234,6 +234,38 @@ def table(rows: list[dict[str, Any]], empty: str) -> None:
     out.print(shown)
 
 
+def labelled(found: Any, written: Path | None) -> None:
+    """What rules made of a file: a data.labels.weak.Labelled."""
+    facts = found.facts
+    table(found.rules, "No rules.")
+    print(f"{facts['labelled']} of {facts['rows']} rows labelled, by {facts['model']}.")
+    if "accuracy" in facts:
+        print(f"Of {facts['checked']} whose label is known, {facts['accuracy']:.1%} are right.")
+    if found.broken:
+        print(f"{len(found.broken)} rows can't be read, the first is row {found.broken[0][0]}: {found.broken[0][1]}.")
+    print(f"Wrote {written}" if written else "Nothing was written; --out names a file.")
+
+
+def agreement(found: dict[str, Any], written: Path | None) -> None:
+    """Annotators' agreement, as data.labels.agreement tells it."""
+    alpha, fleiss, cohen = found["krippendorff"], found["fleiss"], found["cohen"]
+    interval = f", 95% interval {alpha['interval'][0]} to {alpha['interval'][1]}" if alpha["interval"] else ""
+    figures = [
+        ("Krippendorff's alpha", alpha["alpha"], f"{alpha['items']} items{interval}"),
+        ("Fleiss' kappa", fleiss["kappa"], f"{fleiss['items']} items, {fleiss['raters']} judgements each"),
+        ("Cohen's kappa, mean", cohen["mean"], f"{len(cohen['pairs'])} pairs of annotators"),
+        ("agreeing pairs", found["agreeing pairs"], f"{found['judgements']} judgements"),
+    ]
+    table([dict(zip(("figure", "value", "of"), line, strict=True)) for line in figures], "")
+    divided = found["disagreements"]
+    print(f"{len(divided)} of {found['items judged by two or more']} items are judged differently; most divided:")
+    for one in divided[:5]:
+        print(f"  {one['item']}: " + ", ".join(f"{label} ({n})" for label, n in one["votes"].items()))
+    if "adjudicated" in found:
+        print(f"{found['adjudicated']['rows']} items adjudicated; {found['adjudicated']['ties']} ties have no label.")
+        print(f"Wrote {written}" if written else "Nothing was written; --out names a file.")
+
+
 def doctor(found: dict[str, Any]) -> None:
     shown = Table(show_header=False)
     for key, value in found.items():

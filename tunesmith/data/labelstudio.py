@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,6 @@ def judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
             who = who.get("email", who.get("id")) if isinstance(who, dict) else who
             for control, value in _said(annotation).items():
                 yield str(task.get("id", "")), str(who), control, value
-
-
-def as_tasks(rows: Iterable[Row]) -> str:
-    """Rows as Label Studio imports them: a JSON list of {data: ...}."""
-    return json.dumps([{"data": row} for row in rows], ensure_ascii=False, indent=1, default=str) + "\n"
 
 
 def _tasks(path: Path) -> Rows:
