@@ -164,8 +164,8 @@ def _combined(votes_RF: np.ndarray, labels: int, seed: int) -> tuple[np.ndarray,
         warnings.simplefilter("ignore", FutureWarning)
         model = LabelModel(cardinality=labels, verbose=False)
         model.fit(votes_RF, n_epochs=500, seed=seed, progress_bar=False)
-        chances = model.predict_proba(votes_RF)
-    return np.asarray(chances), "snorkel's label model", [float(w) for w in model.get_weights()]
+        chances, trust = model.predict_proba(votes_RF), model.get_weights()
+    return np.asarray(chances), "snorkel's label model", [float(w) for w in trust]
 
 
 def _summary(
