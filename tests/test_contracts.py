@@ -19,7 +19,7 @@ from tests.conftest import write_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
-VERBS = {"preview", "starter", "doctor", "show", "talk"}
+VERBS = {"versus", "preview", "starter", "doctor", "show", "talk"}
 LEVELS = [
     {"errors", "section"},
     {"plugins", "progress"},
@@ -124,8 +124,9 @@ def test_the_command_line_is_frozen() -> None:
     assert surface(typer.main.get_command(app)) == {
         "run": stage,
         "train": stage,
-        "evaluate": stage,
-        "package": stage,
+        "evaluate": ["--against", "--base", "--data", "--json", "--model", "--out", "--runs", "--set"],
+        "package": ["--force", *stage],
+        "compare": ["--json", "--metric", "--runs"],
         "init": ["--force", "--json", "--out"],
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_recipe
-from tunesmith.evaluate import metrics
-from tunesmith.evaluate.metrics import Answers
+from tunesmith import plugins
+from tunesmith.evaluate.metrics import Answers, Metric
+from tunesmith.evaluate.metrics.base import rows
 from tunesmith.evaluate.statistics import Resamples, difference, interval, verdict
 
 
@@ -19,7 +20,11 @@ def answers(given: list[str], references: list[str]) -> Answers:
     return Answers(given, references, [1.0] * len(given), [2] * len(given))
 
 
-def value(metric: metrics.Metric, these: Answers) -> float:
+def named(name: str) -> Metric:
+    return plugins.load("metric", name)  # type: ignore[no-any-return]
+
+
+def value(metric: Metric, these: Answers) -> float:
     return float(metric.value(metric.stats(these).sum(0)))
 
 
@@ -32,10 +37,10 @@ def test_text_scores_equal_sacrebleu_and_rouge_score() -> None:
     from sacrebleu.metrics import CHRF
 
     these = answers(TEXTS, RIGHT)
-    assert value(metrics.chrf, these) == pytest.approx(CHRF().corpus_score(TEXTS, [RIGHT]).score)
+    assert value(named("chrf"), these) == pytest.approx(CHRF().corpus_score(TEXTS, [RIGHT]).score)
     scorer = RougeScorer(["rougeL"])
     expected = np.mean([scorer.score(r, g)["rougeL"].fmeasure for g, r in zip(TEXTS, RIGHT, strict=True)])
-    assert value(metrics.rouge_l, these) == pytest.approx(expected)
+    assert value(named("rouge_l"), these) == pytest.approx(expected)
 
 
 def test_label_scores_equal_scikit_learn() -> None:
@@ -45,9 +50,9 @@ def test_label_scores_equal_scikit_learn() -> None:
     right = [str(x) for x in random.choice(["a", "b", "c"], 200, p=[0.6, 0.3, 0.1])]
     given = [str(x) for x in random.choice(["a", "b", "c", "none of them"], 200)]
     these = answers(given, right)
-    assert value(metrics.accuracy, these) == pytest.approx(accuracy_score(right, given))
+    assert value(named("accuracy"), these) == pytest.approx(accuracy_score(right, given))
     expected = f1_score(right, given, average="macro", labels=["a", "b", "c"])
-    assert value(metrics.macro_f1, these) == pytest.approx(expected)
+    assert value(named("macro_f1"), these) == pytest.approx(expected)
 
 
 def test_json_scores() -> None:
@@ -60,16 +65,16 @@ def test_json_scores() -> None:
         '{"a":1,"b":{"c":"x"},"d":0}',
     ]
     these = answers(given, right)
-    assert value(metrics.exact_match, these) == pytest.approx(1 / 5)
-    assert value(metrics.json_valid, these) == pytest.approx(4 / 5)
+    assert value(named("exact_match"), these) == pytest.approx(1 / 5)
+    assert value(named("json_valid"), these) == pytest.approx(4 / 5)
     hits, wrong, missed = 2 + 1 + 0 + 1 + 2, 0 + 1 + 0 + 0 + 1, 0 + 1 + 2 + 1 + 0
-    assert value(metrics.json_field_f1, these) == pytest.approx(2 * hits / (2 * hits + wrong + missed))
+    assert value(named("json_field_f1"), these) == pytest.approx(2 * hits / (2 * hits + wrong + missed))
 
 
 def test_likelihoods() -> None:
     these = Answers(["x", "y"], ["x", "y"], [2.0, 4.0], [1, 3])
-    assert value(metrics.loss, these) == pytest.approx(1.5)
-    assert value(metrics.perplexity, these) == pytest.approx(np.exp(1.5))
+    assert value(named("loss"), these) == pytest.approx(1.5)
+    assert value(named("perplexity"), these) == pytest.approx(np.exp(1.5))
 
 
 def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
@@ -78,16 +83,16 @@ def test_intervals_cover_the_truth_about_95_times_in_100() -> None:
     trials, n = 400, 80
     for trial in range(trials):
         draws = Resamples(n, 400, trial)
-        hits = metrics._rows(list((random.random(n) < 0.4).astype(float)))
-        found = interval(metrics.exact_match, hits, draws)
+        hits = rows(list((random.random(n) < 0.4).astype(float)))
+        found = interval(named("exact_match"), hits, draws)
         shares += found["low"] <= 0.4 <= found["high"]
-        found = interval(metrics.rouge_l, metrics._rows(list(random.beta(2, 2, n))), draws)
+        found = interval(named("rouge_l"), rows(list(random.beta(2, 2, n))), draws)
         means += found["low"] <= 0.5 <= found["high"]
         # Paired: the same rows are hard for both models.
         hard = random.random(n)
-        before, after = (metrics._rows(list((hard + 0.3 * random.random(n) < p).astype(float))) for p in (0.4, 0.7))
+        before, after = (rows(list((hard + 0.3 * random.random(n) < p).astype(float))) for p in (0.4, 0.7))
         truth = 0.3  # P(hard + noise < .7) - P(hard + noise < .4), both inside the straight part
-        found = difference(metrics.exact_match, before, after, draws)
+        found = difference(named("exact_match"), before, after, draws)
         gaps += found["low"] <= truth <= found["high"]
     assert 0.92 <= shares / trials <= 0.98
     assert 0.91 <= means / trials <= 0.98
@@ -98,16 +103,16 @@ def test_p_values_are_even_where_nothing_differs() -> None:
     random = np.random.default_rng(2)
     found = []
     for trial in range(300):
-        one, other = (metrics._rows(list(random.normal(size=50))) for _ in range(2))
-        found.append(difference(metrics.rouge_l, one, other, Resamples(50, 300, trial))["p"])
+        one, other = (rows(list(random.normal(size=50))) for _ in range(2))
+        found.append(difference(named("rouge_l"), one, other, Resamples(50, 300, trial))["p"])
     assert 0.02 <= np.mean(np.array(found) < 0.05) <= 0.09
     assert 0.4 <= np.mean(found) <= 0.6
 
 
 def test_the_verdict_follows_the_interval_and_the_metrics_direction() -> None:
     up, down, unclear = ({"low": a, "high": b} for a, b in ((0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)))
-    assert [verdict(metrics.accuracy, g) for g in (up, down, unclear)] == ["better", "worse", "not_proven"]
-    assert [verdict(metrics.loss, g) for g in (up, down, unclear)] == ["worse", "better", "not_proven"]
+    assert [verdict(named("accuracy"), g) for g in (up, down, unclear)] == ["better", "worse", "not_proven"]
+    assert [verdict(named("loss"), g) for g in (up, down, unclear)] == ["worse", "better", "not_proven"]
 
 
 def test_evaluation_end_to_end(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +17,8 @@ from tunesmith.conversation.message import Conversation, Message
 from tunesmith.evaluate import charts, report
 from tunesmith.evaluate.evaluate import EvaluateInputs, evaluate
 from tunesmith.evaluate.section import EvaluateSection
+from tunesmith.inference.engine import Score
+from tunesmith.inference.subject import Kept, Reply
 from tunesmith.runs import Run
 
 HOSTILE = '<script>alert("tuned")</script>'
@@ -40,17 +41,21 @@ PACKAGED = {
 }
 
 
-class FakeEngine:
-    """Answers row i with `answers[i]` and finds every reference as likely as `nll` says."""
+class FakeModel:
+    """Answers the question numbered i with `answers[i]` and finds every reference as likely as `nll` says."""
+
+    name = "fake"
 
     def __init__(self, answers: list[str], nll: float) -> None:
-        self.answers, self.nll = answers, nll
+        self.given, self.nll = answers, nll
 
-    def generate(self, prompts: Any, limit: int, stop: Any, advance: Any) -> list[str]:
-        return [self.answers[i] for i in range(len(prompts))]
+    def answers(self, prompts: Any, limit: int, sampling: Any, tick: Any) -> Any:
+        for i, prompt in enumerate(prompts):
+            yield i, Reply(self.given[int(prompt.messages[-1].content.split()[1])])
 
-    def score(self, rows: Any, advance: Any) -> list[SimpleNamespace]:
-        return [SimpleNamespace(nll=self.nll + i / 10, tokens=6) for i in range(len(rows))]
+    def likelihoods(self, rows: Any, tick: Any) -> Any:
+        for i, _ in enumerate(rows):
+            yield i, Score(self.nll + i / 10, 6)
 
 
 def fake_run(folder: Path, kind: str = "json", n: int = 30, goal: str | None = None, tuned_right: int = 24) -> Run:
@@ -77,18 +82,15 @@ def fake_run(folder: Path, kind: str = "json", n: int = 30, goal: str | None = N
     run.metrics.write_text("".join(map(runs.json_line, lines)))
 
     right = [row.answer for row in rows]
-    engines = {
-        "baseline": lambda: FakeEngine([right[0], *(["no idea"] * (n - 1))], 30.0),
-        "tuned": lambda: FakeEngine([HOSTILE, *right[1 : tuned_right + 1], *(["?"] * n)][:n], 3.0),
+    given = {
+        "baseline": FakeModel([right[0], *(["no idea"] * (n - 1))], 30.0),
+        "tuned": FakeModel([HOSTILE, *right[1 : tuned_right + 1], *(["?"] * n)][:n], 3.0),
     }
-    renderer = SimpleNamespace(
-        tokenizer=lambda text, add_special_tokens: {"input_ids": text.split()},
-        prompt=lambda messages: messages,
-        render=lambda row, only_last: row,
-        decode=lambda ids: ids,
-        stop_ids=[0],
-    )
-    inputs = EvaluateInputs(rows, kind, goal, renderer, engines, 7)  # type: ignore[arg-type]
+    subjects = {
+        side: Kept(run.answers / f"{side}.jsonl", side, lambda model=model: model, lambda text: len(text.split()))
+        for side, model in given.items()
+    }
+    inputs = EvaluateInputs(rows, kind, goal, subjects, 7)
     target = run.stage("evaluate")
     target.mkdir()
     card = evaluate(EvaluateSection(bootstrap=200), inputs, target)

@@ -65,6 +65,11 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
         given = keys["data"]["split"][part]
         if isinstance(given, str):
             keys["data"]["split"][part] = whole(given)
+    metrics = keys["evaluate"]["metrics"] or []  # a function of one's own lies in a file
+    for place, name in enumerate(metrics):
+        if ".py:" in name:
+            path, _, function = name.rpartition(":")
+            metrics[place] = f"{whole(path)}:{function}"
     for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
         if name.exists():
             keys["model"]["name"] = str(name.resolve())

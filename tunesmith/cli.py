@@ -99,6 +99,15 @@ def _journey(recipe: str, sets: list[str] | None, runs: Path | None, as_json: bo
     result = pipeline.run(recipe, sets or [], runs, stages)
     if not _answer(show.summary(result), as_json):
         show.ending(result)
+    if "evaluate" in stages:
+        _exit_by_gate(result.scorecard)
+
+
+def _exit_by_gate(card: dict[str, Any] | None) -> None:
+    """Exit code 3 where a recipe's gate holds the model, 4 where it is not proven."""
+    gate = (card or {}).get("gate") or {}
+    if gate.get("enforced") and gate["decision"] != "ship":
+        raise typer.Exit({"hold": 3, "not_proven": 4}[gate["decision"]])
 
 
 @app.command()
@@ -114,15 +123,67 @@ def train(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Jso
 
 
 @app.command()
-def evaluate(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
-    """Compare a trained run with its base on the test rows."""
-    _journey(recipe, sets, runs, as_json, ("evaluate",))
+def evaluate(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="A recipe; with --model, only its settings are taken.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A hub id, folder, .gguf file, run, adapter, or http://host/v1#name.")
+    ] = None,
+    against: Annotated[str | None, typer.Option("--against", help="The baseline: another such name.")] = None,
+    data: Annotated[str | None, typer.Option("--data", help="A file of test rows.")] = None,
+    base: Annotated[str | None, typer.Option("--base", help="The base of an adapter that names none.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("evaluation"),
+    sets: Sets = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Compare a trained run with its base on the test rows; or, with --model, any two models on a file's rows.
+
+    Exit code 3 where the recipe's gate holds the model, 4 where it is not proven.
+    """
+    if model is None:
+        if recipe is None:
+            raise RunError("nothing to evaluate", where="evaluate", fix="Give a RECIPE, or --model, --against, --data.")
+        return _journey(recipe, sets, runs, as_json, ("evaluate",))
+    if against is None or data is None:
+        missing = "--against" if against is None else "--data"
+        raise RunError(f"{missing} is missing", where="evaluate --model", fix="Give --against MODEL and --data FILE.")
+    _hush(as_json)
+    from tunesmith import show, versus
+
+    card = versus.evaluate(model, against, data, out, recipe, sets or [], base, runs)
+    if not _answer(card, as_json):
+        show.scores(card, f"{model} against {against}", out / "report.html")
+    return _exit_by_gate(card)
 
 
 @app.command()
-def package(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+def compare(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="Evaluated runs; the first is compared with.")],
+    metric: Annotated[str | None, typer.Option("--metric", help="What to rank by; the first run's goal.")] = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """A leaderboard of runs, on the test rows that all of them answered."""
+    _hush(as_json)
+    from tunesmith import show, versus
+
+    found = versus.leaderboard(names, metric, runs)
+    if not _answer(found, as_json):
+        show.leaderboard(found)
+
+
+@app.command()
+def package(
+    recipe: RecipeName,
+    force: Annotated[bool, typer.Option("--force", help="Package what the gate holds, too; it is recorded.")] = False,
+    sets: Sets = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
     """Merge a trained run's adapter into its base, check that, and write the model card."""
-    _journey(recipe, sets, runs, as_json, ("package",))
+    _journey(recipe, [*(sets or []), *(["package.force=true"] if force else [])], runs, as_json, ("package",))
 
 
 @app.command()

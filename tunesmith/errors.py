@@ -7,6 +7,7 @@ TunesmithError
 ├── MachineError     disk, memory, or a library that is not installed
 ├── RunError         a run's folder: taken, busy, missing, damaged
 ├── TrainingError    the loop had to stop: the loss is not finite
+├── Held             the gate does not let a model through (exit code 3)
 └── Interrupted      a person or the system asked us to stop (exit code 130)
 """
 
@@ -56,6 +57,12 @@ class RunError(TunesmithError):
 
 class TrainingError(TunesmithError):
     """Training stopped because going on would have spoilt the model."""
+
+
+class Held(TunesmithError):
+    """The gate does not let a model through."""
+
+    exit_code = 3
 
 
 class Interrupted(TunesmithError):

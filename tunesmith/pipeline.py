@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import claims, runs
 from tunesmith import recipe as recipes
-from tunesmith.errors import DataError, RunError
+from tunesmith.errors import DataError, Held, RunError
 from tunesmith.progress import clock, say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
@@ -25,6 +25,7 @@ from tunesmith.runs import STAGES, Run
 if TYPE_CHECKING:
     from tunesmith.conversation.render import Renderer
     from tunesmith.inference.engine import Engine
+    from tunesmith.inference.subject import Kept
     from tunesmith.models.machine import Machine
     from tunesmith.models.resolve import ResolvedModel
 
@@ -60,6 +61,11 @@ def run(
             if stage in wanted:
                 if stage == "train":
                     journey.look_ahead(wanted)
+                if stage == "package" and (held := journey.held()) is not None:
+                    if "evaluate" not in wanted:
+                        raise held
+                    say(f"package: {held.what}")
+                    break
                 journey.walk(stage)
                 _finish(there, resolved)  # after each, so that a later one's failure hides nothing
     return Result(there)
@@ -168,6 +174,18 @@ class Journey:
         gc.collect()
         give_back()
 
+    def held(self) -> Held | None:
+        """Why the gate does not let this model be packaged; None where it does, or is overruled."""
+        gate = (self.run.scores or {}).get("gate") or {}
+        if self.recipe.package.force or not gate.get("enforced") or gate["decision"] != "hold":
+            return None
+        broken = "; ".join(f"{c['condition']} ({c['why']})" for c in gate["conditions"] if c["state"] == "broken")
+        return Held(
+            f"held by the gate: {broken}",
+            where=str(self.run.path),
+            fix="Train a better one, or overrule it: --set package.force=true (recorded).",
+        )
+
     def look_ahead(self, stages: Sequence[str]) -> None:
         """Raise before training what would only come up after it: no test rows, no room for the result."""
         counts = (self.run.manifest("data") or {})["counts"]
@@ -193,7 +211,18 @@ class Journey:
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
             return model | {"section": kept}
         kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
-        return model | {"section": kept, "goal": r.goal.model_dump(mode="json")}
+        gate = r.gate.model_dump(mode="json") if r.gate else None
+        goal = {"goal": r.goal.model_dump(mode="json")} | ({"gate": gate} if gate else {})
+        return model | {"section": kept} | goal | ({"files": self.own_files} if self.own_files else {})
+
+    @cached_property
+    def own_files(self) -> dict[str, str]:
+        """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
+        named = [
+            name.rpartition(":")[0] for name in (*(self.recipe.evaluate.metrics or ()), self.recipe.goal.metric or "")
+        ]
+        paths = [self.folder / Path(name).expanduser() for name in named if name.endswith(".py")]
+        return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
 
     @cached_property
     def files(self) -> dict[str, list[Any]]:
@@ -285,14 +314,30 @@ class Journey:
             self.rows("test"),
             answers["kind"],
             self.recipe.goal.metric,
-            self.renderer,
-            {
-                "baseline": functools.partial(self.engine, None),
-                "tuned": functools.partial(self.engine, self.run.tuned),
-            },
+            {"baseline": self.subject(None), "tuned": self.subject(self.run.tuned)},
             self.recipe.seed,
+            self.folder,
+            self.recipe.gate,
+            self.rows("train"),
+            self.rows("validation"),
         )
-        return {"verdict": evaluate(self.recipe.evaluate, inputs, target)["verdict"]}
+        card = evaluate(self.recipe.evaluate, inputs, target)
+        return {"verdict": card["verdict"], "gate": card["gate"]["decision"]}
+
+    def subject(self, adapter: Path | None) -> Kept:
+        """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
+        from tunesmith.inference.subject import Kept, Local
+
+        trained = self.run.complete("train") if adapter else None
+        state = [self.model.identity, self.renderer.hash, runs.digest(trained) if trained else None]
+        name = "tuned" if adapter else "baseline"
+        tokenizer = self.renderer.tokenizer
+        return Kept(
+            self.run.answers / f"{name}-{runs.hash_json([*state, self.machine.precision])[:16]}.jsonl",
+            self.run.name if adapter else self.model.name,
+            lambda: Local(name, self.engine(adapter), self.renderer),
+            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        )
 
     def engine(self, adapter: Path | None) -> Engine:
         from tunesmith import plugins
@@ -305,10 +350,12 @@ class Journey:
         from tunesmith.package.card import card
         from tunesmith.package.package import PackageInputs, package
 
+        gate = (self.run.scores or {}).get("gate") or {}
+        forced = self.recipe.package.force and gate.get("enforced") and gate["decision"] != "ship"
         rows = self.rows("test") or self.rows("train")
         told = package(self.recipe.package, PackageInputs(self.model, self.run.tuned, self.renderer, rows), target)
         runs.write_text(target / "model" / "README.md", card(self.run, self.model.as_dict()))
-        return told
+        return told | ({"forced": gate} if forced else {})
 
 
 # What each stage reads of the others, and what it can do without.

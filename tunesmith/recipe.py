@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from tunesmith import plugins
 from tunesmith.data.section import DataSection
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluate.section import EvaluateSection, GoalSection
+from tunesmith.evaluate.section import EvaluateSection, Gate, GoalSection
 from tunesmith.models.section import ModelSection
 from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
@@ -50,6 +50,8 @@ class Recipe(Section):
     """How to train."""
     evaluate: EvaluateSection = EvaluateSection()
     """How to prove it."""
+    gate: Gate = None
+    """What must be proved before it is handed on; nothing is held back, if not given."""
     package: PackageSection = PackageSection()
     """What to hand on."""
 

@@ -37,6 +37,10 @@ RECORDED = (
     "scikit-learn",
     "sacrebleu",
     "rouge-score",
+    "nltk",
+    "jiwer",
+    "jsonschema",
+    "lm-eval",
 )
 
 
@@ -163,6 +167,11 @@ class Run:
     @property
     def report(self) -> Path:
         return self.path / "report.html"
+
+    @property
+    def answers(self) -> Path:
+        """What models were asked, as they answered it."""
+        return self.path / "answers"
 
     @property
     def origin(self) -> Path:

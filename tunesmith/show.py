@@ -51,6 +51,7 @@ def summary(result: Result) -> dict[str, Any]:
         "train": (run.complete("train") or {}).get("summary"),
         "findings": read_jsonl(run.findings),
         "package": (run.complete("package") or {}).get("check"),
+        "forced": "forced" in (run.complete("package") or {}),
         "report": str(run.report) if run.report.is_file() else None,
         "adapter": str(run.tuned) if run.tuned.is_dir() else None,
         "model": str(run.model) if run.complete("package") else None,
@@ -78,6 +79,53 @@ def stages(result: Result) -> None:
         )
 
 
+def scores(card: dict[str, Any], title: str, report: Path) -> None:
+    """A scorecard's metrics, its verdict, and what its gate says."""
+    out = _console()
+    table = Table(title=f"{title}: {card['n']} held-out rows", title_justify="left")
+    table.add_column("metric")
+    for column in ("baseline", "tuned", "difference", "95% interval"):
+        table.add_column(column, justify="right")
+    for name, score in card["metrics"].items():
+        gap = score["difference"]
+        table.add_row(
+            f"[bold]{name}[/bold] (goal)" if name == card["goal_metric"] else name,
+            number(score["baseline"]["value"]),
+            number(score["tuned"]["value"]),
+            f"{'+' if gap['value'] >= 0 else ''}{number(gap['value'])}",
+            f"[{number(gap['low'])}, {number(gap['high'])}]",
+        )
+    out.print(table)
+    out.print(f"Verdict on {card['goal_metric']}: {SAID[card['verdict']]}.")
+    failed = {side: sum(n.values()) for side, n in card.get("failures", {}).items() if n}
+    for side, n in failed.items():
+        out.print(f"{n} answers of the {side} model failed; they count as wrong.", highlight=False)
+    gate = card.get("gate")
+    if gate and gate["enforced"]:
+        out.print(f"Gate: [bold]{gate['decision'].replace('_', ' ')}[/bold]", highlight=False)
+        for condition in gate["conditions"]:
+            mark = {"met": "met", "broken": "broken", "not_proven": "not proven"}[condition["state"]]
+            told = f"  {condition['condition']}: {mark} ({condition['why']})"
+            out.print(told, markup=False, highlight=False, soft_wrap=True)
+    out.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def leaderboard(found: dict[str, Any]) -> None:
+    """Runs by rank."""
+    title = f"{found['metric']} on {found['n']} rows, each against {found['against']}"
+    board = Table("run", "score", "difference", "p (Holm)", "verdict", title=title, title_justify="left")
+    for row in found["runs"]:
+        gap = row.get("difference")
+        board.add_row(
+            row["run"],
+            Text(span(row["score"])),
+            Text(span(gap) if gap else ""),
+            f"{gap['p_holm']:.3f}" if gap else "",
+            row.get("verdict", ""),
+        )
+    _console().print(board)
+
+
 def ending(result: Result) -> None:
     """The verdict, where the report lies, and what to try next."""
     out, run, card = _console(), result.run, result.scorecard
@@ -88,22 +136,7 @@ def ending(result: Result) -> None:
         stage = "evaluate" if run.complete("train") else "run"
         out.print(f"Next: {program()} {stage} {origin_of(run)}", markup=False, highlight=False, soft_wrap=True)
         return
-    table = Table(title=f"{run.name}: {card['n']} held-out rows", title_justify="left")
-    table.add_column("metric")
-    for column in ("baseline", "tuned", "difference", "95% interval"):
-        table.add_column(column, justify="right")
-    for name, scores in card["metrics"].items():
-        gap = scores["difference"]
-        table.add_row(
-            f"[bold]{name}[/bold] (goal)" if name == card["goal_metric"] else name,
-            number(scores["baseline"]["value"]),
-            number(scores["tuned"]["value"]),
-            f"{'+' if gap['value'] >= 0 else ''}{number(gap['value'])}",
-            f"[{number(gap['low'])}, {number(gap['high'])}]",
-        )
-    out.print(table)
-    out.print(f"Verdict on {card['goal_metric']}: {SAID[card['verdict']]}.")
-    out.print(f"Report: {run.report}", highlight=False, soft_wrap=True)
+    scores(card, run.name, run.report)
     if run.complete("package"):
         out.print(f"Model:  {run.model}", highlight=False, soft_wrap=True)
     out.print("Next:", highlight=False)

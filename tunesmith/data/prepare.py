@@ -131,6 +131,22 @@ def _shared_system(rows: Sequence[Conversation]) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def rows_of(section: DataSection, folder: Path) -> list[Conversation]:
+    """Every row of the section's sources as conversations, none held out or measured.
+
+    Raises:
+        DataError: a file or too many rows can't be used.
+    """
+    ledger = Ledger()
+    files = source_files(section, folder)["train"]
+    with bar("Reading rows", sum(_lines(path) for _, path in files)) as progress:
+        rows = [row for source, path in files for row in _rows(source, path, section, ledger, progress.advance)]
+    error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
+    if error is not None:
+        raise error
+    return rows
+
+
 def load_rows(file: Path) -> list[Conversation]:
     """The rows of a prepared file."""
     with file.open(encoding="utf-8") as lines:
@@ -210,6 +226,8 @@ def _rows(
             continue
         try:
             conversation = marked(layout.read(row, source, where), row, source, section)
+            kept = {column: row[column] for column in source.keep if row.get(column) is not None}
+            conversation = replace(conversation, metadata=conversation.metadata | kept) if kept else conversation
             _usable(conversation)
         except Unusable as error:
             ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False, default=str))

@@ -77,6 +77,8 @@ class SourceSection(Section):
     """The user's message, with {column} for what a row holds; in place of the layout's own."""
     system: str | None = None
     """A system prompt for this source's rows that have none; in place of `data.system`."""
+    keep: list[str] = Field(default_factory=list)
+    """Columns that rows keep as metadata: to slice scores by, or for metrics (choices, schema, database, tests)."""
     where: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(default_factory=dict)
     """Keep only rows whose column has this value (or one of these); the others are counted as removed."""
 

@@ -57,7 +57,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     magnitude = 10.0 ** math.floor(math.log10(rough))
     step = next((s for s in (1, 2, 2.5, 5) if s * magnitude >= rough), 10) * magnitude
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
 
 
 def curves(

@@ -2,37 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation
-from tunesmith.conversation.render import Renderer
-from tunesmith.errors import DataError
+from tunesmith.conversation.message import Conversation, Message, Text
+from tunesmith.errors import DataError, RecipeError
+from tunesmith.evaluate import probes
+from tunesmith.evaluate.conditions import decide
+from tunesmith.evaluate.junit import junit
 from tunesmith.evaluate.metrics import FITTING, Answers, Metric
-from tunesmith.evaluate.section import EvaluateSection
-from tunesmith.evaluate.statistics import Resamples, difference, interval, verdict
-from tunesmith.inference.engine import Engine
+from tunesmith.evaluate.metrics.custom import custom
+from tunesmith.evaluate.section import EvaluateSection, GateSection
+from tunesmith.evaluate.slices import slices
+from tunesmith.evaluate.statistics import compared, holm, verdict
+from tunesmith.inference.engine import Sampling
+from tunesmith.inference.subject import Ask, Kept, Reply
 from tunesmith.progress import bar
-from tunesmith.runs import json_line, write_json
+from tunesmith.runs import json_line, write_json, write_text
 
 SIDES = ("baseline", "tuned")
 
 
 @dataclass(frozen=True)
 class EvaluateInputs:
-    """Test rows, what their answers are, and the two models (made when their turn comes, one at a time)."""
+    """Test rows, what their answers are, and the two models (each opened when its turn comes).
+
+    `folder` is what the recipe's paths are relative to; `train` and `validation` are the rows that the tuned model
+    was trained on and watched with, where it is known.
+    """
 
     rows: Sequence[Conversation]
     kind: str
     goal: str | None
-    renderer: Renderer
-    engines: dict[str, Callable[[], Engine]]
+    subjects: dict[str, Kept]
     seed: int
+    folder: Path = Path()
+    gate: GateSection | None = None
+    train: Sequence[Conversation] = field(default=())
+    validation: Sequence[Conversation] = field(default=())
+
+
+@dataclass(frozen=True)
+class Side:
+    """One model's answers, each row's replies over all rounds, and how many of them failed."""
+
+    answers: Answers
+    replies: list[list[Reply]]
+
+    @property
+    def failures(self) -> Counter[str]:
+        return Counter(r.failure for given in self.replies for r in given if r.failure)
 
 
 def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> dict[str, Any]:
@@ -40,55 +65,59 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
 
     Raises:
         DataError: there is no test row.
+        RecipeError: a metric needs what a model does not give.
     """
     rows = drawn(inputs.rows, section.rows, inputs.seed)
     if not rows:
         raise DataError("no test rows to evaluate on", where="data.split.test", fix="Hold some out: test: 0.1")
     goal, metrics = chosen(section, inputs)
-    references = [row.answer for row in rows]
-    longest = max(len(inputs.renderer.tokenizer(r, add_special_tokens=False)["input_ids"]) for r in references)
-    limit = section.max_new_tokens or longest + longest // 4 + 8
-    sides = {side: _answers(inputs.engines[side], rows, inputs.renderer, limit, side) for side in SIDES}
+    limit = section.max_new_tokens or _limit(rows, inputs.subjects["baseline"])
+    asked = probes.asked(section, inputs, rows, limit)
 
-    draws = Resamples(len(rows), section.bootstrap, inputs.seed)
-    scores: dict[str, Any] = {}
-    for metric in metrics:
-        stats = {side: metric.stats(answers) for side, answers in sides.items()}
-        scores[metric.name] = {
-            **{side: interval(metric, stats[side], draws) for side in SIDES},
-            "difference": difference(metric, stats["baseline"], stats["tuned"], draws),
-            "n": len(rows),
-            "higher_is_better": metric.higher_is_better,
-        }
+    sides: dict[str, Side] = {}
+    found: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
+    for side in SIDES:
+        subject = inputs.subjects[side]
+        scored = subject.scores
+        metrics = [m for m in metrics if scored or not m.likelihood]
+        sides[side] = _asked(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
+        for probe in asked:
+            found[probe.name][side] = probe.ask(subject, side, found[probe.name].get("baseline"))
+        subject.close()
+    if goal not in [m.name for m in metrics]:
+        raise RecipeError(
+            f"the goal {goal} needs likelihoods, which an endpoint does not give",
+            where="goal.metric",
+            fix="Choose another: accuracy, exact_match, rouge_l, ...",
+        )
+
+    stats = {m.name: {side: m.measure(sides[side].answers) for side in SIDES} for m in metrics}
+    scores = {
+        m.name: compared(m, stats[m.name], section.bootstrap, inputs.seed)
+        | ({"details": {s: m.details(sides[s].answers) for s in SIDES}} if m.details else {})
+        for m in metrics
+    }
+    holm(scores)
     decider = next(m for m in metrics if m.name == goal)
-    scorecard = {
+    card: dict[str, Any] = {
         "verdict": verdict(decider, scores[goal]["difference"]),
         "goal_metric": goal,
         "n": len(rows),
         "answers": inputs.kind,
         "max_new_tokens": limit,
+        "models": {side: inputs.subjects[side].name for side in SIDES},
+        "rounds": {"seeds": section.seeds, "temperature": section.heat},
         "metrics": scores,
+        "failures": {side: dict(sides[side].failures) for side in SIDES},
+        "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
-    write_json(target / "scorecard.json", scorecard)
-    by_row = {side: decider.stats(answers) for side, answers in sides.items()}
-    lines = []
-    for i, row in enumerate(rows):
-        line: dict[str, Any] = {
-            "id": row.id,
-            "prompt": [m.for_template() for m in row.prompt],
-            "reference": row.answer,
-        }
-        for side, answers in sides.items():
-            value = float(decider.value(by_row[side][i])) if decider.name != "macro_f1" else None
-            line[side] = {
-                "answer": answers.given[i],
-                "score": value,
-                "nll": answers.nll[i],
-                "tokens": answers.tokens[i],
-            }
-        lines.append(json_line(line))
-    (target / "answers.jsonl").write_text("".join(lines), encoding="utf-8")
-    return scorecard
+    for probe in asked:
+        card |= probe.compare(found[probe.name])
+    card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
+    write_json(target / "scorecard.json", card)
+    write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
+    _write_answers(target / "answers.jsonl", rows, sides, decider, stats[goal])
+    return card
 
 
 def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Conversation]:
@@ -101,23 +130,98 @@ def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Co
 def chosen(section: EvaluateSection, inputs: EvaluateInputs) -> tuple[str, list[Metric]]:
     """The goal's metric and all that are taken, the goal's first."""
     fitting = section.metrics or list(FITTING[inputs.kind])
-    goal = inputs.goal or fitting[0]
-    names = dict.fromkeys([goal, *fitting])
-    return goal, [plugins.load("metric", name) for name in names]
+    names = dict.fromkeys([inputs.goal or fitting[0], *fitting])
+    found = [metric_named(name, inputs.folder) for name in names]
+    return found[0].name, found
 
 
-def _answers(
-    make: Callable[[], Engine], rows: Sequence[Conversation], renderer: Renderer, limit: int, side: str
-) -> Answers:
-    engine = make()
-    prompts = [renderer.prompt(row.prompt) for row in rows]
-    with bar(f"Answers, {side}", len(rows)) as progress:
-        given = engine.generate(prompts, limit, renderer.stop_ids, progress.advance)
-    with bar(f"Likelihood, {side}", len(rows)) as progress:
-        scores = engine.score([renderer.render(row, only_last=True) for row in rows], progress.advance)
-    return Answers(
-        [renderer.decode(ids) for ids in given],
-        [row.answer for row in rows],
-        [s.nll for s in scores],
-        [s.tokens for s in scores],
+def metric_named(name: str, folder: Path) -> Metric:
+    """A built-in metric, a plugin's, or a user's function."""
+    metric: Metric = custom(name, folder) if ":" in name else plugins.load("metric", name)
+    return metric
+
+
+def _limit(rows: Sequence[Conversation], subject: Kept) -> int:
+    longest = max(subject.length(row.answer) for row in rows)
+    return longest + longest // 4 + 8
+
+
+def _asked(
+    section: EvaluateSection,
+    subject: Kept,
+    rows: Sequence[Conversation],
+    metrics: Sequence[Metric],
+    limit: int,
+    side: str,
+    seed: int,
+    kind: str,
+) -> Side:
+    """One model's answers to the rows, and the likelihoods that the metrics need."""
+    prompts = [Ask.of(row) for row in rows]
+    rounds: list[list[Reply]] = []
+    for number in range(section.seeds if kind != "none" else 0):
+        sampling = Sampling(section.heat, seed + number) if section.heat else None
+        title = f"Answers, {side}" + (f", round {number + 1}" if section.seeds > 1 else "")
+        with bar(title, len(rows)) as progress:
+            rounds.append(subject.replies(prompts, limit, progress.advance, sampling))
+    nll, tokens = [float("nan")] * len(rows), [0] * len(rows)
+    if subject.scores:
+        with bar(f"Likelihood, {side}", len(rows)) as progress:
+            likely = subject.likelihoods(rows, progress.advance)
+        nll, tokens = [s.nll for s in likely], [s.tokens for s in likely]
+    chooses = any(m.chooses for m in metrics)
+    rounds = rounds or [[Reply("")] * len(rows)]
+    texts = [[r.text for r in given] for given in rounds]
+    answers = Answers(
+        texts[0],
+        [row.text if isinstance(row, Text) else row.answer for row in rows],
+        nll,
+        tokens,
+        [row.metadata for row in rows],
+        texts if len(texts) > 1 else (),
+        _choices(subject, rows, side) if chooses else (),
     )
+    return Side(answers, [list(of_row) for of_row in zip(*rounds, strict=True)])
+
+
+def _choices(subject: Kept, rows: Sequence[Conversation], side: str) -> list[list[tuple[str, float]]]:
+    """Each row's choices and their negative log-likelihoods; the test rows' labels where a row names none."""
+    labels = sorted({row.answer.strip() for row in rows})
+    choices = [[str(c) for c in row.metadata.get("choices") or labels] for row in rows]
+    made = [_answered(row, text) for row, texts in zip(rows, choices, strict=True) for text in texts]
+    with bar(f"Choices, {side}", len(made)) as progress:
+        scores = iter(subject.likelihoods(made, progress.advance))
+    return [[(text, next(scores).nll) for text in texts] for texts in choices]
+
+
+def _answered(row: Conversation, text: str) -> Conversation:
+    return replace(row, messages=(*row.prompt, Message("assistant", text)))
+
+
+def _write_answers(
+    path: Path, rows: Sequence[Conversation], sides: dict[str, Side], decider: Metric, stats: dict[str, Any]
+) -> None:
+    by_row = {
+        side: decider.row(stats[side]) if decider.name not in ("macro_f1",) else [None] * len(rows) for side in SIDES
+    }
+    lines = []
+    for i, row in enumerate(rows):
+        line: dict[str, Any] = {
+            "id": row.id,
+            "prompt": [m.for_template() for m in row.prompt],
+            "reference": row.text if isinstance(row, Text) else row.answer,
+        } | ({"metadata": row.metadata} if row.metadata else {})
+        for side, told in sides.items():
+            reply = told.replies[i]
+            line[side] = {
+                "answer": reply[0].text,
+                "score": by_row[side][i],
+                "nll": told.answers.nll[i] if np.isfinite(told.answers.nll[i]) else None,
+                "tokens": told.answers.tokens[i],
+            }
+            if len(reply) > 1:
+                line[side]["samples"] = [r.text for r in reply]
+            if any(r.failure for r in reply):
+                line[side]["failure"] = next(r.failure for r in reply if r.failure)
+        lines.append(json_line(line))
+    path.write_text("".join(lines), encoding="utf-8")

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from tunesmith.evaluate import charts
 from tunesmith.evaluate.charts import Series
-from tunesmith.evaluate.metrics import same
+from tunesmith.evaluate.metrics.base import same
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
 
 SIDES = ("baseline", "tuned")
@@ -178,7 +178,7 @@ def _answer(row: dict[str, Any]) -> dict[str, Any]:
         else row[side]["score"]
         for side in SIDES
     }
-    gained = row["baseline"]["nll"] - row["tuned"]["nll"]
+    gained = (row["baseline"]["nll"] or 0.0) - (row["tuned"]["nll"] or 0.0)
     return row | {"scores": scores, "likelier": gained / max(row["tuned"]["tokens"], 1)}
 
 

@@ -1,19 +1,22 @@
-"""The recipe's `evaluate` and `goal`."""
+"""The recipe's `evaluate`, `goal` and `gate`."""
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tunesmith import plugins
 from tunesmith.errors import nearest
+from tunesmith.evaluate.conditions import Condition
 from tunesmith.section import Section
 
 
 def _known(name: str) -> str:
-    if name not in plugins.known("metric"):
+    if ":" not in name and name not in plugins.known("metric"):
         raise ValueError(
             f"no metric is called '{name}'{nearest(name, plugins.known('metric'))}"
-            f" (known: {', '.join(plugins.known('metric'))})"
+            f" (known: {', '.join(plugins.known('metric'))}; a function of your own: file.py:function)"
         )
     return name
 
@@ -34,15 +37,54 @@ class EvaluateSection(Section):
     """How baseline and tuned model are compared on the test rows."""
 
     metrics: list[str] | None = None
-    """Which to take; chosen by what the answers are, if not given."""
+    """Which to take; chosen by what the answers are, if not given. `file.py:function` is one of your own."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest answer in tokens; a quarter more than the longest test answer, if not given."""
     rows: int | None = Field(None, ge=1)
     """Only so many test rows, drawn by seed; all if not given."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples behind each interval."""
+    seeds: int = Field(1, ge=1, le=100)
+    """How often each prompt is answered; more than once, answers are drawn, and a row's scores are pooled."""
+    temperature: float | None = Field(None, ge=0)
+    """Of drawn answers; greedy (0) for one seed and 0.7 for several, if not given."""
+    alone: int = Field(0, ge=0)
+    """So many rows are asked one at a time too: latency, tokens a second, and whether batching changes an answer."""
 
     @field_validator("metrics")
     @classmethod
     def _metrics(cls, value: list[str] | None) -> list[str] | None:
         return value if value is None else [_known(name) for name in value]
+
+    @model_validator(mode="after")
+    def _drawn(self) -> EvaluateSection:
+        if self.seeds > 1 and self.temperature == 0:
+            raise ValueError("seeds above 1 need a temperature above 0: greedy answers are always the same")
+        return self
+
+    @property
+    def heat(self) -> float:
+        """The temperature that answers are drawn at; 0 for greedy ones."""
+        return self.temperature if self.temperature is not None else 0.7 if self.seeds > 1 else 0.0
+
+
+def _listed(value: Any) -> Any:
+    return {"conditions": value} if isinstance(value, list) else {} if value is True else value
+
+
+class GateSection(Section):
+    """What must be proved before a model is handed on. A list stands for `{conditions: [...]}`."""
+
+    conditions: list[str] | None = None
+    """Such as `accuracy.low >= 0.85` or `forgetting.kl <= 0.1`; that the goal got better and nothing that was
+    measured got worse, if not given."""
+
+    @field_validator("conditions")
+    @classmethod
+    def _readable(cls, value: list[str] | None) -> list[str] | None:
+        for text in value or ():
+            Condition.read(text)
+        return value
+
+
+Gate = Annotated[GateSection | None, BeforeValidator(_listed, json_schema_input_type=GateSection | list[str] | bool)]

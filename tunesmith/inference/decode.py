@@ -7,7 +7,8 @@ final size, aligned at the right, and each step appends to them in place. Answer
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tunesmith.conversation.render import Rendered
+from tunesmith.inference.engine import Sampling
 from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras
 from tunesmith.models.packed import REFUSALS, PackedForward
 
@@ -86,6 +88,21 @@ def decode_attention(
     return out.flatten(1, 2)[:, None], None
 
 
+class Noise:
+    """Makes the likeliest token a draw: Gumbel noise on logits / temperature (Maddison et al. 2014). A row's noise
+    follows from the seed and its prompt, so its answer does not depend on the rows beside it."""
+
+    def __init__(self, sampling: Sampling, prompts: Sequence[list[int]]) -> None:
+        self.temperature = sampling.temperature
+        seeds = [zlib.crc32(f"{sampling.seed}:{ids}".encode()) for ids in prompts]
+        self.sources = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, logits_BV: Tensor, rows: Iterable[int]) -> Tensor:
+        even = torch.stack([torch.rand(logits_BV.shape[-1], generator=self.sources[row]) for row in rows])
+        noise = -(-even.clamp_min(1e-20).log()).log()
+        return logits_BV.float() / self.temperature + noise.to(logits_BV.device)
+
+
 class Decoder:
     """A causal language model that answers in batches.
 
@@ -102,14 +119,20 @@ class Decoder:
         self._check()
 
     def greedy(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int], tick: Callable[[float], None]
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        tick: Callable[[float], None],
+        noise: Noise | None = None,
     ) -> list[list[int]]:
-        """Each prompt's answer, up to and with the stop id. `tick` is told how much more is done, in prompts."""
+        """Each prompt's answer, up to and with the stop id, drawn where there is noise. `tick` is told how much more
+        is done, in prompts."""
         logits, past, positions, hidden_BS = self._read(prompts, max_new_tokens)
         alive = torch.arange(len(prompts))
         answers: list[list[int]] = [[] for _ in prompts]
         for step in range(max_new_tokens):
-            tokens = logits.argmax(-1)
+            tokens = (noise(logits, alive.tolist()) if noise else logits).argmax(-1)
             going = []
             for place, (number, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
                 answers[number].append(token)

@@ -12,8 +12,8 @@ import torch
 from transformers import GenerationConfig
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.inference.decode import Decoder
-from tunesmith.inference.engine import Score, Tick
+from tunesmith.inference.decode import Decoder, Noise
+from tunesmith.inference.engine import Sampling, Score, Tick
 from tunesmith.models.attention import CannotPack
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
@@ -64,7 +64,12 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, stop_ids: Sequence[int], tick: Tick
+        self,
+        prompts: Sequence[list[int]],
+        max_new_tokens: int,
+        stop_ids: Sequence[int],
+        tick: Tick,
+        sampling: Sampling | None = None,
     ) -> list[list[int]]:
         answers: list[list[int]] = [[] for _ in prompts]
         if not prompts:
@@ -73,7 +78,9 @@ class TransformersEngine:
             longest = max(map(len, prompts)) + max_new_tokens
             if self._decoder and longest <= self._decoder.forward.longest:
                 for batch in self._decoder.batches([len(p) for p in prompts], max_new_tokens):
-                    found = self._decoder.greedy([prompts[i] for i in batch], max_new_tokens, stop_ids, tick)
+                    asked = [prompts[i] for i in batch]
+                    noise = Noise(sampling, asked) if sampling else None
+                    found = self._decoder.greedy(asked, max_new_tokens, stop_ids, tick, noise)
                     for i, ids in zip(batch, found, strict=True):
                         answers[i] = _until(ids, stop_ids)
                 return answers
@@ -85,7 +92,8 @@ class TransformersEngine:
             pad = stop_ids[0] if stop_ids else 0
             ids_BT = torch.tensor([[pad] * (width - len(prompts[i])) + prompts[i] for i in batch])
             mask_BT = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-            out = self._greedy(ids_BT, mask_BT, max_new_tokens, stop_ids)
+            noise = Noise(sampling, [prompts[i] for i in batch]) if sampling else None
+            out = self._greedy(ids_BT, mask_BT, max_new_tokens, stop_ids, noise=noise)
             for i, row in zip(batch, out.tolist(), strict=True):
                 answers[i] = _until(row[width:], stop_ids)
             tick(len(batch))
@@ -106,6 +114,7 @@ class TransformersEngine:
         max_new_tokens: int,
         stop_ids: Sequence[int],
         streamer: _Tap | None = None,
+        noise: Noise | None = None,
     ) -> torch.Tensor:
         # The model's own generation config may sample or penalise; a proof has to be greedy.
         self.model.generation_config = GenerationConfig(
@@ -115,7 +124,10 @@ class TransformersEngine:
             pad_token_id=stop_ids[0] if stop_ids else 0,
         )
         out: torch.Tensor = self.model.generate(
-            input_ids=ids_BT.to(self.device), attention_mask=mask_BT.to(self.device), streamer=streamer
+            input_ids=ids_BT.to(self.device),
+            attention_mask=mask_BT.to(self.device),
+            streamer=streamer,
+            logits_processor=[lambda _, scores: noise(scores, range(len(scores)))] if noise else None,
         )
         return out.cpu()
 
@@ -131,6 +143,23 @@ class TransformersEngine:
                     counts[group[number]] += 1
                 tick(len(group))
         return [Score(s, c) for s, c in zip(sums, counts, strict=True)]
+
+    @torch.inference_mode()
+    def likeliest(self, rows: Sequence[Rendered], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
+        found = []
+        for number, row in enumerate(rows):
+            places = [i - 1 for i, weight in enumerate(row.weights) if weight and i]
+            ids = torch.tensor([row.ids], device=self.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[0, places]
+            likely = logits.float().log_softmax(-1)
+            if at is None:
+                values, taken = likely.topk(min(k, likely.shape[-1]), -1)
+            else:
+                taken = torch.as_tensor(at[number], device=self.device, dtype=torch.long)
+                values = likely.gather(-1, taken)
+            found.append((taken.cpu().numpy(), values.cpu().numpy()))
+            tick(1)
+        return found
 
     @contextlib.contextmanager
     def _packed(self, rows: Sequence[Rendered]) -> Iterator[PackedForward]:

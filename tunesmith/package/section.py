@@ -18,5 +18,7 @@ class PackageSection(Section):
     tolerance: float | None = Field(None, gt=0)
     """Largest difference between the merged model's and the adapter's logits, as a share of the logits'
     standard deviation; 0.001 for float32 and 0.3 for 16 bits, if not given."""
+    force: bool = False
+    """Package what the gate holds, too; the manifest records it."""
     check_rows: int = Field(8, ge=1)
     """How many test rows that is checked on."""

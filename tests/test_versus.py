@@ -1,0 +1,147 @@
+"""Any model can be evaluated; answers are kept as they come; what fails is counted; runs are ranked on shared rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import colour_rows, make_model, write_jsonl, write_recipe
+from tests.fake_endpoint import FakeEndpoint
+from tunesmith.conversation.message import Message
+from tunesmith.inference import endpoint
+from tunesmith.inference.engine import Sampling, Score
+from tunesmith.inference.subject import Ask, Kept, Reply
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(endpoint.Endpoint.__init__, "__defaults__", (30.0, 0.01))
+
+
+def colour_of(messages: list[dict[str, str]]) -> str:
+    return messages[-1]["content"].split(".")[0].split()[-1]
+
+
+def test_an_endpoint_against_a_folder_with_failures_counted(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(20))
+
+    def fail(messages: list[dict[str, str]], number: int) -> int | None:
+        if "Item 3 " in messages[-1]["content"]:
+            return 500  # for good
+        return 503 if number == 1 else None  # once
+
+    with FakeEndpoint(colour_of, fail) as there:
+        said = tunesmith(
+            "evaluate", "--model", f"{there.url}#big", "--against", tiny_model, "--data", data,
+            "--set", "evaluate.max_new_tokens=3", "--set", "gate=[accuracy.low >= 0.5]", "--json",
+        )  # fmt: skip
+        assert said.code == 0, said.out
+        card = said.json
+        assert card["metrics"]["accuracy"]["tuned"]["value"] == pytest.approx(19 / 20)  # the failed one is wrong
+        assert sum(card["failures"]["tuned"].values()) == 1 and not card["failures"]["baseline"]
+        assert "loss" not in card["metrics"]  # an endpoint gives no likelihoods
+        assert there.asked[0]["path"] == "/v1/chat/completions" and there.asked[0]["temperature"] == 0
+        assert (tmp_path / "evaluation/report.html").is_file() and (
+            tmp_path / "evaluation/evaluate/junit.xml"
+        ).is_file()
+        asked = len(there.asked)
+        there.fail = lambda messages, number: None
+        said = tunesmith(
+            "evaluate", "--model", f"{there.url}#big", "--against", tiny_model, "--data", data,
+            "--set", "evaluate.max_new_tokens=3",
+        )  # fmt: skip
+        assert len(there.asked) == asked + 1  # only what failed is asked again
+        assert "Verdict on accuracy" in said.out
+
+
+def test_an_endpoint_that_lets_nobody_in(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(4))
+    with FakeEndpoint(colour_of, lambda m, n: 401) as there:
+        said = tunesmith("evaluate", "--model", f"{there.url}#x", "--against", tiny_model, "--data", data, "--json")
+    assert said.code == 2 and "OPENAI_API_KEY" in said.json["error"]["fix"]
+
+
+def test_runs_adapters_and_a_leaderboard(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    for name, steps in (("one", 2), ("two", 8)):
+        assert tunesmith("run", path, "--set", f"name={name}", "--set", f"train.max_steps={steps}").code == 0
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(12))
+    said = tunesmith(
+        "evaluate", path, "--model", "two", "--against", tmp_path / "runs/two/train/adapter", "--data", data, "--json"
+    )
+    assert said.code == 0, said.out
+    gap = said.json["metrics"]["loss"]["difference"]
+    assert gap["value"] == 0 and said.json["verdict"] == "not_proven"  # a run is its base with its adapter
+    said = tunesmith("evaluate", "--model", "two", "--against", recipe["model"], "--data", data, "--out", "b", "--json")
+    assert said.json["metrics"]["loss"]["difference"]["value"] != 0
+
+    said = tunesmith("compare", "one", "two", "--metric", "loss", "--json")
+    assert said.code == 0, said.out
+    board = said.json
+    assert board["n"] == 8 and [r["run"] for r in board["runs"]] == sorted(
+        ("one", "two"), key=lambda n: next(r["score"]["value"] for r in board["runs"] if r["run"] == n)
+    )
+    cards = {n: json.loads((tmp_path / f"runs/{n}/scorecard.json").read_text()) for n in ("one", "two")}
+    for row in board["runs"]:
+        assert row["score"]["value"] == pytest.approx(cards[row["run"]]["metrics"]["loss"]["tuned"]["value"])
+    assert "p (Holm)" in tunesmith("compare", "one", "two").out
+
+
+class Asked:
+    """A subject that dies after so many answers."""
+
+    name = "x"
+
+    def __init__(self, lives: int) -> None:
+        self.lives, self.count = lives, 0
+
+    def answers(self, prompts: Any, limit: int, sampling: Any, tick: Any) -> Any:
+        for i, prompt in enumerate(prompts):
+            if self.count == self.lives:
+                raise KeyboardInterrupt
+            self.count += 1
+            yield i, Reply(prompt.messages[0].content.upper())
+
+    def likelihoods(self, rows: Any, tick: Any) -> Any:
+        yield from ((i, Score(1.0, 1)) for i, _ in enumerate(rows))
+
+
+def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path) -> None:
+    prompts = [Ask.user(f"q{i % 8}") for i in range(10)]  # two are asked twice
+    first, second = Asked(5), Asked(100)
+    with pytest.raises(KeyboardInterrupt):
+        Kept(tmp_path / "a.jsonl", "x", lambda: first, len).replies(prompts, 5, lambda _: None)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"key": "half a li')  # a kill in the middle of a line
+    kept = Kept(tmp_path / "a.jsonl", "x", lambda: second, len)
+    found = kept.replies(prompts, 5, lambda _: None)
+    assert [r.text for r in found] == [f"Q{i % 8}" for i in range(10)]
+    assert second.count == 8 - 5
+    again = Kept(tmp_path / "a.jsonl", "x", lambda: pytest.fail("opened"), len)
+    assert again.replies(prompts, 5, lambda _: None) == found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_answers_do_not_depend_on_batch_or_order(architecture: str, tmp_path: Path) -> None:
+    """Greedy and drawn, packed and with the model's own generation."""
+    from tunesmith.inference.transformers_engine import TransformersEngine
+    from tunesmith.models.load import load_renderer
+    from tunesmith.models.machine import machine
+    from tunesmith.models.resolve import resolve
+    from tunesmith.models.section import ModelSection
+
+    config = {"num_key_value_heads": 2} if architecture == "llama" else {}
+    model = resolve(ModelSection(name=str(make_model(tmp_path / "m", architecture=architecture, **config))))
+    engine, renderer = TransformersEngine(model, machine(), precision="float32"), load_renderer(model)
+    prompts = [renderer.prompt([Message("user", "What colour? " * (i % 5 + 1) + str(i))]) for i in range(12)]
+    for sampling in (None, Sampling(0.9, 3)):
+        together = engine.generate(prompts, 8, renderer.stop_ids, lambda _: None, sampling)
+        backwards = engine.generate(prompts[::-1], 8, renderer.stop_ids, lambda _: None, sampling)[::-1]
+        alone = [engine.generate([p], 8, renderer.stop_ids, lambda _: None, sampling)[0] for p in prompts]
+        assert together == backwards == alone
+    other = engine.generate(prompts, 8, renderer.stop_ids, lambda _: None, Sampling(0.9, 4))
+    assert other != together

@@ -1,0 +1,58 @@
+"""Parts of the test rows, and how both models do on each: what an average hides."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.evaluate.metrics.base import Floats, Metric
+from tunesmith.evaluate.statistics import compared
+
+FEWEST, MOST_VALUES, RESAMPLES = 5, 40, 500
+
+
+def slices(
+    rows: Sequence[Conversation], kind: str, metric: Metric, stats: dict[str, Floats], seed: int
+) -> list[dict[str, Any]]:
+    """The goal's score in each slice of at least five rows, worst difference first.
+
+    Slices are by label, source, length of the prompt (thirds), and every column that rows keep as metadata.
+    """
+    found = []
+    for by, values in columns(rows, kind).items():
+        places: dict[str, list[int]] = defaultdict(list)
+        for i, value in enumerate(values):
+            if value is not None:
+                places[value].append(i)
+        if not 1 < len(places) <= MOST_VALUES:
+            continue
+        for value, taken in places.items():
+            if len(taken) >= FEWEST:
+                part = {side: x[taken] for side, x in stats.items()}
+                found.append({"by": by, "value": value} | compared(metric, part, RESAMPLES, seed))
+    sign = 1 if metric.higher_is_better else -1
+
+    def merit(part: dict[str, Any]) -> tuple[float, float]:
+        return sign * part["difference"]["value"], sign * part["tuned"]["value"]
+
+    return sorted((p for p in found if np.isfinite(merit(p)).all()), key=merit)
+
+
+def columns(rows: Sequence[Conversation], kind: str) -> dict[str, list[str | None]]:
+    """Each row's value of everything that rows can be told apart by."""
+    found: dict[str, list[str | None]] = {"source": [row.id.rpartition(":")[0] or None for row in rows]}
+    if kind == "label":
+        found["label"] = [row.answer.strip() for row in rows]
+    lengths = np.array([sum(len(m.content) for m in row.prompt) for row in rows])
+    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
+    names = (f"short (to {low:.0f} characters)", "medium", f"long (over {high:.0f})")
+    found["length"] = [names[int(n > low) + int(n > high)] for n in lengths]
+    for key in dict.fromkeys(key for row in rows for key in row.metadata):
+        values = [row.metadata.get(key) for row in rows]
+        if all(isinstance(v, str | int | bool | None) for v in values):
+            found[key] = [None if v is None else str(v) for v in values]
+    return found

@@ -1,0 +1,115 @@
+"""An OpenAI-compatible endpoint, to evaluate or to judge. What fails after retries is told, never left out."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any
+from urllib.parse import urlsplit
+
+from tunesmith.errors import ModelError
+from tunesmith.inference.engine import Sampling, Score, Tick
+from tunesmith.inference.subject import Ask, Reply, Row
+
+RETRIES, FIRST_WAIT, AT_ONCE = 4, 0.5, 8
+PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+
+
+def is_endpoint(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def about_tokens(text: str) -> int:
+    """A text's length where the tokenizer is not known: English has about four bytes a token."""
+    return len(text.encode()) // 3 + 1
+
+
+class Endpoint:
+    """A model behind `URL#MODEL`, where URL ends before /chat/completions. Its key is OPENAI_API_KEY, if that is set.
+
+    Attributes:
+        usage: tokens that the endpoint has counted: prompt and completion.
+
+    Raises:
+        ModelError: the address names no model, or the endpoint lets nobody in.
+    """
+
+    def __init__(self, name: str, timeout: float = 120.0, first_wait: float = FIRST_WAIT) -> None:
+        address, _, model = name.partition("#")
+        if not model or not urlsplit(address).netloc:
+            raise ModelError("names no model", where=name, fix="Write it as https://host/v1#model-name.")
+        self.name, self.model, self._timeout, self._first_wait = name, model, timeout, first_wait
+        self._url = address.rstrip("/") + "/chat/completions"
+        self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def answers(
+        self, prompts: Sequence[Ask], limit: int, sampling: Sampling | None, tick: Tick
+    ) -> Iterator[tuple[int, Reply]]:
+        import httpx2
+
+        key = os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        with httpx2.Client(timeout=self._timeout, headers=headers) as client, ThreadPoolExecutor(AT_ONCE) as pool:
+            jobs = {pool.submit(self._asked, client, prompt, limit, sampling): i for i, prompt in enumerate(prompts)}
+            try:
+                for job in as_completed(jobs):
+                    reply = job.result()
+                    tick(1)
+                    yield jobs[job], reply
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def likelihoods(self, rows: Sequence[Row], tick: Tick) -> Iterator[tuple[int, Score]]:
+        raise ModelError("gives no likelihoods", where=self.name, fix="Leave out what needs them, such as loss.")
+
+    def _asked(self, client: Any, prompt: Ask, limit: int, sampling: Sampling | None) -> Reply:
+        import httpx2
+
+        body: dict[str, Any] = {
+            "model": self.model,
+            "messages": [m.for_template() for m in prompt.messages],
+            "max_tokens": limit,
+            "temperature": sampling.temperature if sampling else 0,
+        }
+        body |= ({"seed": sampling.seed} if sampling else {}) | ({"tools": list(prompt.tools)} if prompt.tools else {})
+        wait, why = self._first_wait, ""
+        for attempt in range(RETRIES + 1):
+            if attempt:
+                time.sleep(wait * (0.75 + random.random() / 2))
+                wait *= 2
+            started = time.perf_counter()
+            try:
+                response = client.post(self._url, json=body)
+            except httpx2.HTTPError as error:
+                why = f"{type(error).__name__}: {error}"
+                continue
+            if response.status_code in (401, 403):
+                raise ModelError(
+                    f"the endpoint lets nobody in ({response.status_code})",
+                    where=self._url,
+                    fix="Set OPENAI_API_KEY to its key.",
+                )
+            if response.status_code in PASSING:
+                why = f"status {response.status_code}"
+                asked_for = response.headers.get("retry-after", "")
+                wait = max(wait, min(float(asked_for), 60.0)) if asked_for.replace(".", "", 1).isdigit() else wait
+                continue
+            if response.status_code != 200:
+                return Reply("", failure=f"status {response.status_code}: {response.text[:200]}")
+            try:
+                found = response.json()
+                message = found["choices"][0]["message"]
+                called = [call["function"] for call in message.get("tool_calls") or ()]
+                text = message.get("content") or (json.dumps(called, ensure_ascii=False) if called else "")
+            except (json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError):
+                why = "an answer that is not a chat completion"
+                continue
+            used = found.get("usage") or {}
+            for kind in self.usage:
+                self.usage[kind] += int(used.get(kind) or 0)
+            return Reply(text, int(used.get("completion_tokens") or 0), time.perf_counter() - started)
+        return Reply("", failure=f"{why} ({RETRIES + 1} times)")

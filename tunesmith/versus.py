@@ -1,0 +1,196 @@
+"""Models by name: any two on a file's rows, and a leaderboard of runs on the rows that they share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tunesmith import recipe as recipes
+from tunesmith import runs
+from tunesmith.errors import DataError, ModelError, RecipeError, RunError
+from tunesmith.pipeline import Journey
+from tunesmith.recipe import Recipe
+from tunesmith.runs import Run, hash_json, read_jsonl
+
+TUNED_RUN = "a run"
+
+
+def evaluate(
+    model: str,
+    against: str,
+    data: str,
+    out: Path,
+    recipe: str | None = None,
+    overrides: Sequence[str] = (),
+    base: str | None = None,
+    runs_folder: str | Path | None = None,
+) -> dict[str, Any]:
+    """Compare two models on a file's rows; writes scorecard, answers, report and JUnit XML into `out`.
+
+    Args:
+        model, against: hub id, folder, .gguf file, built-in name, run, adapter's folder, or `http://host/v1#name`.
+        recipe: whose settings of `goal`, `evaluate`, `gate` and `data` (but its files) hold.
+        base: the base of an adapter that does not name its own.
+
+    Raises:
+        TunesmithError: one of its kinds.
+    """
+    from tunesmith.data.prepare import answers_kind, rows_of
+    from tunesmith.evaluate.evaluate import EvaluateInputs
+    from tunesmith.evaluate.evaluate import evaluate as compare_both
+    from tunesmith.evaluate.report import write_report
+
+    settings = _settings(model, data, recipe, overrides)
+    there = Run(out)
+    with there.lock():
+        rows = rows_of(settings.data, Path.cwd())
+        kind = answers_kind(rows) if settings.data.answers == "auto" else settings.data.answers
+        subjects = {
+            side: subject(name, settings, there, base, runs_folder)
+            for side, name in (("baseline", against), ("tuned", model))
+        }
+        inputs = EvaluateInputs(rows, kind, settings.goal.metric, subjects, settings.seed, Path.cwd(), settings.gate)
+        runs.write_text(there.recipe, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        with runs.whole_folder(there.stage("evaluate")) as target:
+            card = compare_both(settings.evaluate, inputs, target)
+        runs.write_json(there.scorecard, card)
+        write_report(there)
+    return card
+
+
+def _settings(model: str, data: str, recipe: str | None, overrides: Sequence[str]) -> Recipe:
+    raw: dict[str, Any] = {}
+    if recipe is not None:
+        keys = recipes.load(recipe)[0].model_dump(mode="json")
+        raw = {key: keys[key] for key in ("seed", "goal", "evaluate", "gate")}
+        first = keys["data"]["sources"][0]
+        raw["data"] = keys["data"] | {"sources": [first | {"path": data, "format": "auto"}]}
+    raw.setdefault("data", {"sources": [{"path": data}]})
+    raw["data"]["split"] = {"validation": 0, "test": 0}
+    raw |= {"name": "evaluation", "model": {"name": model}}
+    return recipes.build(raw, overrides, recipe or "--set")
+
+
+def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_folder: str | Path | None) -> Any:
+    """A model by name, as something to ask; its answers are kept in `there`."""
+    from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
+    from tunesmith.inference.subject import Kept
+
+    if is_endpoint(name):
+        endpoint = Endpoint(name)
+        path = there.answers / f"endpoint-{hash_json(name)[:16]}.jsonl"
+        return Kept(path, endpoint.model, lambda: endpoint, about_tokens, scores=False)
+    run = _run_named(name, runs_folder)
+    if run is not None:
+        recipe, folder = recipes.load(run.recipe)
+        journey = Journey(recipe, folder, run)
+        if run.complete("train") is None:
+            raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
+        return _kept(journey, there, run.tuned, run.name)
+    folder = Path(name).expanduser()
+    adapter = folder if (folder / "adapter_config.json").is_file() else None
+    if adapter is not None:
+        named = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base = base or named.get("base_model_name_or_path")
+        if not base:
+            raise ModelError("names no base model", where=str(adapter), fix="Give it: --base MODEL")
+    keys = settings.model_dump(mode="json")
+    recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}})
+    return _kept(Journey(recipe, Path.cwd(), there), there, adapter, name)
+
+
+def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:
+    try:
+        return runs.get(name, runs_folder)
+    except RunError:
+        return None
+
+
+def _kept(journey: Journey, there: Run, adapter: Path | None, name: str) -> Any:
+    """The journey's model with an adapter, its answers kept in another folder than a run's."""
+    from tunesmith.inference.subject import Kept, Local
+
+    renderer, tokenizer = journey.renderer, journey.renderer.tokenizer
+    weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
+    state = [journey.model.identity, renderer.hash, weights, journey.machine.precision]
+    return Kept(
+        there.answers / f"model-{hash_json(state)[:16]}.jsonl",
+        name,
+        lambda: Local(name, journey.engine(adapter), renderer),
+        lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+    )
+
+
+def leaderboard(
+    names: Sequence[str], metric: str | None = None, runs_folder: str | Path | None = None
+) -> dict[str, Any]:
+    """Runs ranked by a metric on the test rows that all of them answered, each compared with the first, from the
+    answers that their evaluations kept. Paired on the rows; p values corrected (Holm) for the number of runs.
+
+    Raises:
+        RunError: a run that is not evaluated. DataError: the runs share no test row.
+    """
+    from tunesmith.evaluate.evaluate import metric_named
+    from tunesmith.evaluate.metrics import Answers
+    from tunesmith.evaluate.statistics import compared, holm, verdict
+
+    found = {}
+    for run in (runs.get(name, runs_folder) for name in names):
+        if run.scores is None:
+            raise RunError("is not evaluated yet", where=str(run.path), fix="Evaluate it: tunesmith evaluate RECIPE")
+        lines = read_jsonl(run.stage("evaluate") / "answers.jsonl")
+        found[run.name] = {hash_json([line["prompt"], line["reference"]]): line for line in lines}
+    shared = [key for key in next(iter(found.values())) if all(key in lines for lines in found.values())]
+    if not shared:
+        raise DataError(
+            "the runs share no test row", where=", ".join(found), fix="Compare runs that were tested on the same rows."
+        )
+    first_run = runs.get(names[0], runs_folder)
+    goal = metric or (first_run.scores or {})["goal_metric"]
+    decider = metric_named(goal, first_run.path)
+
+    def measured(side: str, lines: dict[str, Any]) -> Any:
+        rows = [lines[key] for key in shared]
+        told = [row[side] for row in rows]
+        answers = Answers(
+            [t["answer"] for t in told],
+            [row["reference"] for row in rows],
+            [t["nll"] if t["nll"] is not None else float("nan") for t in told],
+            [t["tokens"] for t in told],
+            [row.get("metadata", {}) for row in rows],
+            list(zip(*(t["samples"] for t in told), strict=True)) if "samples" in told[0] else (),
+        )
+        return decider.measure(answers)
+
+    if decider.chooses:
+        raise RecipeError(f"{goal} can't be told from answers alone", where="--metric", fix="Choose another metric.")
+    stats = {name: measured("tuned", lines) for name, lines in found.items()}
+    first = next(iter(stats))
+    scores = {name: compared(decider, {"baseline": stats[first], "tuned": x}, 2000, 7) for name, x in stats.items()}
+    holm({name: score for name, score in scores.items() if name != first})
+    sign = -1 if decider.higher_is_better else 1
+    ranked = sorted(scores, key=lambda name: sign * scores[name]["tuned"]["value"])
+    return {
+        "metric": goal,
+        "n": len(shared),
+        "against": first,
+        "runs": [
+            {
+                "run": name,
+                "score": scores[name]["tuned"],
+                **(
+                    {
+                        "difference": scores[name]["difference"],
+                        "verdict": verdict(decider, scores[name]["difference"]),
+                    }
+                    if name != first
+                    else {}
+                ),
+            }
+            for name in ranked
+        ],
+    }
