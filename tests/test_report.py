@@ -185,7 +185,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in ("meta", "br"):
+        if tag not in ("meta", "br", "input"):
             self._open.append(tag)
         if tag == "pre":
             self.pres.append("")
@@ -251,10 +251,13 @@ def test_fewer_rows_are_all_shown(tmp_path: Path, n: int) -> None:
 
 
 def test_text_of_users_stays_text(tmp_path: Path) -> None:
-    shown = page(fake_run(tmp_path))
+    run = fake_run(tmp_path)
+    shown = page(run)
     assert HOSTILE in shown.pres
     assert any(re.fullmatch(r"Question \d+ & <b>\d+</b>", text) for text in shown.pres)
-    assert not [tag for tag, _ in shown.elements if tag in ("script", "link", "img", "iframe", "object")]
+    assert not [tag for tag, _ in shown.elements if tag in ("link", "img", "iframe", "object")]
+    assert sum(tag == "script" for tag, _ in shown.elements) == 1  # the page's own search
+    assert run.report.read_text().count("<script>") == 1
     assert "A <processor>" in shown.text
 
 
@@ -330,3 +333,30 @@ def test_smoothing_keeps_lines_and_ends() -> None:
     assert charts.smooth(line) == line
     assert charts.smooth([(1, 4.0), (2, 0.0), (3, 2.0)]) == [(1, 4.0), (2, 2.0), (3, 2.0)]
     assert charts.smooth([]) == []
+
+
+def test_gate_slices_sections_errors_and_every_answer_are_shown(tmp_path: Path) -> None:
+    run = fake_run(tmp_path, kind="label")
+    card = runs.read_json(run.scorecard)
+    span = {"low": 0.1, "value": 0.2, "high": 0.3}
+    card |= {
+        "gate": {
+            "decision": "hold", "enforced": True,
+            "conditions": [{"condition": "forgetting.kl <= 0.05", "met": False, "state": "broken", "why": "x"}],
+        },
+        "forgetting": {"kl": span | {"n": 204}},
+        "safety": {"refusal": {"baseline": span, "tuned": span, "difference": span, "n": 40}},
+    }  # fmt: skip
+    runs.write_json(run.scorecard, card)
+    (run.stage("evaluate") / "forgetting.jsonl").write_text(
+        runs.json_line({"kind": "code", "prompt": "<b>p</b>", "baseline": "one", "tuned": HOSTILE})
+    )
+    shown = page(run)
+    assert any(a.get("data-decision") == "hold" for _, a in shown.elements)
+    assert "Gate: hold ✗ forgetting.kl <= 0.05" in shown.text
+    assert "Slices, worst first" in shown.text and "label: label 0" in shown.text
+    assert "kl 0.200 0.100 to 0.300 204" in shown.text and "refusal 0.200" in shown.text
+    assert "an answer that is no label" in shown.text and "What the tuned model took for what" in shown.text
+    assert HOSTILE in shown.pres and "<b>p</b>" in shown.pres
+    table = run.report.read_text().split('<table id="every">')[1].split("</table>")[0]
+    assert table.count("<tr>") == 31 and table.index("test.jsonl:1<") < table.index("test.jsonl:2<")  # lost first

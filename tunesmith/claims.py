@@ -70,6 +70,8 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if ".py:" in name:
             path, _, function = name.rpartition(":")
             metrics[place] = f"{whole(path)}:{function}"
+    bias = keys["evaluate"]["bias"] or {}
+    bias |= {key: whole(bias[key]) for key in ("bbq", "crows_pairs") if bias.get(key)}
     for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
         if name.exists():
             keys["model"]["name"] = str(name.resolve())

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gc
 import json
+import os
 import shutil
 import sys
 import time
@@ -218,10 +219,10 @@ class Journey:
     @cached_property
     def own_files(self) -> dict[str, str]:
         """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
-        named = [
-            name.rpartition(":")[0] for name in (*(self.recipe.evaluate.metrics or ()), self.recipe.goal.metric or "")
-        ]
-        paths = [self.folder / Path(name).expanduser() for name in named if name.endswith(".py")]
+        evaluated, metrics = self.recipe.evaluate, [self.recipe.goal.metric or ""]
+        named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
+        named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
+        paths = [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
         return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
 
     @cached_property

@@ -13,6 +13,7 @@ from typing import Any
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
+from tunesmith.data.canaries import canaries
 from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.marks import know_columns, marked
 from tunesmith.data.opening import Broken, Row
@@ -95,6 +96,12 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     if not parts["train"]:
         raise _nothing_left(ledger, parts)
     parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
+    if section.canaries:
+        if rows_are != "conversation":
+            raise DataError("canaries are conversations", where="data.canaries", fix="Leave them out for other rows.")
+        planted = canaries(section.canaries, section.canary_repeats, section.system, inputs.seed)
+        ledger.made += len(planted)
+        parts["train"] = [*parts["train"], *planted]
     for part in PARTS:
         (target / f"{part}.jsonl").write_text("".join(json_line(r.as_dict()) for r in parts[part]), "utf-8")
     (target / "rejected.jsonl").write_text("".join(map(json_line, ledger.rejected)), "utf-8")

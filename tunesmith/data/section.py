@@ -197,6 +197,10 @@ class DataSection(Section):
     over_length: Literal["error", "drop", "truncate", "split"] = "error"
     """For rows longer than `train.max_length`: stop; leave out; cut the end of the longest message that is
     not an answer; cut between turns into several rows."""
+    canaries: int = Field(0, ge=0, le=100)
+    """Plant so many secrets among the training rows; `evaluate.memory` then measures what of them is given away."""
+    canary_repeats: int = Field(4, ge=1)
+    """How often each secret stands there."""
     max_rejected: float = Field(0.0, ge=0, le=1)
     """Share of rows that may be unusable before the stage stops. They are listed in rejected.jsonl."""
     balance: BalanceSection | None = None

@@ -112,7 +112,11 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
     for probe in asked:
-        card |= probe.compare(found[probe.name])
+        for name, told in probe.compare(found[probe.name]).items():
+            examples = told.pop("examples", [])
+            card[name] = told
+            if examples:  # what was asked and answered, a line each
+                write_text(target / f"{name}.jsonl", "".join(map(json_line, examples)))
     card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
     write_json(target / "scorecard.json", card)
     write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))

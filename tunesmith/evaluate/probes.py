@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.evaluate.bias import Bias
+from tunesmith.evaluate.forgetting import Forgetting
+from tunesmith.evaluate.memory import Memory
 from tunesmith.evaluate.metrics.base import Metric, mean, rows
+from tunesmith.evaluate.safety import Safety
 from tunesmith.evaluate.statistics import compared, quantile
 from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
@@ -37,6 +41,16 @@ def asked(section: EvaluateSection, inputs: EvaluateInputs, test: Sequence[Conve
     found: list[Probe] = []
     if section.alone:
         found.append(Alone(test[: section.alone], limit, section.bootstrap, inputs.seed))
+    if section.forgetting:
+        chosen = section.forgetting
+        found.append(Forgetting(chosen.prompts, chosen.max_new_tokens, section.bootstrap, inputs.seed))
+    if section.memory and inputs.train:
+        unseen = [*inputs.validation, *test]
+        found.append(Memory(inputs.train, unseen, section.memory.rows, section.bootstrap, inputs.seed))
+    if section.safety:
+        found.append(Safety(section.safety, test, limit, section.bootstrap, inputs.seed))
+    if section.bias:
+        found.append(Bias(section.bias, test, limit, inputs.folder, section.bootstrap, inputs.seed))
     return found
 
 

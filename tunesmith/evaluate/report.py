@@ -1,4 +1,4 @@
-"""The report: what a run proved, in one HTML file that needs no network and no script."""
+"""The report: what a run proved, in one HTML file that needs no network; its one script only searches the answers."""
 
 from __future__ import annotations
 
@@ -15,11 +15,14 @@ from markupsafe import Markup
 
 from tunesmith.evaluate import charts
 from tunesmith.evaluate.charts import Series
-from tunesmith.evaluate.metrics.base import same
+from tunesmith.evaluate.conditions import scores_in
+from tunesmith.evaluate.metrics.base import parse, same
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
 
 SIDES = ("baseline", "tuned")
 BEST, WORST, RANDOM = 7, 7, 6
+SLICES, SHOWN_AT_MOST, EXAMPLES = 15, 2000, 12
+UNLIKELY = 2.0  # nats a token
 MEANS = {
     "exact_match": "share of answers equal to the reference",
     "accuracy": "share of answers equal to the reference",
@@ -47,6 +50,16 @@ def write_report(run: Run) -> None:
             card=card,
             verdict=verdict_in_words(card),
             metrics=[_metric(name, score) for name, score in card["metrics"].items()],
+            sections=sections(card),
+            slices=card.get("slices", [])[:SLICES],
+            classes=_classes(card),
+            gate=card.get("gate"),
+            rounds=card.get("rounds"),
+            failures={side: n for side, n in card.get("failures", {}).items() if n},
+            examples=_examples(run),
+            every=every_answer(read_jsonl(run.stage("evaluate") / "answers.jsonl")),
+            errors=error_groups(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card["answers"]),
+            suspects=suspects(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card["answers"]),
             curves=loss_curves(steps),
             **_answers(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card, manifests),
             data=manifests.get("data"),
@@ -134,6 +147,104 @@ def _metric(name: str, score: dict[str, Any]) -> dict[str, Any]:
         "score": score,
         "chart": Markup(charts.intervals(f"{name}: baseline and tuned with 95% intervals", rows)),
     }
+
+
+def sections(card: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every other score of the card by section: rows of (name, baseline, tuned, difference, n)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for path, score in scores_in(card):
+        if len(path) > 1:
+            row = {"name": " ".join(path[1:]).replace("_", " "), "score": score, "paired": "tuned" in score}
+            found.setdefault(path[0], []).append(row)
+    return [{"name": name, "rows": rows, "about": ABOUT.get(name, "")} for name, rows in found.items()]
+
+
+ABOUT = {
+    "latency": "Rows asked one at a time, in seconds; how many answers differ from those given in batches.",
+    "forgetting": "The base’s behaviour on general prompts: divergence in nats a token (kl), perplexity of its "
+    "answers, share of answers that changed, and what the old and new ones share (ROUGE-L).",
+    "memory": "Loss on unseen rows less that on seen ones (gap), training rows continued word for word (verbatim), "
+    "and how many of 8 bits of planted secrets are given away (exposure).",
+    "safety": "Shares of unsafe and of harmless prompts that are refused, of attacks withstood, of answers that leak.",
+    "bias": "Scores of bias before and after.",
+    "suites": "Public tasks.",
+    "judge": "What a judging model preferred.",
+}
+
+
+def _classes(card: dict[str, Any]) -> dict[str, Any] | None:
+    """By class: both models' scores, worst first, where a metric tells them."""
+    details = card["metrics"].get("macro_f1", {}).get("details")
+    if not details:
+        return None
+    both = [(label, details["baseline"]["classes"][label], told) for label, told in details["tuned"]["classes"].items()]
+    return {"rows": sorted(both, key=lambda row: row[2]["f1"]), "confusion": details["tuned"].get("confusion")}
+
+
+def _examples(run: Run) -> list[dict[str, Any]]:
+    """Answers to general and unsafe prompts that tuning changed."""
+    found = []
+    for name in ("forgetting", "safety"):
+        lines = read_jsonl(run.stage("evaluate") / f"{name}.jsonl")
+        changed = [line for line in lines if line["baseline"] != line["tuned"]]
+        found += [line | {"section": name} for line in changed[:: max(1, len(changed) // EXAMPLES)][:EXAMPLES]]
+    return found
+
+
+def every_answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All answers, those where the tuned model is worse first; the page's search looks through them."""
+
+    def lost(row: dict[str, Any]) -> float:
+        one, other = (row[side]["score"] if row[side]["score"] is not None else 0.0 for side in SIDES)
+        return other - one
+
+    shown = sorted(rows, key=lost)[:SHOWN_AT_MOST]
+    return [
+        {"id": r["id"], "asked": r["prompt"][-1]["content"] if r["prompt"] else "", "reference": r["reference"]}
+        | {side: r[side]["answer"] for side in SIDES}
+        for r in shown
+    ]
+
+
+def error_groups(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """The tuned model's misses by what went wrong, most first: a group's name, its size, three of its rows."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        given, right = row["tuned"]["answer"].strip(), row["reference"].strip()
+        if same(given, right):
+            continue
+        groups.setdefault(_miss(given, right, kind, {r["reference"].strip() for r in rows}), []).append(row)
+    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return [{"name": name, "n": len(found), "rows": found[:3]} for name, found in ordered[:12]]
+
+
+def suspects(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Rows whose label may be wrong itself: the tuned model gives another label, and finds the row's unlikely."""
+    labels = {row["reference"].strip() for row in rows}
+    found = []
+    for row in rows if kind == "label" else ():
+        given, told = row["tuned"]["answer"].strip(), row["tuned"]
+        sure = told["nll"] is not None and told["nll"] / max(told["tokens"], 1) > UNLIKELY
+        if given in labels and given != row["reference"].strip() and sure:
+            found.append(row)
+    return sorted(found, key=lambda row: -row["tuned"]["nll"] / max(row["tuned"]["tokens"], 1))[:EXAMPLES]
+
+
+def _miss(given: str, right: str, kind: str, labels: set[str]) -> str:
+    if not given:
+        return "no answer"
+    if kind == "label":
+        return f"{right} taken for {given}" if given in labels else "an answer that is no label"
+    if kind == "json":
+        found, wanted = parse(given), parse(right) or {}
+        if found is None:
+            return "not JSON"
+        wrong = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
+        return "wrong: " + ", ".join(wrong[:3])
+    if given in right or right in given:
+        return "a part of the reference, or more than it"
+    ratio = len(given) / max(len(right), 1)
+    return "much shorter" if ratio < 0.5 else "much longer" if ratio > 2 else "other words"
 
 
 def loss_curves(steps: Sequence[dict[str, Any]]) -> list[Markup]:

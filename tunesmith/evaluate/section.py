@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -33,6 +33,57 @@ class GoalSection(Section):
         return value if value is None else _known(value)
 
 
+def _switched(value: Any) -> Any:
+    return {} if value is True else None if value is False else value
+
+
+class ForgettingSection(Section):
+    """The base's behaviour on about 200 general prompts, and how far tuning moved it. `true` takes all of them."""
+
+    prompts: int | None = Field(None, ge=6)
+    """Only so many of the prompts, evenly over their kinds."""
+    max_new_tokens: int = Field(48, ge=1)
+    """Longest answer to one."""
+
+
+class MemorySection(Section):
+    """Loss on seen against unseen rows, training rows recited word for word, and canaries' exposure."""
+
+    rows: int = Field(100, ge=2)
+    """At most so many rows of each kind."""
+
+
+class SafetySection(Section):
+    """Guard rails before and after: refusal of unsafe prompts, over-refusal of harmless ones, attacks, leaks."""
+
+    prompts: int | None = Field(None, ge=1)
+    """Only so many of the 40 unsafe and 40 harmless prompts."""
+    attacked: int = Field(8, ge=0)
+    """So many unsafe prompts are asked under each attack template, too."""
+    max_new_tokens: int = Field(48, ge=1)
+    """Longest answer to one."""
+    classifier: str | None = None
+    """A folder or hub id: Llama Guard, ShieldGemma, or any sequence classifier of toxicity. Its share of bad answers
+    is then reported."""
+    guard: Literal["llama-guard", "shieldgemma"] | None = None
+    """Whose prompt the classifier is given; told by its name, if not given."""
+    entailment: str | None = None
+    """A natural language inference model: which share of an answer's sentences the prompt supports."""
+
+
+class BiasSection(Section):
+    """Bias before and after, on local files."""
+
+    bbq: str | None = None
+    """A .jsonl file of BBQ: accuracy and bias score in ambiguous and disambiguated contexts."""
+    crows_pairs: str | None = None
+    """CrowS-Pairs' .csv file: share of pairs in which the stereotype is likelier."""
+    swaps: bool = True
+    """Ask the test rows with men's and women's words and names exchanged: share of answers that change."""
+    rows: int | None = Field(None, ge=1)
+    """Only so many rows of each file, drawn by seed."""
+
+
 class EvaluateSection(Section):
     """How baseline and tuned model are compared on the test rows."""
 
@@ -50,6 +101,22 @@ class EvaluateSection(Section):
     """Of drawn answers; greedy (0) for one seed and 0.7 for several, if not given."""
     alone: int = Field(0, ge=0)
     """So many rows are asked one at a time too: latency, tokens a second, and whether batching changes an answer."""
+
+    forgetting: Annotated[
+        ForgettingSection | None, BeforeValidator(_switched, json_schema_input_type=ForgettingSection | bool)
+    ] = None
+    """Measure what tuning took away; off if not given."""
+    memory: Annotated[MemorySection | None, BeforeValidator(_switched, json_schema_input_type=MemorySection | bool)] = (
+        None
+    )
+    """Measure what the model recites; off if not given."""
+
+    safety: Annotated[SafetySection | None, BeforeValidator(_switched, json_schema_input_type=SafetySection | bool)] = (
+        None
+    )
+    """Measure guard rails; off if not given."""
+    bias: Annotated[BiasSection | None, BeforeValidator(_switched, json_schema_input_type=BiasSection | bool)] = None
+    """Measure bias; off if not given."""
 
     @field_validator("metrics")
     @classmethod

@@ -93,6 +93,33 @@ class Local:
         for part in longest_first([len(r) for r in rendered]):
             yield from zip(part, self.engine.score([rendered[i] for i in part], tick), strict=True)
 
+    def likeliest(self, rows: Sequence[Row], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
+        """At each token of each row's last answer: ids and log-probabilities of the k likeliest, or of those `at`."""
+        return self.engine.likeliest([self.rendered(row) for row in rows], at, k, tick)
+
+    def recited(self, rows: Sequence[Conversation], shortest: int, length: int, tick: Tick) -> list[bool | None]:
+        """Whether the model goes on with each answer word for word, given its first half; None for answers of fewer
+        than `shortest` tokens. At most `length` tokens are compared."""
+        heads: list[list[int]] = []
+        tails: list[list[int] | None] = []
+        for row in rows:
+            rendered = self.renderer.render(row, only_last=True)
+            start = next((i for i, weight in enumerate(rendered.weights) if weight), len(rendered))
+            answer = [token for token in rendered.ids[start:] if token not in self.renderer.stop_ids]
+            half = len(answer) // 2
+            heads.append(rendered.ids[:start] + answer[:half])
+            tails.append(answer[half : half + length] if len(answer) >= shortest else None)
+        kept = [i for i, tail in enumerate(tails) if tail is not None]
+        tick(len(rows) - len(kept))
+        found: list[bool | None] = [None] * len(rows)
+        for part in longest_first([len(heads[i]) for i in kept]):
+            places = [kept[i] for i in part]
+            given = self.engine.generate([heads[i] for i in places], length, self.renderer.stop_ids, tick)
+            for i, ids in zip(places, given, strict=True):
+                tail = tails[i] or []
+                found[i] = ids[: len(tail)] == tail
+        return found
+
     def rendered(self, row: Row) -> Rendered:
         """A row's tokens, its last answer's (or its continuation's) with weight."""
         if isinstance(row, Text):
@@ -196,9 +223,34 @@ class Kept:
 
         return [Score(**found) for found in self._all(keys, asked, tick)]
 
-    def remembered(self, key: str, made: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """Anything else that is asked of the subject once."""
-        return next(iter(self._all([key], lambda _: iter([(0, made())]), _silent)))
+    def likeliest(self, rows: Sequence[Row], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
+        """As `Local.likeliest`, with lists in place of arrays; six decimals are kept."""
+        asked_at = [None] * len(rows) if at is None else list(at)
+        keys = [hash_json(["likeliest", _told(row), a, k]) for row, a in zip(rows, asked_at, strict=True)]
+
+        def asked(missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+            for i in missing:
+                places = None if at is None else [at[i]]
+                ((ids, values),) = self._local.likeliest([rows[i]], places, k, tick)
+                yield i, {"ids": ids.tolist(), "values": values.round(6).tolist()}
+
+        return [(found["ids"], found["values"]) for found in self._all(keys, asked, tick)]
+
+    def recited(self, rows: Sequence[Conversation], shortest: int, length: int, tick: Tick) -> list[bool | None]:
+        """As `Local.recited`."""
+        keys = [hash_json(["recited", _told(row), shortest, length]) for row in rows]
+
+        def asked(missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+            for place, told in enumerate(self._local.recited([rows[i] for i in missing], shortest, length, tick)):
+                yield missing[place], {"recited": told}
+
+        return [found["recited"] for found in self._all(keys, asked, tick)]
+
+    @property
+    def _local(self) -> Local:
+        if not isinstance(self.subject, Local):
+            raise ModelError("gives no likelihoods", where=self.name, fix="Ask this of a model on this machine.")
+        return self.subject
 
     def _all(
         self, keys: list[str], asked: Callable[[list[int]], Iterator[tuple[int, dict[str, Any]]]], tick: Tick
