@@ -146,7 +146,7 @@ def rows_of(section: DataSection, folder: Path) -> list[Conversation]:
     """
     ledger = Ledger()
     files = source_files(section, folder)["train"]
-    with bar("Reading rows", sum(_lines(path) for _, path in files)) as progress:
+    with bar("Reading rows", sum(lines_in(path) for _, path in files)) as progress:
         rows = [row for source, path in files for row in _rows(source, path, section, ledger, progress.advance)]
     error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
     if error is not None:

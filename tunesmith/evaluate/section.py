@@ -103,19 +103,21 @@ class EvaluateSection(Section):
     """So many rows are asked one at a time too: latency, tokens a second, and whether batching changes an answer."""
 
     forgetting: Annotated[
-        ForgettingSection | None, BeforeValidator(_switched, json_schema_input_type=ForgettingSection | bool)
+        ForgettingSection | None, BeforeValidator(_switched, json_schema_input_type=ForgettingSection | bool | None)
     ] = None
     """Measure what tuning took away; off if not given."""
-    memory: Annotated[MemorySection | None, BeforeValidator(_switched, json_schema_input_type=MemorySection | bool)] = (
-        None
-    )
+    memory: Annotated[
+        MemorySection | None, BeforeValidator(_switched, json_schema_input_type=MemorySection | bool | None)
+    ] = None
     """Measure what the model recites; off if not given."""
 
-    safety: Annotated[SafetySection | None, BeforeValidator(_switched, json_schema_input_type=SafetySection | bool)] = (
-        None
-    )
+    safety: Annotated[
+        SafetySection | None, BeforeValidator(_switched, json_schema_input_type=SafetySection | bool | None)
+    ] = None
     """Measure guard rails; off if not given."""
-    bias: Annotated[BiasSection | None, BeforeValidator(_switched, json_schema_input_type=BiasSection | bool)] = None
+    bias: Annotated[
+        BiasSection | None, BeforeValidator(_switched, json_schema_input_type=BiasSection | bool | None)
+    ] = None
     """Measure bias; off if not given."""
 
     @field_validator("metrics")
@@ -154,4 +156,6 @@ class GateSection(Section):
         return value
 
 
-Gate = Annotated[GateSection | None, BeforeValidator(_listed, json_schema_input_type=GateSection | list[str] | bool)]
+Gate = Annotated[
+    GateSection | None, BeforeValidator(_listed, json_schema_input_type=GateSection | list[str] | bool | None)
+]
