@@ -26,7 +26,7 @@ from tunesmith.runs import STAGES, Run
 if TYPE_CHECKING:
     from tunesmith.conversation.render import Renderer
     from tunesmith.inference.engine import Engine
-    from tunesmith.inference.subject import Kept
+    from tunesmith.inference.subject import Kept, Subject
     from tunesmith.models.machine import Machine
     from tunesmith.models.resolve import ResolvedModel
 
@@ -312,7 +312,7 @@ class Journey:
 
         answers = (self.run.manifest("data") or {})["answers"]
         inputs = EvaluateInputs(
-            self.rows("test"),
+            [row for row in self.rows("test") if getattr(row, "good", True)],  # a bad answer is no reference
             answers["kind"],
             self.recipe.goal.metric,
             {"baseline": self.subject(None), "tuned": self.subject(self.run.tuned)},
@@ -327,7 +327,7 @@ class Journey:
 
     def subject(self, adapter: Path | None) -> Kept:
         """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
-        from tunesmith.inference.subject import Kept, Local
+        from tunesmith.inference.subject import Kept
 
         trained = self.run.complete("train") if adapter else None
         state = [self.model.identity, self.renderer.hash, runs.digest(trained) if trained else None]
@@ -336,9 +336,28 @@ class Journey:
         return Kept(
             self.run.answers / f"{name}-{runs.hash_json([*state, self.machine.precision])[:16]}.jsonl",
             self.run.name if adapter else self.model.name,
-            lambda: Local(name, self.engine(adapter), self.renderer),
+            lambda: self._opened(name, adapter),
             lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         )
+
+    def _opened(self, name: str, adapter: Path | None) -> Subject:
+        from tunesmith.inference.subject import Local
+        from tunesmith.models.load import classes_of
+
+        if adapter and classes_of(adapter):
+            from tunesmith.inference.scorer import Scorer
+
+            return Scorer(name, self.model, self.machine, adapter, self.renderer)
+        return Local(name, self.engine(adapter), self.renderer)
+
+    def talker(self, adapter: Path | None) -> Any:
+        """What a chat asks: a language model, or the classes of a model that tells such apart."""
+        from tunesmith.models.load import classes_of
+
+        classes = classes_of(adapter) if adapter else []
+        if len(classes) == 1:
+            raise RunError("scores answers and gives none", where=str(self.run.path), fix="Chat with the base: --base.")
+        return self._opened("tuned", adapter) if classes else self.engine(adapter)
 
     def engine(self, adapter: Path | None) -> Engine:
         from tunesmith import plugins
@@ -472,7 +491,7 @@ class Result:
                 where=str(self.path),
                 fix="Run the recipe again.",
             )
-        engine = journey.engine(None if base else self.run.tuned)
+        engine = journey.talker(None if base else self.run.tuned)
         return Chatter(engine, journey.renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:

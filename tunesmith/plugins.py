@@ -122,6 +122,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "choice_accuracy": "tunesmith.evaluate.metrics.choice:choice_accuracy",
         "choice_accuracy_norm": "tunesmith.evaluate.metrics.choice:choice_accuracy_norm",
         "ece": "tunesmith.evaluate.metrics.choice:ece",
+        "preference": "tunesmith.evaluate.metrics.likelihood:preference",
         "loss": "tunesmith.evaluate.metrics.likelihood:loss",
         "perplexity": "tunesmith.evaluate.metrics.likelihood:perplexity",
         "bits_per_token": "tunesmith.evaluate.metrics.likelihood:bits_per_token",

@@ -99,6 +99,8 @@ class Renderer:
         An answer's weight covers its text and the token that ends it. A turn whose rendering changes
         with what follows (a template that rewrites earlier turns) is left as context.
         """
+        if isinstance(conversation, Text):
+            return self.render_text(conversation)
         messages, tools = conversation.messages, conversation.tools
         whole = self._text(messages, tools)
         turns = [i for i, m in enumerate(messages) if m.role == "assistant"]

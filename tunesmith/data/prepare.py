@@ -456,10 +456,13 @@ def _one_kind(rows: Sequence[Conversation]) -> str:
 
 
 def answers_kind(rows: Sequence[Conversation]) -> str:
-    """What the answers look like: `json` objects, `label`s of a small set, `text`, or `none`, where rows are plain."""
+    """What the answers look like: `json` objects, `label`s of a small set, `text`, `none` of
+    plain texts, or `preference`."""
     answers = [row.answer.strip() for row in rows]
     if not any(row.messages for row in rows):
         return "none"
+    if all(row.kind == "preference" for row in rows):
+        return "preference"
     if all(a.startswith("{") and _is_object(a) for a in answers):
         return "json"
     short = all(len(a) <= 80 and "\n" not in a for a in answers)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation, Message, Text
+from tunesmith.conversation.message import Conversation, Message, Preference, Text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import probes
 from tunesmith.evaluate.conditions import decide
@@ -163,7 +163,7 @@ def _asked(
     """One model's answers to the rows, and the likelihoods that the metrics need."""
     prompts = [Ask.of(row) for row in rows]
     rounds: list[list[Reply]] = []
-    for number in range(section.seeds if kind != "none" else 0):
+    for number in range(section.seeds if any(not m.likelihood for m in metrics) else 0):
         sampling = Sampling(section.heat, seed + number) if section.heat else None
         title = f"Answers, {side}" + (f", round {number + 1}" if section.seeds > 1 else "")
         with bar(title, len(rows)) as progress:
@@ -184,6 +184,7 @@ def _asked(
         [row.metadata for row in rows],
         texts if len(texts) > 1 else (),
         _choices(subject, rows, side) if chooses else (),
+        _pairs(subject, rows, side) if subject.scores else (),
     )
     return Side(answers, [list(of_row) for of_row in zip(*rounds, strict=True)])
 
@@ -196,6 +197,14 @@ def _choices(subject: Kept, rows: Sequence[Conversation], side: str) -> list[lis
     with bar(f"Choices, {side}", len(made)) as progress:
         scores = iter(subject.likelihoods(made, progress.advance))
     return [[(text, next(scores).nll) for text in texts] for texts in choices]
+
+
+def _pairs(subject: Kept, rows: Sequence[Conversation], side: str) -> list[tuple[float, float]]:
+    """What the endings of preferences get per token; nothing of other rows."""
+    made = [conversation for row in rows if isinstance(row, Preference) for conversation in row.conversations]
+    with bar(f"Pairs, {side}", len(made)) as progress:
+        found = [s.nll / max(s.tokens, 1) for s in subject.likelihoods(made, progress.advance)]
+    return list(zip(found[::2], found[1::2], strict=True))
 
 
 def _answered(row: Conversation, text: str) -> Conversation:

@@ -138,11 +138,17 @@ def load_model(
 
 def classes_of(tuned: Path) -> list[str]:
     """What the head of a tuned model tells apart; nothing where it is a language head."""
+    found: list[str] = _head(tuned).get("classes", [])
+    return found
+
+
+def _head(tuned: Path) -> dict[str, Any]:
+    """What is kept beside the weights of a model that has no language head: its classes, and what is padding to it."""
     try:
-        found: list[str] = json.loads((tuned / CLASSES).read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads((tuned / CLASSES).read_text(encoding="utf-8"))
         return found
     except FileNotFoundError:
-        return []
+        return {}
 
 
 def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: str = "cpu", merge: bool = True) -> Any:
@@ -158,6 +164,8 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
     if not (adapter / "adapter_config.json").is_file():
         return load_model(replace(model, path=adapter), dtype, device, classes)
     base = load_model(model, torch.float32 if merge else dtype, device, classes)
+    if classes:
+        base.config.pad_token_id = _head(adapter)["pad_token_id"]
     try:
         tuned = PeftModel.from_pretrained(base, str(adapter))
         if merge:

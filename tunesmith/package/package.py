@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from transformers import GenerationConfig
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.models.load import load_model, load_tuned
+from tunesmith.models.load import classes_of, load_model, load_tuned
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.package.section import PackageSection
 from tunesmith.progress import bar, say
@@ -71,7 +72,9 @@ def _merge(section: PackageSection, inputs: PackageInputs, folder: Path, precisi
     with bar("Merging and checking", 2) as progress:
         merged = load_tuned(inputs.model, inputs.adapter, getattr(torch, precision))
         merged.save_pretrained(folder)
-        tokenizer = inputs.renderer.tokenizer
+        tokenizer = copy.deepcopy(inputs.renderer.tokenizer)
+        if classes_of(inputs.adapter) and merged.config.pad_token_id is not None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(merged.config.pad_token_id)
         tokenizer.chat_template = inputs.renderer.template
         tokenizer.save_pretrained(folder)
         GenerationConfig(
@@ -84,7 +87,7 @@ def _merge(section: PackageSection, inputs: PackageInputs, folder: Path, precisi
         progress.advance()
         found = compare(
             load_tuned(inputs.model, inputs.adapter, torch.float32, merge=False),
-            load_model(replace(inputs.model, path=folder), torch.float32),
+            load_model(replace(inputs.model, path=folder), torch.float32, classes=classes_of(inputs.adapter)),
             rows,
         )
         progress.advance()
@@ -112,17 +115,19 @@ def compare(expected: Any, found: Any, rows: Sequence[list[int]]) -> dict[str, A
     divergence in nats, and how often both name the same next token.
     """
     largest = spread = divergence = agree = 0.0
-    tokens = sum(map(len, rows))
+    count = 0
     for ids in rows:
         before, after = (model(input_ids=torch.tensor([ids])).logits[0].float() for model in (expected, found))
+        before, after = (x if x.dim() == 2 else x[None] for x in (before, after))  # a head of classes tells one row
         largest = max(largest, (before - after).abs().max().item())
-        spread += before.std().item() * len(ids) / tokens
+        spread += (before.std().item() if before.numel() > 1 else max(before.abs().item(), 1.0)) * len(before)
         p, q = before.log_softmax(-1), after.log_softmax(-1)
-        divergence += (p.exp() * (p - q)).sum().item() / tokens
-        agree += (before.argmax(-1) == after.argmax(-1)).sum().item() / tokens
+        divergence += (p.exp() * (p - q)).sum().item()
+        agree += (before.argmax(-1) == after.argmax(-1)).sum().item()
+        count += len(before)
     return {
-        "largest_difference": largest / spread,
-        "mean_kl": max(divergence, 0.0),  # rounding can leave it a hair below
-        "same_next_token": agree,
-        "tokens": tokens,
+        "largest_difference": largest * count / spread,
+        "mean_kl": max(divergence / count, 0.0),  # rounding can leave it a hair below
+        "same_next_token": agree / count,
+        "tokens": sum(map(len, rows)),
     }

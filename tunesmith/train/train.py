@@ -239,7 +239,8 @@ def _keep(section: TrainSection, state: State, model: Any, classes: list[str], r
         else:
             section.adapter.save(model, folder)
         if classes:
-            write_json(folder / CLASSES, classes)
+            padding = model.config.pad_token_id
+            write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
 
 
 def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Example]:

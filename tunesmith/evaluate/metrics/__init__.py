@@ -11,4 +11,5 @@ FITTING = {
     "label": ("accuracy", "macro_f1", "loss", "perplexity"),
     "text": ("rouge_l", "chrf", "loss", "perplexity"),
     "none": ("loss", "perplexity"),
+    "preference": ("preference",),
 }

@@ -32,6 +32,8 @@ class Answers:
         metadata: what else each row says, such as its choices, tests or schema.
         samples: where each prompt was answered several times, every round's answers; the first is `given`.
         choices: of each row, its choices and their negative log-likelihoods, where a metric asked for them.
+        pairs: of each row, the negative log-likelihoods per token of its better and its worse ending (or what a
+            reward model has in their place), where rows are preferences.
     """
 
     given: Sequence[str]
@@ -41,6 +43,7 @@ class Answers:
     metadata: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[Sequence[str]] = field(default=())
     choices: Sequence[Sequence[tuple[str, float]]] = field(default=())
+    pairs: Sequence[tuple[float, float]] = field(default=())
 
     def told(self, key: str, metric: str) -> list[Any]:
         """What each row's metadata says under a key.

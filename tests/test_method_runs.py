@@ -1,0 +1,123 @@
+"""Every method through the front door: trained, stopped, gone on with to the same bytes, proved and packaged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tunesmith as ts
+from tests.conftest import COLOURS, colour_rows, write_jsonl, write_recipe
+from tunesmith.runs import read_jsonl
+
+ASKED = [row["prompt"] for row in colour_rows(48)]
+PAIRS = [
+    {"prompt": asked, "chosen": COLOURS[i % 4], "rejected": COLOURS[(i + 1 + i % 3) % 4]}
+    for i, asked in enumerate(ASKED)
+]
+RATED = [
+    {"prompt": asked, "completion": COLOURS[(i + i % 2) % 4], "label": i % 2 == 0} for i, asked in enumerate(ASKED)
+]
+TEXTS = [{"text": asked + " It is " + COLOURS[i % 4] + ". " * (i % 9)} for i, asked in enumerate(ASKED)]
+PLAIN = [{"prompt": asked, "completion": COLOURS[i % 4]} for i, asked in enumerate(ASKED)]
+METHODS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
+    "text": ("text", TEXTS),
+    "dpo": ({"kind": "dpo", "sft_weight": 0.5}, PAIRS),
+    "cpo": ("cpo", PAIRS),
+    "simpo": ("simpo", PAIRS),
+    "orpo": ("orpo", PAIRS),
+    "kto": ("kto", RATED),
+    "reward": ("reward", PAIRS),
+    "classify": ("classify", PLAIN),
+    "distill": ({"kind": "distill", "teacher": "", "beta": 0.5}, PLAIN),
+}
+
+
+def files(run: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for name in ("adapter", "model") for p in (run / "train" / name).glob("*.safeten*")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_goes_on_exactly_and_is_proved(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, name: str
+) -> None:
+    method, rows = METHODS[name]
+    if name == "distill":
+        method = method | {"teacher": str(tiny_model)}
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["train"] |= {"method": method, "max_steps": 4, "learning_rate": 0.003, "checkpoint_every": 2}
+    if name in ("reward", "classify"):
+        recipe["train"]["adapter"] = {"kind": "lora", "rank": 4} if name == "classify" else "full"
+    recipe["package"] = {"precision": "float32"}
+    path, run = write_recipe(tmp_path, recipe), tmp_path / "runs/tiny"
+    said = tunesmith("train", path)
+    assert said.code == 0, said.err
+    whole = files(run)
+    lines = read_jsonl(run / "metrics.jsonl")
+    assert "validation_loss" in lines[-1]
+
+    for made in ("adapter", "model", "checkpoints/step-000004"):
+        shutil.rmtree(run / "train" / made, ignore_errors=True)
+    (run / "train/manifest.json").unlink()
+    said = tunesmith("train", path)
+    assert said.code == 0 and "Going on from step 2" in said.err, said.err
+    assert files(run) == whole
+    assert [line["loss"] for line in read_jsonl(run / "metrics.jsonl")] == [line["loss"] for line in lines]
+
+    said = tunesmith("run", path, "--json")
+    assert said.code == 0, said.out
+    goal = {"text": "loss", "kto": "accuracy", "classify": "accuracy", "distill": "accuracy"}.get(name, "preference")
+    assert said.json["scorecard"]["goal_metric"] == goal
+    check = json.loads((run / "package/manifest.json").read_text())["check"]
+    assert check["same_next_token"] > 0.99
+
+
+def test_a_packaged_classifier_is_what_transformers_loads(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Batched, with padding, by its own tokenizer: the classes that the run's evaluation found."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    recipe["train"] |= {"method": {"kind": "classify", "weights": "balanced"}, "max_steps": 30, "learning_rate": 0.01}
+    said = tunesmith("run", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out
+    run = tmp_path / "runs/tiny"
+    model = AutoModelForSequenceClassification.from_pretrained(run / "package/model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(run / "package/model")
+    answers = read_jsonl(run / "evaluate/answers.jsonl")
+    asked = [
+        tokenizer.apply_chat_template(row["prompt"], tokenize=False, add_generation_prompt=True) for row in answers
+    ]
+    batch = tokenizer(asked, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        found = model(**batch).logits.argmax(-1).tolist()
+    assert [model.config.id2label[i] for i in found] == [row["tuned"]["answer"] for row in answers]
+    assert ts.open_run(run).chat(answers[0]["prompt"][-1]["content"]) == answers[0]["tuned"]["answer"]
+
+
+def test_a_method_says_which_rows_it_takes(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    for verb in ("train", "check"):
+        said = tunesmith(verb, write_recipe(tmp_path, recipe))
+        assert said.code == 2 and "method sft learns from conversation rows" in said.err
+        assert "cpo or dpo or orpo or reward or simpo" in said.err
+
+
+def test_a_classifier_of_one_class_is_refused(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [row | {"completion": "red"} for row in colour_rows()])
+    recipe["train"]["method"] = "classify"
+    said = tunesmith("train", write_recipe(tmp_path, recipe))
+    assert said.code == 2 and "there is only one class: 'red'" in said.err
+
+
+def test_long_texts_become_several_examples(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"text": "What colour is it? " * 60}] * 1 + TEXTS)
+    recipe["train"] |= {"method": "text", "max_length": 64}
+    recipe["data"]["split"] = {"validation": 0, "test": 0}
+    path = write_recipe(tmp_path, recipe)
+    plan = tunesmith("plan", path, "--json").json
+    assert plan["rows"] > len(TEXTS) + 2
