@@ -295,8 +295,17 @@ class Journey:
         return load_rows(self.run.stage("data") / f"{part}.jsonl")
 
     def _train(self, target: Path) -> dict[str, Any]:
+        from tunesmith import plugins
         from tunesmith.train.train import TrainInputs, train
 
+        by = self.recipe.train.best_by
+        metric = plugins.load("metric", by)
+        if by != "loss" and (metric.likelihood or metric.chooses):
+            raise RecipeError(
+                f"{by} is not a score of answers",
+                where="train.best_by",
+                fix="Take loss, or a metric of answers: exact_match, rouge_l, ...",
+            )
         inputs = TrainInputs(
             self.rows("train"),
             self.rows("validation"),
@@ -304,8 +313,33 @@ class Journey:
             self.renderer,
             self.machine,
             self.recipe.seed,
+            self.ask,
+            self.score,
         )
         return {"summary": train(self.recipe.train, inputs, self.run)}
+
+    def ask(self, forward: Any, rows: Sequence[Any], limit: int | None) -> list[str]:
+        """Greedy answers of a model in training, of at most `limit` tokens (a quarter more than the longest of the
+        right ones if None)."""
+        from tunesmith import plugins
+
+        tokenizer = self.renderer.tokenizer
+        longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in rows)
+        most = self.recipe.evaluate.max_new_tokens or longest + longest // 4 + 8
+        engine: Engine = plugins.load("engine", "transformers").over(forward)
+        prompts = [self.renderer.prompt(row.prompt) for row in rows]
+        given = engine.generate(prompts, min(most, limit or most), self.renderer.stop_ids, lambda done: None)
+        return [self.renderer.decode(ids) for ids in given]
+
+    def score(self, name: str, answers: Sequence[str], rows: Sequence[Any]) -> tuple[float, bool]:
+        """A metric of answers to rows, and whether higher is better."""
+        from tunesmith import plugins
+        from tunesmith.evaluate.metrics import Answers
+
+        metric = plugins.load("metric", name)
+        none = [float("nan")] * len(rows)
+        given = Answers(answers, [row.answer for row in rows], none, [0] * len(rows), [row.metadata for row in rows])
+        return float(metric.value(metric.measure(given).sum(0))), metric.higher_is_better
 
     def _evaluate(self, target: Path) -> dict[str, Any]:
         from tunesmith.evaluate.evaluate import EvaluateInputs, evaluate
@@ -387,7 +421,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = {("package", "evaluate")}
 # Keys of `train` that change what is kept or told of it, but no weight.
-NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers"}
+NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples"}
 
 
 def _finish(run: Run, recipe: Recipe) -> None:

@@ -59,6 +59,8 @@ class Recipe(Section):
     def _stopping_needs_validation(self) -> Recipe:
         if self.train.early_stopping and self.data.split.validation == 0:
             raise ValueError("train.early_stopping needs validation rows: data.split.validation is 0")
+        if self.train.best_by != "loss" and self.data.split.validation == 0:
+            raise ValueError("train.best_by needs validation rows: data.split.validation is 0")
         return self
 
     @field_validator("name")

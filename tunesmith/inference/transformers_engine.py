@@ -62,6 +62,16 @@ class TransformersEngine:
         self._forward: PackedForward | None = None
         self._decoder: Decoder | None = None
 
+    @classmethod
+    def over(cls, forward: PackedForward) -> TransformersEngine:
+        """An engine on a model that is in memory already (in training, say), as it is now; it is left as it was."""
+        engine = cls.__new__(cls)
+        engine.device, engine.model = str(forward.device), forward.model
+        engine._attention, engine._forward, engine._decoder = forward.attention, forward, None
+        with contextlib.suppress(CannotPack):
+            engine._decoder = Decoder(forward)
+        return engine
+
     @torch.inference_mode()
     def generate(
         self,

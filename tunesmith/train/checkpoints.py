@@ -15,6 +15,9 @@ from tunesmith.errors import RunError
 from tunesmith.progress import say
 from tunesmith.runs import read_json, whole_folder, write_json
 
+# Of what a checkpoint holds and means. Whoever changes that raises it, so that no code reads another's.
+FORMAT = 1
+
 
 @dataclass
 class State:
@@ -23,7 +26,8 @@ class State:
     Attributes:
         step: optimizer steps taken.
         tokens, seconds: what went through them, and how long that took.
-        best_step, best_loss: the validation with the lowest loss so far, if any was taken.
+        best_step, best_loss, best_value: the best validation so far, if any was taken: its loss, and its value of what
+            `train.best_by` names.
         stale: validations since then.
         precision, threads: what the steps so far were computed with; going on keeps the precision.
     """
@@ -35,6 +39,7 @@ class State:
     seconds: float = 0.0
     best_step: int | None = None
     best_loss: float | None = None
+    best_value: float | None = None
     stale: int = 0
 
 
@@ -55,21 +60,34 @@ def save(
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     with whole_folder(folder / f"step-{state.step:06d}") as temporary:
         save_file(tensors, temporary / "state.safetensors")
-        write_json(temporary / "state.json", asdict(state))
+        write_json(temporary / "state.json", {"format": FORMAT} | asdict(state))
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
 
 
 def newest(folder: Path) -> State | None:
-    """Where the newest whole checkpoint is; None where there is none."""
+    """Where the newest whole checkpoint is; None where there is none.
+
+    Raises:
+        RunError: other code wrote it.
+    """
     for path in reversed(_all(folder)):
         try:
-            state = State(**read_json(path / "state.json"))
+            told = read_json(path / "state.json")
             with safe_open(path / "state.safetensors", framework="pt"):  # the header must fit the file
-                return state
-        except (RunError, TypeError, SafetensorError, OSError) as error:
+                pass
+        except (RunError, SafetensorError, OSError) as error:
             say(f"checkpoint {path.name} is damaged and left out ({error})")
             shutil.rmtree(path)
+            continue
+        written = told.pop("format", "unknown")
+        if written != FORMAT:
+            raise RunError(
+                f"this checkpoint was written by other code (format {written}; this Tunesmith reads {FORMAT})",
+                where=str(path),
+                fix="Go on with the version that wrote it, or remove the run's train folder to start again.",
+            )
+        return State(**told)
     return None
 
 
@@ -96,6 +114,12 @@ def _load(
         )
     with torch.no_grad():
         for name, parameter in weights.items():
+            if tensors[f"weight/{name}"].shape != parameter.shape:
+                raise RunError(
+                    f"the checkpoint's {name} is {list(tensors[f'weight/{name}'].shape)}, not {list(parameter.shape)}",
+                    where=str(path),
+                    fix="Remove the run's train folder to start again.",
+                )
             parameter.copy_(tensors[f"weight/{name}"])
             state: dict[str, Any] = {}
             for key, value in tensors.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tunesmith import plugins
+from tunesmith.errors import nearest
 from tunesmith.section import AUTO, NumberOrAuto, Section, WholeOrAuto
 
 __all__ = ["AUTO", "TrainSection"]
@@ -57,8 +58,23 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints stay on disk, besides the best weights."""
     keep_best: bool = True
-    """End with the weights of the lowest validation loss instead of the last ones."""
+    """End with the best weights (see `best_by`) instead of the last ones."""
+    best_by: str = "loss"
+    """What the best weights are best by, and what early stopping waits for: the validation loss, or a metric of answers
+    to validation rows, such as exact_match."""
+    scored_rows: int = Field(64, ge=1)
+    """Validation rows that are answered for `best_by`, drawn by seed."""
+    samples: int = Field(3, ge=0)
+    """Validation rows that are answered at each validation, to be read in the report."""
     early_stopping: int | None = Field(None, ge=1)
-    """Stop after this many validations without a lower loss."""
+    """Stop after this many validations that are not better."""
     trackers: list[plugins.field("tracker")] = Field(default_factory=list)  # type: ignore[valid-type]
     """Where figures go besides metrics.jsonl: tensorboard, wandb, mlflow, clearml, dvclive. None if not given."""
+
+    @field_validator("best_by")
+    @classmethod
+    def _best_by(cls, value: str) -> str:
+        known = plugins.known("metric")
+        if value not in known:
+            raise ValueError(f"no metric is called '{value}'{nearest(value, known)} (known: {', '.join(known)})")
+        return value

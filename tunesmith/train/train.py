@@ -32,6 +32,7 @@ from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
 from tunesmith.train.checkpoints import State
 from tunesmith.train.follow import following, forget_after
+from tunesmith.train.judge import Ask, Judge, Score
 from tunesmith.train.objectives.method import Batch, Example, Method
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
@@ -47,6 +48,8 @@ class TrainInputs:
     renderer: Renderer
     machine: Machine
     seed: int
+    ask: Ask | None = None
+    score: Score | None = None
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -95,6 +98,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         checkpoints.restore(run.checkpoints, state, weights, optimizer)
         say(f"Going on from step {state.step} of {schedule.total}")
     forget_after(run, state.step)
+    judge = Judge(section, inputs.validation, inputs.seed, inputs.ask, inputs.score, run)
     job = job_of(section, shape, trained, state.precision, examples, schedule)
     expected = estimate(job, inputs.machine)
 
@@ -166,9 +170,11 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                 if not math.isfinite(found):
                     raise _not_finite({"validation loss": found}, state, held_out[:5], run)
-                if _improved(state, found) and section.keep_best:
-                    with follow.clock("checkpoint"), whole_folder(run.stage("train") / "best") as folder:
-                        section.adapter.save(model, folder)
+                with follow.clock("samples"):
+                    line |= judge(forward, state.step)
+                if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
+                    with follow.clock("checkpoint"):
+                        _keep_best(section, model, run)
             follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
                 with follow.clock("checkpoint"):
@@ -186,6 +192,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "seconds": round(state.seconds, 1),
         "best_step": state.best_step if section.keep_best else None,
         "best_validation_loss": state.best_loss,
+        "best_by": section.best_by,
+        "best_value": state.best_value,
         "parameters": {"total": parameters, "trained": trained},
         "precision": state.precision,
         "threads": state.threads,
@@ -371,12 +379,19 @@ def _by_loss(section: TrainSection, forward: PackedForward, examples: Sequence[E
     return sorted(losses, key=lambda name: -losses[name])
 
 
-def _improved(state: State, loss: float) -> bool:
-    if state.best_loss is None or loss < state.best_loss:
-        state.best_step, state.best_loss, state.stale = state.step, loss, 0
+def _improved(state: State, loss: float, value: float, higher: bool) -> bool:
+    """Whether a validation is the best so far, which the state then holds."""
+    if state.best_value is None or (value > state.best_value if higher else value < state.best_value):
+        state.best_step, state.best_loss, state.best_value, state.stale = state.step, loss, value, 0
         return True
     state.stale += 1
     return False
+
+
+def _keep_best(section: TrainSection, model: Any, run: Run) -> None:
+    if section.keep_best:
+        with whole_folder(run.stage("train") / "best") as folder:
+            section.adapter.save(model, folder)
 
 
 def _stale(section: TrainSection, state: State) -> bool:
