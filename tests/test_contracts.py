@@ -31,6 +31,7 @@ LEVELS = [
     {"recipe"},
     {"claims"},
     {"pipeline"},
+    {"tune"},
     VERBS,
     {"cli"},
 ]
@@ -130,6 +131,7 @@ def test_the_command_line_is_frozen() -> None:
         "init": ["--force", "--json", "--out"],
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],
+        "tune": ["--json", "--runs", "--set", "--space"],
         "chat": ["--base", "--json", "--max-new-tokens", "--runs", "--say"],
         "doctor": ["--json"],
         "schema": ["--json"],

@@ -232,6 +232,27 @@ def plan(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
 
 
 @app.command()
+def tune(
+    recipe: RecipeName,
+    space: Annotated[
+        list[str] | None,
+        typer.Option("--space", metavar="KEY=VALUES", help="What may change, as train.learning_rate=1e-4..1e-2."),
+    ] = None,
+    sets: Sets = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Search for better settings in many short trainings; keep the best as a recipe. Goes on where it stopped."""
+    _hush(as_json)
+    from tunesmith import show
+    from tunesmith.tune.search import tune as search
+
+    found = search(recipe, sets or [], runs, space or [])
+    if not _answer(found, as_json):
+        show.search(found)
+
+
+@app.command()
 def chat(
     run: RunName,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")] = False,

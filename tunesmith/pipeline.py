@@ -36,6 +36,7 @@ def run(
     overrides: Sequence[str] = (),
     runs_folder: str | Path | None = None,
     stages: Sequence[str] = STAGES,
+    validated: Callable[[int, float], None] | None = None,
 ) -> Result:
     """Walk the journey, or some of its stages, and return the run.
 
@@ -43,6 +44,7 @@ def run(
         recipe: a file, the name of a shipped recipe, or a recipe's keys.
         overrides: `key.path=value`, as `--set` takes them.
         runs_folder: where runs go; TUNESMITH_RUNS or ./runs if None.
+        validated: told the step and the value of `train.best_by` at each validation; what it raises ends the training.
 
     Raises:
         TunesmithError: one of its kinds; see tunesmith/errors.py.
@@ -55,7 +57,7 @@ def run(
         raise RunError(f"no stage is called '{unknown[0]}'", where="stages", fix=f"There are: {', '.join(STAGES)}.")
     with there.lock():
         claims.refuse_anothers(there, claims.absolute(resolved, folder), origin)
-        journey = Journey(resolved, folder, there)
+        journey = Journey(resolved, folder, there, validated)
         journey.key(next(s for s in STAGES if s in wanted))  # what can't be run leaves the run as it was
         claims.claim(there, claims.absolute(resolved, folder), origin, overrides)
         for stage in STAGES:
@@ -91,6 +93,7 @@ class Journey:
     recipe: Recipe
     folder: Path
     run: Run
+    validated: Callable[[int, float], None] | None = None
 
     @cached_property
     def machine(self) -> Machine:
@@ -315,6 +318,7 @@ class Journey:
             self.recipe.seed,
             self.ask,
             self.score,
+            self.validated,
         )
         return {"summary": train(self.recipe.train, inputs, self.run)}
 

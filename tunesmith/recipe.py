@@ -23,6 +23,7 @@ from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
 from tunesmith.section import Section
 from tunesmith.train.section import TrainSection
+from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter"}
@@ -54,6 +55,8 @@ class Recipe(Section):
     """What must be proved before it is handed on; nothing is held back, if not given."""
     package: PackageSection = PackageSection()
     """What to hand on."""
+    tune: TuneSection = TuneSection()
+    """What `tunesmith tune` may change; a run does not look at it."""
 
     @model_validator(mode="after")
     def _stopping_needs_validation(self) -> Recipe:

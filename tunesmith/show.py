@@ -308,3 +308,19 @@ def doctor(found: dict[str, Any]) -> None:
             value = "\n".join(map(str, value)) or "none"
         shown.add_row(key, Text(str(value)))
     _console().print(shown)
+
+
+def search(found: dict[str, Any]) -> None:
+    """The trials of a search, the best marked, and the recipe that it made."""
+    best = found["best"]
+    names = list(best["settings"])
+    shown = Table("trial", "state", found["metric"], *names)
+    for trial in found["trials"]:
+        mark = " (best)" if trial["trial"] == best["trial"] else ""
+        value = "-" if trial["value"] is None else f"{trial['value']:.4f}"
+        settings = (Text(f"{trial['settings'].get(name, '-')}") for name in names)
+        shown.add_row(trial["trial"] + mark, trial["state"], value, *settings)
+    out = _console()
+    out.print(shown)
+    out.print(f"The best one's recipe: {found['recipe']}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"Next: {program()} run {found['recipe']}", markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -50,6 +50,7 @@ class TrainInputs:
     seed: int
     ask: Ask | None = None
     score: Score | None = None
+    validated: Callable[[int, float], None] | None = None
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -175,6 +176,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
                     with follow.clock("checkpoint"):
                         _keep_best(section, model, run)
+                if inputs.validated:
+                    inputs.validated(state.step, line[f"validation_{section.best_by}"])
             follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
                 with follow.clock("checkpoint"):

@@ -1,0 +1,1 @@
+"""Searching for settings: many short trainings, the best one's recipe kept."""

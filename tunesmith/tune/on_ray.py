@@ -1,0 +1,107 @@
+"""The same search on a Ray cluster, with Ray Tune: each trial is a task; the median rule stops the worst."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tunesmith.errors import TunesmithError, first_line
+from tunesmith.runs import hash_json
+
+if TYPE_CHECKING:
+    from tunesmith.tune.search import Search
+
+VALUE = "value"
+
+
+def search_on_ray(search: Search) -> dict[str, Any]:
+    """Search, going on from what an earlier search of this folder left.
+
+    Raises:
+        TunesmithError: no trial came through.
+    """
+    import ray
+    from ray import tune
+
+    section, mode = search.section, "max" if search.maximize else "min"
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // section.workers)
+
+    def trainable(settings: dict[str, Any]) -> None:
+        import torch
+
+        torch.set_num_threads(cores)
+        last = [0]
+
+        def validated(step: int, value: float) -> None:
+            last[0] = step
+            tune.report({VALUE: value, "step": step})
+
+        # A trial that is taken up again has the same settings, so the same run, which goes on.
+        value = search.run(_name(settings), settings, validated)
+        tune.report({VALUE: value, "step": last[0] + 1})
+
+    place = (search.folder / "ray").resolve()
+    with_cores = tune.with_resources(trainable, {"cpu": cores})
+    if tune.Tuner.can_restore(str(place / "search")):
+        tuner = tune.Tuner.restore(str(place / "search"), with_cores, resume_unfinished=True, restart_errored=False)
+    else:
+        scheduler = tune.schedulers.MedianStoppingRule(
+            time_attr="step", grace_period=1, min_samples_required=max(section.try_first, 1)
+        )
+        tuner = tune.Tuner(
+            with_cores,
+            param_space={key: _domain(tune, values) for key, values in section.space.items()},
+            tune_config=tune.TuneConfig(
+                metric=VALUE,
+                mode=mode,
+                num_samples=section.trials,
+                max_concurrent_trials=section.workers,
+                scheduler=scheduler if section.pruning else None,
+            ),
+            run_config=tune.RunConfig(name="search", storage_path=str(place), verbose=0),
+        )
+    try:
+        results = tuner.fit()
+        trials = [_told(result) for result in results]
+        if not any(trial["state"] == "complete" for trial in trials):
+            why = next((trial["why"] for trial in trials if trial["why"]), "they were stopped")
+            raise TunesmithError(f"no trial came through: {why}", where=str(search.folder), fix="Look at tune.space.")
+        best = results.get_best_result(VALUE, mode, scope="all")
+    finally:
+        if started:
+            ray.shutdown()
+    return {
+        "best": {
+            "settings": best.config,
+            "value": best.metrics[VALUE],
+            "trial": f"trial-{hash_json(best.config)[:10]}",
+        },
+        "recipe": str(search.keep_best(best.config)),
+        "metric": search.recipe["train"]["best_by"],
+        "trials": trials,
+    }
+
+
+def _name(settings: dict[str, Any]) -> str:
+    return f"trial-{hash_json(settings)[:10]}"
+
+
+def _domain(tune: Any, values: Any) -> Any:
+    if isinstance(values, list):
+        return tune.choice(values)
+    if values.whole:
+        draw = tune.lograndint if values.logarithmic else tune.randint
+        return draw(int(values.low), int(values.high) + 1)
+    return (tune.loguniform if values.logarithmic else tune.uniform)(values.low, values.high)
+
+
+def _told(result: Any) -> dict[str, Any]:
+    return {
+        "trial": _name(result.config),
+        "state": "fail" if result.error else "complete",
+        "value": (result.metrics or {}).get(VALUE),
+        "settings": result.config,
+        "why": first_line(result.error) if result.error else None,
+    }
