@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import claims, runs
 from tunesmith import recipe as recipes
-from tunesmith.errors import DataError, Held, RunError
+from tunesmith.errors import DataError, Held, RecipeError, RunError
 from tunesmith.progress import clock, say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
