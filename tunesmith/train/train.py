@@ -176,9 +176,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
                     with follow.clock("checkpoint"):
                         _keep_best(section, model, run)
-                if inputs.validated:
-                    inputs.validated(state.step, line[f"validation_{section.best_by}"])
             follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
+            if inputs.validated and "validation_loss" in line:
+                inputs.validated(state.step, line[f"validation_{section.best_by}"])
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
                 with follow.clock("checkpoint"):
                     checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
