@@ -100,23 +100,6 @@ def test_loras_b_learns_at_its_own_rate(tunesmith: Any, recipe: dict[str, Any], 
     assert all(step == pytest.approx(4 * recipe["train"]["learning_rate"], rel=0.01) for step in moved)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adafactor", 1.0), ("sgd", 0.05)])
-def test_other_optimizers_train_and_go_on(
-    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, optimizer: str, rate: float
-) -> None:
-    recipe["train"] |= {"optimizer": optimizer, "max_steps": 12, "epochs": 3, "learning_rate": rate}
-    path, run = write_recipe(tmp_path, recipe), tmp_path / "runs/tiny"
-    assert tunesmith("train", path).code == 0
-    whole = files(run)
-    losses = [line["loss"] for line in read_jsonl(run / "metrics.jsonl")]
-    assert losses[-1] < losses[0]
-    for made in ("adapter", "checkpoints/step-000012"):
-        shutil.rmtree(run / "train" / made)
-    (run / "train/manifest.json").unlink()
-    assert tunesmith("train", path).code == 0
-    assert files(run) == whole
-
-
 def test_plan_counts_what_training_trains(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     for name in ("lora", "dora", "loha", "vera", "oft", "ia3", "full", "last layer"):
         recipe["train"]["adapter"] = KINDS[name]

@@ -100,7 +100,13 @@ def table(title: str, section: type[Section], done: set[type[Section]]) -> str:
 def page() -> str:
     done: set[type[Section]] = set()
     text = HEAD + table("recipe", Recipe, done)
-    for key, point in (("train.method", "objective"), ("train.adapter", "adapter"), ("train.trackers", "tracker")):
+    for key, point in (
+        ("train.method", "objective"),
+        ("train.adapter", "adapter"),
+        ("train.optimizer", "optimizer"),
+        ("train.keep", "keep"),
+        ("train.trackers", "tracker"),
+    ):
         for kind in plugins.BUILT_IN[point]:
             text += table(f"{key} ({kind})", plugins.load(point, kind), done)
     metrics = ", ".join(f"`{name}`" for name in plugins.BUILT_IN["metric"])

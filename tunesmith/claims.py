@@ -72,6 +72,9 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
             metrics[place] = f"{whole(path)}:{function}"
     bias = keys["evaluate"]["bias"] or {}
     bias |= {key: whole(bias[key]) for key in ("bbq", "crows_pairs") if bias.get(key)}
+    for term in keys["train"]["keep"]:
+        if "rows" in term:
+            term["rows"] = whole(term["rows"])
     for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
         if name.exists():
             keys["model"]["name"] = str(name.resolve())

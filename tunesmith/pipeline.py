@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from tunesmith.runs import STAGES, Run
 
 if TYPE_CHECKING:
     from tunesmith.conversation.render import Renderer
+    from tunesmith.data.section import DataSection
     from tunesmith.inference.engine import Engine
     from tunesmith.inference.subject import Kept, Subject
     from tunesmith.models.machine import Machine
@@ -213,7 +215,7 @@ class Journey:
             return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
-            return model | {"section": kept}
+            return model | {"section": kept} | ({"keep": self.kept_files} if self.kept_files else {})
         kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
         gate = r.gate.model_dump(mode="json") if r.gate else None
         goal = {"goal": r.goal.model_dump(mode="json")} | ({"gate": gate} if gate else {})
@@ -239,6 +241,40 @@ class Journey:
     def sources(self) -> list[tuple[str, str]]:
         """Names and hashes of the data's files, in the recipe's order."""
         return [(path.name, runs.hash_file(path)) for part in self.files.values() for _, path in part]
+
+    @cached_property
+    def general_sources(self) -> dict[str, DataSection]:
+        """The data that `train.keep` names, by the path given there, read as the recipe's own data."""
+        from tunesmith.data.section import SourceSection, SplitSection
+
+        named = [term.rows for term in self.recipe.train.keep if getattr(term, "rows", None)]
+        none = SplitSection(validation=0, test=0)
+        return {
+            path: self.recipe.data.model_copy(update={"sources": [SourceSection(path=path)], "split": none})
+            for path in named
+        }
+
+    @cached_property
+    def kept_files(self) -> list[tuple[str, str]]:
+        """Names and hashes of those files."""
+        from tunesmith.data.prepare import source_files
+
+        try:
+            parts = [source_files(section, self.folder)["train"] for section in self.general_sources.values()]
+        except DataError as error:
+            raise DataError(error.what, where="train.keep", fix=error.fix) from None
+        return [(path.name, runs.hash_file(path)) for part in parts for _, path in part]
+
+    def general(self) -> dict[str, list[Any]]:
+        """The rows of that data."""
+        from tunesmith.data.prepare import load_rows, prepare
+
+        found = {}
+        for path, section in self.general_sources.items():
+            with tempfile.TemporaryDirectory() as folder:
+                prepare(section, self.data_inputs(), Path(folder))
+                found[path] = load_rows(Path(folder) / "train.jsonl")
+        return found
 
     @contextlib.contextmanager
     def artifact(self, stage: str, key: str) -> Iterator[Path]:
@@ -319,6 +355,7 @@ class Journey:
             self.ask,
             self.score,
             self.validated,
+            self.general(),
         )
         return {"summary": train(self.recipe.train, inputs, self.run)}
 

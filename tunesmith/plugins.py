@@ -32,7 +32,8 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "classify": "tunesmith.train.objectives.classify:Classify",
         "distill": "tunesmith.train.objectives.distill:Distill",
     },
-    # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name).
+    # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name),
+    # and, where not all of it is trained at every step, trained_at(step, names, seed).
     "adapter": {
         "lora": "tunesmith.train.adapters.lora:Lora",
         "loha": "tunesmith.train.adapters.others:LoHa",
@@ -42,6 +43,24 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ia3": "tunesmith.train.adapters.others:Ia3",
         "full": "tunesmith.train.adapters.full:Full",
         "partial": "tunesmith.train.adapters.full:Partial",
+    },
+    # What turns gradients into steps: `train.optimizer`. A Section with check(device), build(groups, rate).
+    "optimizer": {
+        "adamw": "tunesmith.train.optimizers.sections:AdamW",
+        "adafactor": "tunesmith.train.optimizers.sections:Adafactor",
+        "sgd": "tunesmith.train.optimizers.sections:Sgd",
+        "lion": "tunesmith.train.optimizers.sections:Lion",
+        "muon": "tunesmith.train.optimizers.sections:Muon",
+        "schedule_free": "tunesmith.train.optimizers.sections:ScheduleFree",
+        "adamw_8bit": "tunesmith.train.optimizers.sections:AdamW8bit",
+        "paged_adamw": "tunesmith.train.optimizers.sections:PagedAdamW",
+        "galore": "tunesmith.train.optimizers.sections:GaLore",
+    },
+    # What holds a model near its start: `train.keep`. A Section with begin(start) -> a term with add(step).
+    "keep": {
+        "l2": "tunesmith.train.keep.sections:L2",
+        "ewc": "tunesmith.train.keep.sections:Ewc",
+        "kl": "tunesmith.train.keep.sections:Kl",
     },
     # Another place for a run's figures: `train.trackers`. A Section with open(name, folder, settings).
     "tracker": {

@@ -105,9 +105,10 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
         say(auto.told(choices))
     schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
     shape = shape_of(empty)
-    trained = sum(p.numel() for p in train.adapter.attach(empty).parameters() if p.requires_grad)
+    train.optimizer.check(journey.machine.device)
+    weights = {name: p for name, p in train.adapter.attach(empty).named_parameters() if p.requires_grad}
     precision = journey.machine.precision if train.precision == "auto" else train.precision
-    return estimate(job_of(train, shape, trained, precision, examples, schedule), journey.machine)
+    return estimate(job_of(train, shape, weights, precision, examples, schedule), journey.machine)
 
 
 def _journey(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Journey:

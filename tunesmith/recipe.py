@@ -26,8 +26,8 @@ from tunesmith.train.section import TrainSection
 from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
-POINTS = {"method": "objective", "adapter": "adapter"}
-LISTS = {"trackers": "tracker"}  # keys that hold a list of such
+POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer"}
+LISTS = {"trackers": "tracker", "keep": "keep"}  # keys that hold a list of such
 
 
 def _model(value: Any) -> Any:

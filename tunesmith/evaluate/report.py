@@ -35,6 +35,11 @@ MEANS = {
     "perplexity": "e to the loss",
 }
 ANSWERS = {"json": "JSON objects", "label": "labels from a small set", "text": "free text"}
+KEPT = {
+    "keep_l2": "From the start: half the squared distance",
+    "keep_ewc": "From the start, by Fisher information",
+    "keep_kl": "KL to the start, nats per token",
+}
 
 
 def write_report(run: Run) -> None:
@@ -259,6 +264,7 @@ def loss_curves(steps: Sequence[dict[str, Any]]) -> list[Markup]:
         Series("validation", "baseline", points("validation_loss"), dots=True),
     ]
     small = [("Learning rate", "learning_rate"), ("Gradient norm, before clipping", "grad_norm")]
+    small += [(title, key) for key, title in KEPT.items()]
     drawn = [charts.curves("Loss, nats per token", loss)]
     drawn += [
         charts.curves(title, [Series(title, "tuned", points(key))], (320, 148), "small", 4) for title, key in small
@@ -321,10 +327,12 @@ def _training(manifests: dict[str, dict[str, Any]], steps: Sequence[dict[str, An
     if "train" not in manifests:
         return None
     speeds = [row["tokens_per_second"] for row in steps if row.get("tokens_per_second")]
+    kept = manifests["train"]["summary"].get("keep") or {}
     return (
         {"auto": {}}
         | manifests["train"]["summary"]
         | {
+            "kept": ", ".join(f"{name} {number(value)}" for name, value in kept.items()) or "no term",
             "speed": statistics.median(speeds) if speeds else None,
             "memory": max((row.get("memory_bytes", 0) for row in steps), default=0),
         }

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tunesmith.models import cuda
+
 LONGEST_KEPT = 512  # keys; with more of them the probabilities outgrow the other activations
 KEYS_AT_ONCE = 16_384  # of the rows of one group: each has its own copy of what they share
 PADDING = 1.25  # a group's longest row may be so much longer than its shortest
@@ -160,15 +162,23 @@ class Layout:
 
 
 _layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
+_kind: ContextVar[str] = ContextVar("which attention", default="grouped")
 
 
 @contextlib.contextmanager
-def laid_out(layout: Layout) -> Iterator[None]:
-    token = _layout.set(layout)
+def laid_out(layout: Layout, kind: str = "grouped") -> Iterator[None]:
+    """Within this, attention is that of rows laid out so, by this kind of attention."""
+    tokens = _layout.set(layout), _kind.set(kind)
     try:
         yield
     finally:
-        _layout.reset(token)
+        _layout.reset(tokens[0])
+        _kind.reset(tokens[1])
+
+
+def laid_out_now() -> Layout | None:
+    """How rows lie in the sequence at hand; None outside of a packed forward."""
+    return _layout.get(None)
 
 
 def packing() -> bool:
@@ -208,8 +218,10 @@ def packed_attention(
 
 def attention(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, scale: float, window: int | None = None) -> Tensor:
     """Causal attention within each row -> [T, H, E]."""
-    layout = _layout.get()
-    if layout.longest > LONGEST_KEPT:
+    layout, kind = _layout.get(), _kind.get()
+    if kind in ("flash", "flex"):
+        return (cuda.flash if kind == "flash" else cuda.flex)(q_THD, k_TGD, v_TGE, layout, scale, window)
+    if kind == "rows" or layout.longest > LONGEST_KEPT:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_TGD, v_TGE))
         return _one_by_one(q, k, v, scale, 0.0, window)[0]
     out: Tensor = _Grouped.apply(q_THD, k_TGD, v_TGE, layout, scale, window)

@@ -26,7 +26,9 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
+from tunesmith.models import pieces
 from tunesmith.models.attention import attention, packing
+from tunesmith.models.cuda import liger_gate, liger_norm, liger_norm_from_one
 
 SILU = (nn.SiLU, SiLUActivation)
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the output's largest value
@@ -91,22 +93,18 @@ class Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, 2, -1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        out: Tensor
+        out, inverse = pieces.now["norm"](x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        # A weight wider than x (Gemma's) is multiplied before rounding, as its module does.
-        return (wide * inverse).to(weight.dtype).mul_(weight).to(x.dtype)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        grad = (grad_outputs[0] * weight).float()
-        wide = x.float()
-        along = torch.linalg.vecdot(grad, wide).unsqueeze_(-1).mul_(inverse * inverse).div_(-x.shape[-1])
         grad_w = None
         if ctx.needs_input_grad[1]:
-            grad_w = (grad_outputs[0] * wide * inverse).flatten(0, -2).sum(0).to(weight.dtype)
-        return torch.addcmul(grad, wide, along).mul_(inverse).to(x.dtype), grad_w, None
+            grad_w = (grad_outputs[0] * x.float() * inverse).flatten(0, -2).sum(0).to(weight.dtype)
+        return pieces.now["norm_back"](grad_outputs[0], x, weight, inverse), grad_w, None
 
 
 class SwiGlu(torch.autograd.Function):
@@ -115,13 +113,13 @@ class SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        out: Tensor = pieces.now["gate"](gate, up)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        grad = grad_outputs[0]
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        grads: tuple[Tensor, Tensor] = pieces.now["gate_back"](grad_outputs[0], *ctx.saved_tensors)
+        return grads
 
 
 class Rotate(torch.autograd.Function):
@@ -207,6 +205,11 @@ def _mlp(self: Any, x: Tensor) -> Tensor:
     return down
 
 
+def _liger_mlp(self: Any, x: Tensor) -> Tensor:
+    down: Tensor = self.down_proj(liger_gate(*products(x, [self.gate_proj, self.up_proj])))
+    return down
+
+
 def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     turn = kwargs.get("position_embeddings")
     cached = kwargs.get("past_key_values") is not None
@@ -247,34 +250,36 @@ def _code(of: type) -> tuple[Any, ...]:
     return code.co_code, code.co_names, code.co_consts
 
 
-def _shorter(module: nn.Module) -> tuple[str, list[Forward]]:
-    """What a module is, and the ways that may say the same in fewer steps."""
+def _shorter(module: nn.Module, liger: bool) -> tuple[str, list[Forward]]:
+    """What a module is, and the ways that may say the same in fewer steps, the best first."""
     parts = {n for n, _ in module.named_children()}
     if "forward" in vars(module):  # somebody else's way already
         return "", []
     if isinstance(module, LoraLinear):
         return "LoRA layers", [_linear] if _plain(module) else []
     if not parts and {n for n, _ in module.named_parameters()} == {"weight"} and _epsilon(module):
-        return "norms", [] if isinstance(module, nn.LayerNorm) else [_norm, _norm_from_one]
+        own = [_norm, _norm_from_one]
+        return "norms", [] if isinstance(module, nn.LayerNorm) else [*LIGER_NORMS, *own] if liger else own
     if isinstance(getattr(module, "act_fn", None), SILU) and _code(type(module)) in _forwards(LlamaMLP):
-        return "gated MLPs", [_mlp]
+        return "gated MLPs", [_liger_mlp, _mlp] if liger else [_mlp]
     if "o_proj" in parts and _code(type(module)) in _forwards(*ATTENTIONS):
         return "attentions", [_attention]
     return "", []
 
 
-def fuse(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
+def fuse(model: nn.Module, run: Callable[[], object], liger: bool = False) -> Counter[str]:
     """Give modules their short way where it says the same; returns how many of each kind.
 
     Args:
         run: passes some rows through the model; each module's short way is held against its own forward on
             what reaches it then.
+        liger: whether to try Liger's kernels first.
     """
     unfuse(model)
     held: list[tuple[nn.Module, str, list[Forward]]] = []
     reached: set[nn.Module] = set()
     for module in model.modules():
-        kind, ways = _shorter(module)
+        kind, ways = _shorter(module, liger)
         if ways:
             held.append((module, kind, ways))
             module.forward = MethodType(_comparing(ways, reached), module)
@@ -287,7 +292,7 @@ def fuse(model: nn.Module, run: Callable[[], object]) -> Counter[str]:
     for module, kind, ways in held:
         if ways and module in reached:
             module.forward = MethodType(ways[0], module)
-            counts[kind] += 1
+            counts[f"{kind} (Liger)" if ways[0] in LIGER else kind] += 1
     return counts
 
 
@@ -308,7 +313,7 @@ def _comparing(ways: list[Forward], reached: set[nn.Module]) -> Forward:
         for way in list(ways):
             try:
                 same = _same(way(self, *args, **kwargs), expected)
-            except (AttributeError, TypeError, ValueError, RuntimeError, LookupError):
+            except (AttributeError, TypeError, ValueError, RuntimeError, LookupError, ImportError):
                 same = False
             if not same:
                 ways.remove(way)
@@ -327,4 +332,6 @@ def _same(found: Any, expected: Any) -> bool:
     return bool(off.max() <= limit * size.max() and off.median() <= limit * size.median())
 
 
-SHORT_WAYS = {_linear, _norm, _norm_from_one, _mlp, _attention}
+LIGER_NORMS = [liger_norm, liger_norm_from_one]
+LIGER = {*LIGER_NORMS, _liger_mlp}
+SHORT_WAYS = {_linear, _norm, _norm_from_one, _mlp, _attention, *LIGER}

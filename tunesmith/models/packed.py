@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +26,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
+from tunesmith.models.activations import recompute_layers, waiting
 from tunesmith.models.attention import CannotPack, Family, Layout, laid_out, packed_attention
+from tunesmith.models.cuda import choose_attention, liger_there
 from tunesmith.models.fused import fuse, unfuse
+from tunesmith.models.pieces import compile_pieces
+from tunesmith.models.ways import Ways
 
 ATTENTION = "tunesmith_packed"
 LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
@@ -172,17 +177,22 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, smoothing: float
+    ) -> Tensor:
         want = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for h, target in zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True):
             logits = F.linear(h, weight_VD, bias_V).float()
             total = logits.logsumexp(-1, keepdim=True)
             picked = logits.gather(1, target[:, None])
-            losses.append((total - picked)[:, 0])
+            loss = (total - picked)[:, 0]
+            if smoothing:
+                loss = (1 - smoothing) * loss + smoothing * (total[:, 0] - logits.mean(-1))
+            losses.append(loss)
             if want:
-                probability = logits.sub_(total).exp_()
-                probability.scatter_add_(1, target[:, None], torch.full_like(picked, -1.0))
+                probability = logits.sub_(total).exp_().sub_(smoothing / logits.shape[1])
+                probability.scatter_add_(1, target[:, None], torch.full_like(picked, smoothing - 1.0))
                 gradients.append(probability.to(weight_VD.dtype) @ weight_VD)
         if want:
             ctx.save_for_backward(torch.cat(gradients))
@@ -191,17 +201,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * grad_outputs[0][:, None].to(gradient_ND.dtype), None, None, None)
+        return (gradient_ND * grad_outputs[0][:, None].to(gradient_ND.dtype), None, None, None, None)
 
 
-def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor) -> Tensor:
-    """Negative log-likelihood [N] in nats of `targets` under an output layer, in bounded memory."""
+def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Negative log-likelihood [N] in nats of `targets` under an output layer, in bounded memory.
+
+    With `smoothing`, of targets that keep 1 - smoothing and give the rest to all tokens alike.
+    """
     if type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N)
+        loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, smoothing)
         return loss
 
     def chunk(h: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), target, reduction="none")
+        return F.cross_entropy(head(h).float(), target, reduction="none", label_smoothing=smoothing)
 
     chunks = zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
@@ -242,23 +255,39 @@ class PackedForward:
         model: a transformers causal LM or decoder with a `score` head, with or without PEFT's layers in it.
         rows: of the first two, the beginnings are taken to compare packed with one-by-one losses; where they
             differ by more than `tolerance` nats a token, rows go one by one (`why` says so).
+        ways: which short ways may be taken; all that suit if None.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Rendered], tolerance: float | None = None) -> None:
+    def __init__(
+        self, model: Any, rows: Sequence[Rendered], tolerance: float | None = None, ways: Ways | None = None
+    ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.device = next(self.model.parameters()).device
+        self.ways = ways or Ways()
+        self.offload = self.ways.activations == "offload"
+        self.share = self.ways.shared  # whether what rows begin with alike is computed once
         self.packed, self.why = True, "rows packed, attention per row, logits where loss is"
         self._slow_attention = self.model.config._attn_implementation
         self._scorer = hasattr(self.model, "score")
         self.longest = _longest_alike(self.model.config.get_text_config())
-        coarse = next(self.model.parameters()).dtype != torch.float32
+        dtype = next(self.model.parameters()).dtype
+        coarse = dtype != torch.float32
+        self.kind = choose_attention(self.ways.attention, str(self.device), dtype)
         self.probe, self.tolerance = _probe(rows), tolerance or (0.1 if coarse else 1e-3)
+        failed = compile_pieces(dtype, self.device) if self.ways.compile else ""
+        self.compiled = self.ways.compile and not failed
+        self._again: list[Any] = []
         self._check()
+        self.why += f"; not compiled: {failed}" if failed else ""
+        if self.ways.activations != "keep":
+            self._again = recompute_layers(self.model)
 
     def undo(self) -> None:
         """Leave the model as it was found."""
         unfuse(self.model)
         self.model.set_attn_implementation(self._slow_attention)
+        for layer in self._again:
+            layer.gradient_checkpointing = False
 
     @property
     def backbone(self) -> Any:
@@ -272,11 +301,12 @@ class PackedForward:
 
     def pack(self, rows: Sequence[Rendered], sizes: Sequence[int] | None = None) -> Pack:
         """Rows as this model can take them. `sizes`: see `families`."""
-        return pack(rows, self.device, self.packed and max(map(len, rows)) <= self.longest, sizes)
+        share = self.share and self.packed and max(map(len, rows)) <= self.longest
+        return pack(rows, self.device, share, sizes)
 
-    def nll(self, batch: Pack) -> Tensor:
-        """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight."""
-        return self._together(batch) if self._can_pack(batch) else self._one_by_one(batch)
+    def nll(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
+        """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight (smoothed: see `head_nll`)."""
+        return self._together(batch, smoothing) if self._can_pack(batch) else self._one_by_one(batch, smoothing)
 
     def predicting(self, batch: Pack) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """States [N, D] that predict the N tokens that carry weight, and what makes logits [n, V] of some of them."""
@@ -307,26 +337,30 @@ class PackedForward:
         return self.packed and batch.layout.longest <= self.longest
 
     def _hidden(self, batch: Pack, places: Tensor) -> Tensor:
-        with laid_out(batch.layout):
+        with laid_out(batch.layout, self.kind), waiting(self.offload, self.device):
             hidden = self.backbone(
                 input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False
             ).last_hidden_state[0]
         # index_select: its backward adds in a fixed order, where indexing's need not.
         return hidden.index_select(0, places)
 
-    def _together(self, batch: Pack) -> Tensor:
+    def _together(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
         """The pack's losses; or its rows' states, in units of their spread, where the model has no language head."""
         if self._scorer:
             return self._spread(self._ends(batch))
         head = self.model.get_output_embeddings()
-        return head_nll(self._hidden(batch, batch.before_N), head, batch.ids_T[batch.places_N])
+        return head_nll(self._hidden(batch, batch.before_N), head, batch.ids_T[batch.places_N], smoothing)
 
-    def _one_by_one(self, batch: Pack) -> Tensor:
+    def _one_by_one(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
         if self._scorer:
             return self._spread(self._ends_apart(batch))
-        with self._own_attention():
-            parts = self._separate_logits(batch)
-            return torch.cat([F.cross_entropy(logits.float(), to, reduction="none") for logits, to in parts])
+        with self._own_attention(), waiting(self.offload, self.device):
+            return torch.cat(
+                [
+                    F.cross_entropy(logits.float(), to, reduction="none", label_smoothing=smoothing)
+                    for logits, to in self._separate_logits(batch)
+                ]
+            )
 
     def _spread(self, states: Tensor) -> Tensor:
         return states.float() / states.float().std()
@@ -335,10 +369,14 @@ class PackedForward:
     def _own_attention(self) -> Iterator[None]:
         now = self.model.config._attn_implementation
         self.model.set_attn_implementation(self._slow_attention)
+        for layer in self._again if self.packed else []:  # in the backward pass it would meet the other attention
+            layer.gradient_checkpointing = False
         try:
             yield
         finally:
             self.model.set_attn_implementation(now)
+            for layer in self._again:
+                layer.gradient_checkpointing = True
 
     def _separate_logits(self, batch: Pack) -> Iterator[tuple[Tensor, Tensor]]:
         """Each row's logits before its weighted tokens, and those tokens."""
@@ -362,13 +400,18 @@ class PackedForward:
 
             AttentionInterface.register(ATTENTION, packed_attention)
             self.model.set_attn_implementation(ATTENTION)
+            if not self.ways.packing:
+                raise CannotPack("train.speed.packing is off")
             if self.model.config._attn_implementation != ATTENTION:
                 raise CannotPack("this architecture does not use transformers' attention interface")
             if getattr(self.model, "is_gradient_checkpointing", False):
                 raise CannotPack("its layers are computed again in the backward pass")
             if not self._scorer:
                 self._check_head(probe[0])
-            counts = fuse(self.model, lambda: self._together(pack(probe, self.device)))
+            liger = liger_there(self.ways.liger, str(self.device))
+            counts: Counter[str] = Counter()
+            if self.ways.fused:
+                counts = fuse(self.model, lambda: self._together(pack(probe, self.device)), liger)
             if self._off(probe, expected) > self.tolerance:
                 unfuse(self.model)
                 counts.clear()

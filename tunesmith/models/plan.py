@@ -51,6 +51,8 @@ class Job:
         lengths: tokens of each row; all rows share the first `shared`, which are computed once a pack.
         loss_tokens: tokens of all rows that carry loss.
         state_bytes: what the optimizer keeps of each trained weight.
+        kept_bytes: what terms against forgetting keep of each trained weight.
+        activations: whether those of decoder layers are kept, computed again, or offloaded.
     """
 
     shape: Shape
@@ -65,6 +67,8 @@ class Job:
     batch_size: int
     pack_tokens: int
     state_bytes: float = 8.0
+    kept_bytes: float = 0.0
+    activations: str = "keep"
 
 
 @dataclass(frozen=True)
@@ -174,8 +178,9 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
 
     A token costs two floating-point operations a weight forward and two backward, and two more where a weight is
     trained; the output layer only counts where a token carries loss.
-    Memory is the frozen weights, the trained ones with gradient and the optimizer's state, what one pack keeps
-    for backward, and one chunk of logits.
+    Memory is the weights, float32 masters of those that are trained rounded, gradients, the optimizer's state, what
+    terms against forgetting keep, what one pack keeps for backward (one layer's and the inputs of all, if activations
+    are computed again), and one chunk of logits.
     """
     free = free_memory() if available is None else available
     shape = job.shape
@@ -210,14 +215,19 @@ def free_memory() -> int:
 def peak_memory(job: Job) -> dict[str, int]:
     """Bytes at the peak of a training step, by part."""
     shape, size, in_pack = job.shape, BYTES[job.precision], _in_pack(job)
-    kept = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
+    layer = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
+    inputs = shape.hidden * shape.layers if job.activations == "recompute" else 0
+    masters = 4 * (job.trained - job.added) if job.precision != "float32" else 0
+    kept = round(job.trained * job.kept_bytes)
     return {
         "process": PROCESS,
         "weights": shape.parameters * size,
         "adapter": job.added * 4,
         "gradients": job.trained * 4,
         "optimizer": round(job.trained * job.state_bytes),
-        "activations": in_pack * kept * shape.layers * size,
+        **({"masters": masters} if masters else {}),
+        **({"start": kept} if kept else {}),
+        "activations": in_pack * size * (layer * shape.layers if job.activations == "keep" else inputs + layer),
         "logits": 2 * min(LOGIT_CHUNK, in_pack) * shape.vocabulary * 4,
     }
 
@@ -240,6 +250,9 @@ def advise(job: Job, available: int) -> list[Change]:
         fitting = [n for n in _halves(job.pack_tokens, longest) if _peak(job, pack_tokens=n) <= available]
         pack = fitting[0] if fitting else longest
         steps.append(({"train.pack_tokens": pack}, "the result stays the same", {"pack_tokens": pack}))
+    if job.activations == "keep":
+        again = {"train.speed.activations": "recompute"}
+        steps.append((again, "the result stays the same; a third more time", {"activations": "recompute"}))
     if job.precision == "float32" and job.added:
         steps.append(({"train.precision": "bfloat16"}, "the frozen base is rounded", {"precision": "bfloat16"}))
     if job.state_bytes > 4 and job.trained > 10**7:

@@ -17,21 +17,27 @@ from tunesmith.models.packed import common_beginning, tokens
 from tunesmith.models.plan import Job, Plan, Shape, advise, free_memory, peak_memory, told
 from tunesmith.train.batching import Schedule
 from tunesmith.train.objectives.method import Example
+from tunesmith.train.optimizers.make import grouped
 from tunesmith.train.section import TrainSection
 
 VALIDATED = 16  # validation rows that are tried
-# Bytes that an optimizer keeps of each trained weight; two moments where it is not said.
-STATE_BYTES = {"sgd": 4.0, "adafactor": 0.1}
 
 
 def job_of(
-    section: TrainSection, shape: Shape, trained: int, precision: str, examples: Sequence[Example], schedule: Schedule
+    section: TrainSection,
+    shape: Shape,
+    weights: dict[str, torch.nn.Parameter],
+    precision: str,
+    examples: Sequence[Example],
+    schedule: Schedule,
 ) -> Job:
-    """What the section makes of examples and a model, as far as its cost depends on it."""
+    """What the section makes of examples and a model whose `weights` are trained, as far as its cost depends on it."""
     own = section.adapter.whole_model
+    trained = sum(p.numel() for p in weights.values())
+    state = section.optimizer.state_bytes(grouped(section, weights, section.adapter.rate_of))
     return Job(
         shape=shape,
-        precision="float32" if own else precision,
+        precision=precision,
         trained=trained,
         added=0 if own else trained,
         lengths=[tokens(common_beginning(e.sequences), e.sequences) for e in examples],
@@ -41,7 +47,9 @@ def job_of(
         epochs=schedule.total / schedule.steps_per_epoch,
         batch_size=section.batch_size,
         pack_tokens=section.pack_tokens,
-        state_bytes=STATE_BYTES.get(str(section.optimizer), 8.0),
+        state_bytes=state / max(trained, 1),
+        kept_bytes=4.0 * sum(term.copies for term in section.keep),
+        activations=section.speed.activations,
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from tunesmith.errors import RunError
 from tunesmith.progress import say
 from tunesmith.runs import read_json, whole_folder, write_json
+from tunesmith.train.optimizers import state as optimizer_state
 
 # Of what a checkpoint holds and means. Whoever changes that raises it, so that no code reads another's.
 FORMAT = 1
@@ -52,14 +52,14 @@ def save(
 ) -> None:
     """Write `step-N` and remove all but the newest `keep`."""
     tensors = {f"weight/{name}": p.detach().contiguous() for name, p in weights.items()}
-    for name, parameter in weights.items():
-        for what, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{what}/{name}"] = torch.as_tensor(value).contiguous()
+    moments, facts = optimizer_state.packed(optimizer, weights)
+    tensors |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
     with whole_folder(folder / f"step-{state.step:06d}") as temporary:
         save_file(tensors, temporary / "state.safetensors")
+        write_json(temporary / "optimizer.json", facts)
         write_json(temporary / "state.json", {"format": FORMAT} | asdict(state))
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old)
@@ -121,11 +121,8 @@ def _load(
                     fix="Remove the run's train folder to start again.",
                 )
             parameter.copy_(tensors[f"weight/{name}"])
-            state: dict[str, Any] = {}
-            for key, value in tensors.items():
-                if key.startswith("optimizer/") and key.endswith(f"/{name}"):
-                    state[key.split("/")[1]] = value.to(parameter.device)
-            optimizer.state[parameter] = state
+    moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
+    optimizer_state.unpack(optimizer, weights, moments, read_json(path / "optimizer.json"))
     torch.set_rng_state(tensors["random/torch"])
     if "random/cuda" in tensors and torch.cuda.is_available():
         torch.cuda.set_rng_state(tensors["random/cuda"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from tunesmith import plugins
 from tunesmith.errors import nearest
+from tunesmith.models.ways import Ways
 from tunesmith.section import AUTO, NumberOrAuto, Section, WholeOrAuto
 
 __all__ = ["AUTO", "TrainSection"]
+
+
+def _ways(value: Any) -> Any:
+    return {} if value == "auto" else value
 
 
 class TrainSection(Section):
@@ -41,16 +46,27 @@ class TrainSection(Section):
     """Share of the steps in which schedule wsd falls, in a straight line."""
     warmup: float = Field(0.05, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
-    optimizer: Literal["adamw", "adafactor", "sgd"] = "adamw"
-    """What turns gradients into steps. adafactor keeps less in memory; sgd's momentum is the first of `betas`."""
+    optimizer: plugins.field("optimizer") = "adamw"  # type: ignore[valid-type]
+    """What turns gradients into steps: adamw, adafactor, sgd, lion, muon, schedule_free, adamw_8bit, paged_adamw or
+    galore; a mapping with `kind` sets its own keys."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay (sgd: added to the gradient); never on vectors (norms, biases, scales)."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's decay rates of the moments."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Each decoder layer's learning rate as a multiple of the one's above it; embeddings come below the first layer
+    (Howard and Ruder 2018, arXiv:1801.06146)."""
+    neftune: float | None = Field(None, gt=0)
+    """Uniform noise on the embeddings in training, of this size / sqrt(row's tokens * width); 5 is usual (Jain et al.
+    2023, arXiv:2310.05914)."""
+    speed: Annotated[Ways, BeforeValidator(_ways, json_schema_input_type=Literal["auto"] | Ways)] = Ways()
+    """`auto`, or what to turn off or on."""
+    keep: list[plugins.field("keep")] = Field(default_factory=list)  # type: ignore[valid-type]
+    """Against forgetting, terms beside the loss: l2 (distance from the start), ewc (the same, weighted by some general
+    rows), kl (what the model says on replay rows)."""
     clip: float = Field(1.0, gt=0)
     """Largest norm of a step's gradient; a longer one is scaled down."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Of the frozen weights and the products; adapters are always float32. `auto`: what this machine is faster at."""
+    """Of the weights as they compute. What is trained is always float32: adapters, and the masters of trained weights
+    that compute in bfloat16. `auto`: what this machine is faster at."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations; once an epoch if not given. The last step always validates."""
     checkpoint_every: int = Field(50, ge=1)
@@ -78,3 +94,16 @@ class TrainSection(Section):
         if value not in known:
             raise ValueError(f"no metric is called '{value}'{nearest(value, known)} (known: {', '.join(known)})")
         return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _some_optimizers_have_no_schedule(cls, keys: Any) -> Any:
+        chosen = keys.get("optimizer") if isinstance(keys, dict) else None
+        kind = chosen.get("kind") if isinstance(chosen, dict) else getattr(chosen, "kind", chosen)
+        return {"schedule": "constant"} | keys if kind == "schedule_free" else keys
+
+    @model_validator(mode="after")
+    def _the_rate_stays(self) -> TrainSection:
+        if self.optimizer.constant_rate and self.schedule != "constant":
+            raise ValueError(f"optimizer {self.optimizer.kind} wants schedule constant, not {self.schedule}")
+        return self

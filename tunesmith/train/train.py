@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,15 +27,19 @@ from tunesmith.models.plan import empty_model, estimate, shape_of
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
 from tunesmith.runs import Run, need_room, read_jsonl, whole_folder, write_json
-from tunesmith.train import auto, checkpoints, optimizers
+from tunesmith.train import auto, checkpoints, speed
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
 from tunesmith.train.checkpoints import State
 from tunesmith.train.follow import following, forget_after
 from tunesmith.train.judge import Ask, Judge, Score
+from tunesmith.train.keep.begin import Keep
+from tunesmith.train.neftune import add_noise
 from tunesmith.train.objectives.method import Batch, Example, Method
+from tunesmith.train.optimizers.make import make
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
+from tunesmith.train.weights import Trained
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class TrainInputs:
     ask: Ask | None = None
     score: Score | None = None
     validated: Callable[[int, float], None] | None = None
+    general: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+    """Rows that `train.keep` names, by the path given there."""
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -62,6 +68,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         TrainingError: the loss or the gradient is not finite; names the rows of that step.
         Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
+    section.optimizer.check(inputs.machine.device)
     section, choices = auto.with_length(section, inputs.model)
     examples = encode(section, inputs.training, inputs.renderer)
     held_out = encode(section, inputs.validation, inputs.renderer)
@@ -79,37 +86,50 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     if state.threads != torch.get_num_threads():
         say(f"going on with {torch.get_num_threads()} threads after {state.threads}: last digits may differ")
 
-    if section.adapter.whole_model:  # its own weights are the masters
-        state.precision = "float32"
     section.method.suits(inputs.renderer)
-    base, classes = _load(section, inputs, state.precision, examples)
+    own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
+    base, classes = _load(section, inputs, "float32" if own else state.precision, examples)
+    if own:
+        learned = Trained(section.adapter.attach(base))
+        learned.round_to(base, getattr(torch, state.precision))
     if section.method.compares:
         examples, held_out = _compared(section, inputs, state.precision, base, examples, held_out)
     shape = shape_of(base)
     torch.manual_seed(inputs.seed)
-    model = section.adapter.attach(base)
-    forward = PackedForward(model, [example.sequences[0] for example in examples])
+    model = base if own else section.adapter.attach(base)
+    if not own:
+        learned = Trained(model)
+    forward = PackedForward(model, [example.sequences[0] for example in examples], ways=section.speed)
+    if section.neftune:
+        add_noise(forward, section.neftune)
     known = section.method.start(examples)
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = learned.weights
     trained, parameters = sum(p.numel() for p in weights.values()), shape.parameters
     saved = parameters if section.adapter.whole_model else trained
     need_room(run.path, 4 * (3 * trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
-    optimizer = optimizers.make(section, weights, section.adapter.rate_of)
+    optimizer = make(section, weights, section.adapter.rate_of)
+    keep = Keep(section, inputs, forward, weights)
     if state.step:
         checkpoints.restore(run.checkpoints, state, weights, optimizer)
+        learned.show()
         say(f"Going on from step {state.step} of {schedule.total}")
     forget_after(run, state.step)
     judge = Judge(section, inputs.validation, inputs.seed, inputs.ask, inputs.score, run)
-    job = job_of(section, shape, trained, state.precision, examples, schedule)
+    used = speed.used(section, forward, state.precision)
+    say("speed: " + ", ".join(used))
+    job = job_of(section, shape, weights, state.precision, examples, schedule)
     expected = estimate(job, inputs.machine)
 
+    in_turns = hasattr(section.adapter, "trained_at")
     model.train()
     measured = None
     if not state.step:
         start = State(state.precision, state.threads)
 
         def attempt(chosen: Sequence[int]) -> None:
-            _gradients(section, forward, [examples[i] for i in chosen], known)
+            if in_turns:
+                learned.only(section.adapter.trained_at(0, list(weights), inputs.seed), optimizer)
+            _gradients(section, forward, weights.values(), [examples[i] for i in chosen], known, keep.at(0))
             _update(optimizer, 0.0)
 
         with bar("Trying the longest step"), out_of_memory(job, "the longest step, tried before the first"):
@@ -123,8 +143,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 lambda some: _validate(section, forward, [held_out[i] for i in some], known),
                 lambda: checkpoints.save(run.checkpoints, start, weights, optimizer, section.keep_checkpoints),
             )
-        optimizer = optimizers.make(section, weights, section.adapter.rate_of)
+        optimizer = make(section, weights, section.adapter.rate_of)
         checkpoints.restore(run.checkpoints, start, weights, optimizer)
+        learned.show()
         checkpoints.remove(run.checkpoints, start)
         say(measured.correct(expected))
     run.event("train_started", step=state.step, total=schedule.total, forward=forward.why)
@@ -142,12 +163,15 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             )
             began = time.perf_counter()
             with follow.clock("step"):
-                loss, told, norm = _gradients(section, forward, chosen, known)
+                if in_turns:
+                    learned.only(section.adapter.trained_at(state.step, list(weights), inputs.seed), optimizer)
+                loss, told, norm = _gradients(section, forward, weights.values(), chosen, known, keep.at(state.step))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
                 raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
             with follow.clock("step"):
                 _update(optimizer, rate)
+                learned.show()
                 norms = torch.stack(torch._foreach_norm(list(weights.values())))
             if not norms.isfinite().all():
                 raise _not_finite({"weights": math.nan}, state, chosen, run)
@@ -163,19 +187,21 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 "tokens_per_second": round(tokens / took, 1),
                 "memory_bytes": peak_memory(inputs.machine.device),
                 **told,
+                **keep.figures,
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                with follow.clock("validation"):
-                    found, told = _validate(section, forward, held_out, known)
-                line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
-                if not math.isfinite(found):
-                    raise _not_finite({"validation loss": found}, state, held_out[:5], run)
-                with follow.clock("samples"):
-                    line |= judge(forward, state.step)
-                if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
-                    with follow.clock("checkpoint"):
-                        _keep_best(section, model, run)
+                with learned.as_used(optimizer):
+                    with follow.clock("validation"):
+                        found, told = _validate(section, forward, held_out, known)
+                    line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
+                    if not math.isfinite(found):
+                        raise _not_finite({"validation loss": found}, state, held_out[:5], run)
+                    with follow.clock("samples"):
+                        line |= judge(forward, state.step)
+                    if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
+                        with follow.clock("checkpoint"), learned.unrounded():
+                            _keep_best(section, model, run)
             follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
             if inputs.validated and "validation_loss" in line:
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
@@ -188,7 +214,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                     fix="The same command goes on from here.",
                 )
 
-    _keep(section, state, model, classes, run)
+    with learned.as_used(optimizer), learned.unrounded():
+        _keep(section, state, model, classes, run)
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -205,6 +232,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "plan": {"seconds": expected.seconds, "peak_bytes": expected.peak_bytes},
         "measured": measured.as_dict() if measured else None,
         "findings": read_jsonl(run.findings),
+        "speed": used,
+        "keep": {k: v for k, v in (read_jsonl(run.metrics) or [{}])[-1].items() if k.startswith("keep_")},
     }
 
 
@@ -318,9 +347,17 @@ def _batches(
 
 
 def _gradients(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
+    section: TrainSection,
+    forward: PackedForward,
+    weights: Collection[torch.nn.Parameter],
+    examples: Sequence[Example],
+    known: Any,
+    also: Callable[[], None],
 ) -> tuple[float, dict[str, float], float]:
-    """Gradients of one optimizer step, clipped: its loss, figures beside it, and the norm before clipping."""
+    """Gradients of one optimizer step, clipped: its loss, figures beside it, and the norm before clipping.
+
+    `also` adds other terms' gradients before they are clipped.
+    """
     total, told = 0.0, _Means()
     sizes, batches = _batches(section, forward, examples, known)
     for batch in batches:
@@ -330,8 +367,8 @@ def _gradients(
         loss.backward()
         total += loss.item()
         told.add(found.told)
-    trained = [p for p in forward.model.parameters() if p.requires_grad]
-    return total, told.values, torch.nn.utils.clip_grad_norm_(trained, section.clip).item()
+    also()
+    return total, told.values, torch.nn.utils.clip_grad_norm_(weights, section.clip).item()
 
 
 class _Means:

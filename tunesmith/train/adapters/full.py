@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -10,17 +12,39 @@ from pydantic import Field, model_validator
 
 from tunesmith.errors import ModelError
 from tunesmith.section import Section
+from tunesmith.train.layers import depths, layer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+class Lisa(Section):
+    """Layer-wise importance sampling (Pan et al. 2024, arXiv:2403.17919): only some decoder layers are trained at a
+    time, drawn anew now and then, with what lies outside the layers. An optimizer keeps no state of the others."""
+
+    layers: int = Field(2, ge=1)
+    """How many layers at a time."""
+    every: int = Field(20, ge=1)
+    """Steps between draws."""
+
+
 class Full(Section):
-    """Train every weight, in float32. What is saved is a whole model."""
+    """Train every weight. What is saved is a whole model."""
 
     whole_model: ClassVar[bool] = True
 
     kind: Literal["full"] = "full"
+    unfreeze_every: int | None = Field(None, ge=1)
+    """Begin with the last layer and what follows it, and open one more layer every so many steps (gradual unfreezing,
+    Howard and Ruder 2018, arXiv:1801.06146); embeddings come last."""
+    lisa: Lisa | None = None
+    """Train a few layers at a time, drawn at random."""
+
+    @model_validator(mode="after")
+    def _one_order(self) -> Full:
+        if self.lisa and self.unfreeze_every:
+            raise ValueError("lisa and unfreeze_every exclude each other; leave one out")
+        return self
 
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         """Mark what is trained (in place)."""
@@ -32,6 +56,25 @@ class Full(Section):
         """Whether the weight of this name is trained."""
         return True
 
+    def trained_at(self, step: int, names: Sequence[str], seed: int) -> set[str]:
+        """Which of the weights that this adapter trains are trained at a step (counted from 0).
+
+        Follows from the step and the seed alone, so that a run can go on from any step.
+        """
+        heights = depths(names)
+        layers = sorted({height for name, height in heights.items() if layer_of(name) is not None})
+        if not layers:
+            return set(names)
+        if self.unfreeze_every:
+            open_layers = 1 + step // self.unfreeze_every
+            lowest = layers[-open_layers] if open_layers <= len(layers) else 0
+            return {name for name, height in heights.items() if height >= lowest}
+        if self.lisa:
+            draw = random.Random(f"{seed} {step // self.lisa.every}")
+            drawn = set(draw.sample(layers, min(self.lisa.layers, len(layers))))
+            return {name for name, height in heights.items() if layer_of(name) is None or height in drawn}
+        return set(names)
+
     def save(self, model: Any, folder: Path) -> None:
         """Write the model as transformers loads it."""
         model.save_pretrained(folder)
@@ -42,7 +85,7 @@ class Full(Section):
 
 
 class Partial(Full):
-    """Train some of the weights, in float32, and leave the others as they are. What is saved is a whole model."""
+    """Train some of the weights and leave the others as they are. What is saved is a whole model."""
 
     kind: Literal["partial"] = "partial"  # type: ignore[assignment]
     last_layers: int | None = Field(None, ge=1)
@@ -78,7 +121,7 @@ class Partial(Full):
 
     def trains(self, model: PreTrainedModel, name: str) -> bool:
         layers = model.config.get_text_config().num_hidden_layers
-        number = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        number = layer_of(name)
         if self.last_layers and number is not None and number >= layers - self.last_layers:
             return True
         module, _, _ = name.rpartition(".")

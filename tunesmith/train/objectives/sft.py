@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
+from pydantic import Field
+
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.train.objectives.method import Batch, Example, Loss, Method
@@ -19,6 +21,8 @@ class Sft(Method):
     kind: Literal["sft"] = "sft"
     loss_on: Literal["assistant", "last"] = "assistant"
     """Which answers carry loss: every assistant's turn, or only a row's last one."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of each target that is given to all tokens alike, in training (Szegedy et al. 2016, arXiv:1512.00567)."""
 
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         for row in rows:
@@ -31,4 +35,5 @@ class Sft(Method):
 
     def loss(self, forward: PackedForward, batch: Batch) -> Loss:
         """Weighted sum over tokens of -log p(token | what precedes it), in nats."""
-        return Loss({"tokens": (forward.nll(batch.pack) * batch.pack.weights_N).sum()})
+        smoothing = self.label_smoothing if forward.model.training else 0.0
+        return Loss({"tokens": (forward.nll(batch.pack, smoothing) * batch.pack.weights_N).sum()})

@@ -1,0 +1,198 @@
+"""Short ways that can be turned off: the same losses and gradients, and what is chosen where."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import make_model, write_recipe
+from tunesmith.runs import read_jsonl
+
+WAYS: dict[str, dict[str, Any]] = {
+    "no packing": {"packing": False},
+    "no sharing": {"shared": False},
+    "nothing fused": {"fused": False},
+    "attention by rows": {"attention": "rows"},
+    "recompute": {"activations": "recompute"},
+    "offload": {"activations": "offload"},
+    "recompute, row by row": {"activations": "recompute", "packing": False},
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "adapter", [{"kind": "lora", "rank": 4, "dropout": 0.2}, {"kind": "partial", "last_layers": 1}]
+)
+def test_each_way_gives_the_same_run(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, name: str, adapter: dict[str, Any]
+) -> None:
+    if adapter["kind"] == "lora" and ("packing" in WAYS[name] or "shared" in WAYS[name]):
+        adapter = adapter | {"dropout": 0.0}  # its masks fall otherwise on tokens that lie otherwise
+    recipe["train"] |= {"adapter": adapter, "max_steps": 3, "speed": "auto"}
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("train", path)
+    assert said.code == 0 and "speed: float32, rows packed, shared beginnings once" in said.err.replace("\n", " ")
+    recipe["train"]["speed"] = WAYS[name]
+    assert tunesmith("train", write_recipe(tmp_path, recipe | {"name": "other"})).code == 0
+    one, other = (read_jsonl(tmp_path / f"runs/{run}/metrics.jsonl") for run in ("tiny", "other"))
+    for a, b in zip(one, other, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    told = [json.loads((tmp_path / f"runs/{r}/train/manifest.json").read_text())["summary"] for r in ("tiny", "other")]
+    assert told[0]["speed"] != told[1]["speed"]
+    if name == "recompute":  # the same products, once more: not one digit differs
+        assert [line["grad_norm"] for line in one] == [line["grad_norm"] for line in other]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma", "gpt_neox"])
+def test_recomputed_layers_keep_little_and_give_the_same_gradients(tmp_path: Path, architecture: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.conversation.render import Rendered
+    from tunesmith.models.packed import PackedForward
+    from tunesmith.models.ways import Ways
+
+    path = make_model(tmp_path / "m", architecture=architecture, num_hidden_layers=4, head_dim=8)
+    shared = list(range(5, 20))
+    rows = [Rendered(shared + list(range(20, 60 + 3 * i)), [0.0] * 20 + [1.0] * (35 + 3 * i)) for i in range(3)]
+    gradients, kept = {}, {}
+    for activations in ("keep", "recompute", "offload"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        forward = PackedForward(model, rows, ways=Ways(activations=activations))
+        assert forward.packed
+        model.train()
+        sizes: dict[int, int] = {}
+
+        def count(t: torch.Tensor, sizes: dict[int, int] = sizes) -> torch.Tensor:
+            sizes[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+            loss = forward.nll(forward.pack(rows)).sum()
+        own = {p.data_ptr() for p in model.parameters()}
+        kept[activations] = sum(size for at, size in sizes.items() if at not in own)
+        loss.backward()
+        gradients[activations] = [p.grad for p in model.parameters()]
+    assert kept["recompute"] < 0.35 * kept["keep"]
+    for activations in ("recompute", "offload"):
+        for a, b in zip(gradients["keep"], gradients[activations], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_model_without_such_layers_is_refused(tmp_path: Path) -> None:
+    from tunesmith.errors import ModelError
+    from tunesmith.models.activations import recompute_layers
+
+    with pytest.raises(ModelError, match="no layers that can be computed again"):
+        recompute_layers(torch.nn.Linear(2, 2))
+
+
+def test_what_does_not_compile_runs_plain(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.models import pieces
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler here")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    recipe["train"] |= {"max_steps": 1, "speed": {"compile": True}}
+    said = tunesmith("train", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0 and "not compiled: no C++ compiler here" in said.json["train"]["forward"]
+    assert pieces.now == pieces.PLAIN and "compiled pieces" not in said.json["train"]["speed"]
+
+
+@pytest.mark.long
+def test_compiled_pieces_give_the_same_run(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    from tunesmith.models import pieces
+
+    recipe["train"] |= {"adapter": "full", "max_steps": 3}
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    recipe |= {"name": "other", "train": recipe["train"] | {"speed": {"compile": True}}}
+    try:
+        said = tunesmith("train", write_recipe(tmp_path, recipe), "--json")
+        assert said.code == 0 and "compiled pieces" in said.json["train"]["speed"]
+    finally:
+        pieces.now.update(pieces.PLAIN)
+    one, other = (read_jsonl(tmp_path / f"runs/{run}/metrics.jsonl") for run in ("tiny", "other"))
+    assert [a["loss"] for a in one] == pytest.approx([b["loss"] for b in other], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "device", "dtype", "installed", "chosen"),
+    [
+        ("auto", "cpu", torch.float32, {"flash_attn"}, "grouped"),
+        ("auto", "cuda:0", torch.bfloat16, {"flash_attn"}, "flash"),
+        ("auto", "cuda:0", torch.float32, {"flash_attn"}, "flex"),
+        ("auto", "cuda:0", torch.bfloat16, set(), "flex"),
+        ("rows", "cuda:0", torch.bfloat16, {"flash_attn"}, "rows"),
+        ("flash", "cpu", torch.bfloat16, {"flash_attn"}, None),
+        ("flash", "cuda:0", torch.bfloat16, set(), None),
+        ("flex", "cpu", torch.float32, set(), None),
+    ],
+)
+def test_the_attention_is_chosen_by_what_is_there(
+    wanted: str, device: str, dtype: torch.dtype, installed: set[str], chosen: str | None
+) -> None:
+    from tunesmith.errors import MachineError
+    from tunesmith.models.cuda import choose_attention, liger_there
+
+    if chosen is None:
+        with pytest.raises(MachineError, match=r"needs .*CUDA"):
+            choose_attention(wanted, device, dtype, installed.__contains__)
+    else:
+        assert choose_attention(wanted, device, dtype, installed.__contains__) == chosen
+    assert liger_there(True, device, {"liger_kernel"}.__contains__) == (device != "cpu")
+    assert not liger_there(False, device, {"liger_kernel"}.__contains__)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_layouts_of_flash_and_flex_attention_are_those_of_ours(window: int | None) -> None:
+    """Their masks and their rows' keys, put through torch's own attention, on two families that begin alike."""
+    import torch.nn.functional as F
+
+    from tunesmith.models.attention import Family, Layout, attention, laid_out
+    from tunesmith.models.cuda import lengths, sees
+
+    torch.manual_seed(0)
+    layout = Layout([Family(5, [3, 7]), Family(0, [6]), Family(4, [2, 2, 5])])
+    total = layout.spans[-1].start + layout.spans[-1].length
+    q, k, v = torch.randn(total, 4, 8), torch.randn(total, 2, 8), torch.randn(total, 2, 8)
+    with laid_out(layout):
+        expected = attention(q, k, v, 0.3, window)
+    at = torch.arange(total)
+    mask = sees(layout, window)(torch.tensor(0), torch.tensor(0), at[:, None], at[None])
+    heads = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    by_mask = F.scaled_dot_product_attention(*heads, mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
+    torch.testing.assert_close(by_mask, expected)
+
+    keys, ends_q, ends_k = lengths(layout)
+    found = []
+    for (a, b), (c, d) in zip(ends_q.unfold(0, 2, 1).tolist(), ends_k.unfold(0, 2, 1).tolist(), strict=True):
+        row_k, row_v = (x.index_select(0, keys[c:d]).transpose(0, 1)[None] for x in (k, v))
+        last = torch.arange(d - c - (b - a), d - c)[:, None]
+        seen = (torch.arange(d - c) <= last) & ((last - torch.arange(d - c) < window) if window else True)
+        row_q = q[a:b].transpose(0, 1)[None]
+        out = F.scaled_dot_product_attention(row_q, row_k, row_v, seen, scale=0.3, enable_gqa=True)
+        found.append(out[0].transpose(0, 1))
+    torch.testing.assert_close(torch.cat(found), expected)
+
+
+def test_plan_counts_recomputed_layers(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path, told = write_recipe(tmp_path, recipe), {}
+    for activations in ("keep", "recompute", "offload"):
+        said = tunesmith("plan", path, "--set", f"train.speed.activations={activations}", "--json")
+        told[activations] = said.json["memory"]["activations"]
+    assert told["keep"] > told["recompute"] > told["offload"] > 0
+
+
+def test_unknown_ways_are_refused(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    said = tunesmith("train", write_recipe(tmp_path, recipe), "--set", "train.speed.fussed=false")
+    assert said.code == 2 and "did you mean 'fused'" in said.err
+    said = tunesmith("train", write_recipe(tmp_path, recipe), "--set", "train.speed.attention=flash")
+    assert said.code == 2 and "needs CUDA" in said.err
