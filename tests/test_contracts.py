@@ -19,9 +19,9 @@ from tests.conftest import write_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
-VERBS = {"versus", "preview", "starter", "doctor", "show", "talk"}
+VERBS = {"versus", "preview", "sets", "starter", "doctor", "show", "talk"}
 LEVELS = [
-    {"errors", "section"},
+    {"charts", "errors", "section"},
     {"plugins", "progress"},
     {"runs"},
     {"conversation"},
@@ -139,6 +139,9 @@ def test_the_command_line_is_frozen() -> None:
         "data label": ["--json", "--out", "--truth"],
         "data agreement": ["--adjudicate", "--annotator", "--item", "--json", "--label", "--level", "--out"],
         "data tasks": ["--json", "--out"],
+        "data prepare": ["--dvc", *stage],
+        "data report": stage,
+        "data diff": ["--json", "--runs"],
         "runs list": ["--json", "--runs"],
         "runs show": ["--json", "--runs"],
         "runs diff": ["--json", "--runs"],

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tunesmith import runs
+from tunesmith import charts, runs
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.evaluate import charts, report
+from tunesmith.evaluate import report
 from tunesmith.evaluate.evaluate import EvaluateInputs, evaluate
 from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.inference.engine import Score

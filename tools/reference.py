@@ -109,6 +109,8 @@ def page() -> str:
     ):
         for kind in plugins.BUILT_IN[point]:
             text += table(f"{key} ({kind})", plugins.load(point, kind), done)
+    for name in plugins.BUILT_IN["clean"]:
+        text += table(f"data.clean.{name}", plugins.load("clean", name), done)
     metrics = ", ".join(f"`{name}`" for name in plugins.BUILT_IN["metric"])
     return text + f"\n## Metrics\n\n{metrics}.\n"
 

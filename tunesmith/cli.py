@@ -24,7 +24,10 @@ app = typer.Typer(
 )
 runs_app = typer.Typer(help="Look at runs, compare them, remove them.", no_args_is_help=True)
 app.add_typer(runs_app, name="runs")
-data_app = typer.Typer(help="Label rows, and see how far annotators agree.", no_args_is_help=True)
+data_app = typer.Typer(
+    help="Prepare data without training, report on it, compare it, label it; see how far annotators agree.",
+    no_args_is_help=True,
+)
 app.add_typer(data_app, name="data")
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
@@ -302,6 +305,58 @@ def schema(as_json: Json = False) -> None:
 def version(as_json: Json = False) -> None:
     """Print the version."""
     print(json.dumps({"version": __version__}) if as_json else __version__)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    recipe: RecipeName,
+    sets: Sets = None,
+    runs: Runs = None,
+    dvc: Annotated[bool, typer.Option("--dvc", help="Write data.dvc beside it, for teams that use DVC.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Read, clean and split a recipe's rows, and nothing after that."""
+    _hush(as_json)
+    from tunesmith import sets as prepared
+    from tunesmith import show
+
+    found = prepared.prepare(recipe, sets or [], runs, dvc)
+    if not _answer(found.as_dict(), as_json):
+        show.prepared(found)
+
+
+@data_app.command("report")
+def data_report(
+    name: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, which is prepared first, or a run.")],
+    sets: Sets = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """One page on a prepared set: counts, lengths, labels, privacy, contamination, and what to fix first."""
+    _hush(as_json)
+    from tunesmith import sets as prepared
+    from tunesmith import show
+
+    page, found = prepared.report(name, sets or [], runs)
+    if not _answer(found | {"page": str(page)}, as_json):
+        show.data_report(page, found)
+
+
+@data_app.command("diff")
+def data_diff(
+    old: Annotated[str, typer.Argument(metavar="A", help="A run, or a folder with prepared rows.")],
+    new: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """What changed from one prepared set to another: rows, lengths, labels."""
+    _hush(as_json)
+    from tunesmith import sets as prepared
+    from tunesmith import show
+
+    found = prepared.diff(old, new, runs)
+    if not _answer(found, as_json):
+        show.data_diff(found)
 
 
 @runs_app.command("list")

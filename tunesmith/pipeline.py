@@ -212,6 +212,7 @@ class Journey:
             for part in ("validation", "test"):
                 given = section["split"][part]
                 section["split"][part] = None if isinstance(given, str) else given
+            section["clean"] = list(section["clean"].items())  # their order counts
             return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
@@ -240,7 +241,9 @@ class Journey:
     @cached_property
     def sources(self) -> list[tuple[str, str]]:
         """Names and hashes of the data's files, in the recipe's order."""
-        return [(path.name, runs.hash_file(path)) for part in self.files.values() for _, path in part]
+        paths = [path for part in self.files.values() for _, path in part]
+        paths += [path for step in self.recipe.data.clean.values() for path in step.files(self.folder)]
+        return [(path.name, runs.hash_file(path)) for path in paths]
 
     @cached_property
     def general_sources(self) -> dict[str, DataSection]:

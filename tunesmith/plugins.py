@@ -104,6 +104,23 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "text": "tunesmith.data.layouts:PlainText",
         "columns": "tunesmith.data.layouts:Columns",
     },
+    # A cleaning step: a key of `data.clean`. A Step (tunesmith/data/clean/step.py) with apply(rows, around).
+    "clean": {
+        "unicode": "tunesmith.data.clean.unicode:Unicode",
+        "turns": "tunesmith.data.clean.turns:Turns",
+        "language": "tunesmith.data.clean.language:Language",
+        "length": "tunesmith.data.clean.length:Length",
+        "repetition": "tunesmith.data.clean.length:Repetition",
+        "boilerplate": "tunesmith.data.clean.boilerplate:Boilerplate",
+        "duplicates": "tunesmith.data.clean.duplicates:Duplicates",
+        "conflicts": "tunesmith.data.clean.conflicts:Conflicts",
+        "labels": "tunesmith.data.clean.conflicts:Labels",
+        "toxicity": "tunesmith.data.clean.toxicity:Toxicity",
+        "bias": "tunesmith.data.clean.bias:Bias",
+        "personal": "tunesmith.data.clean.personal:Personal",
+        "secrets": "tunesmith.data.clean.secrets:Secrets",
+        "contamination": "tunesmith.data.clean.contamination:Contamination",
+    },
     # A score: `goal.metric`, `evaluate.metrics`. A Metric with stats(answers, references) and value(sums).
     "metric": {
         "exact_match": "tunesmith.evaluate.metrics.base:exact_match",
@@ -198,3 +215,39 @@ def field(point: str) -> Any:
         ]
     }
     return Annotated[SerializeAsAny[Section], BeforeValidator(_section(point)), WithJsonSchema(schema)]
+
+
+def table(point: str) -> Any:
+    """The pydantic type of a recipe key that names plugins in order, each with its settings.
+
+    `true` takes a plugin as it is, `false` leaves it out, and a plain value stands for the key that the plugin's
+    class calls `short`.
+    """
+    settings = {"anyOf": [{"type": kind} for kind in ("boolean", "string", "number", "array", "object")]}
+    schema = {"type": "object", "properties": dict.fromkeys(BUILT_IN[point], settings), "default": {}}
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        on = {name: given for name, given in value.items() if given is not False and given is not None}
+        return {name: given if isinstance(given, Section) else (name, given) for name, given in on.items()}
+
+    def build(value: Any) -> Section:
+        if isinstance(value, Section):
+            return value
+        name, given = value
+        try:
+            section = load(point, str(name))
+        except RecipeError as error:
+            raise ValueError(f"{error.what}; known: {', '.join(sorted(known(point)))}") from None
+        if given is True:
+            given = {}
+        elif not isinstance(given, dict):
+            if section.short is None:
+                raise ValueError(f"expected true, false or a mapping of {', '.join(section.model_fields) or 'nothing'}")
+            given = {section.short: given}
+        found: Section = section.model_validate(given)
+        return found
+
+    item = Annotated[SerializeAsAny[Section], BeforeValidator(build)]
+    return Annotated[dict[str, item], BeforeValidator(named), WithJsonSchema(schema)]

@@ -46,7 +46,8 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     Raises:
         TunesmithError: what would have stopped the run.
     """
-    from tunesmith.data.prepare import load_rows, prepare, too_many_rejected
+    from tunesmith.data.ledger import too_many_rejected
+    from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.plan import empty_model
 
     journey = _journey(recipe, overrides)

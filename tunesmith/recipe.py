@@ -28,6 +28,8 @@ from tunesmith.train.space import TuneSection
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer"}
 LISTS = {"trackers": "tracker", "keep": "keep"}  # keys that hold a list of such
+# Keys that hold plugins by name, and their point.
+TABLES = {"clean": "clean"}
 
 
 def _model(value: Any) -> Any:
@@ -243,12 +245,15 @@ def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
     """The keys that are known at a place in the recipe `raw`."""
     here: Any = Recipe
     point: str | None = None
-    for part in loc:
+    for before, part in zip((None, *loc), loc, strict=False):
         with contextlib.suppress(KeyError, IndexError, TypeError):  # a loc also names branches of a union
             raw = raw[part]
         if isinstance(part, int) and point and isinstance(raw, dict):
             here = plugins.load(point, raw["kind"])
         if isinstance(part, int) or not (isinstance(here, type) and issubclass(here, Section)):
+            continue
+        if here is Section and before in TABLES:
+            here = plugins.load(TABLES[str(before)], part)
             continue
         point = LISTS.get(part)
         field = here.model_fields.get(str(part))

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
     from tunesmith.pipeline import Result
     from tunesmith.preview import Check
+    from tunesmith.sets import Prepared
 
 SAID = {
     "better": "[bold green]better[/bold green]: the whole interval of the difference is on the good side of zero",
@@ -324,3 +325,56 @@ def search(found: dict[str, Any]) -> None:
     out.print(shown)
     out.print(f"The best one's recipe: {found['recipe']}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"Next: {program()} run {found['recipe']}", markup=False, highlight=False, soft_wrap=True)
+
+
+def prepared(found: Prepared) -> None:
+    """Counts, the version, and where the rows lie."""
+    from tunesmith.pipeline import describe_counts
+
+    out = _console()
+    out.print(describe_counts(found.manifest["counts"]), highlight=False)
+    out.print(f"Version {found.manifest['version']} in {found.folder}", highlight=False, soft_wrap=True)
+    if found.dvc:
+        out.print(f"For DVC: {found.dvc} (dvc commit {found.dvc.name})", highlight=False, soft_wrap=True)
+    out.print(f"Next: {program()} data report {found.run.path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def data_report(page: Path, found: dict[str, Any]) -> None:
+    """What to fix first, and where the page lies."""
+    out = _console()
+    for number, one in enumerate(found["fix first"], 1):
+        out.print(f"{number}. {one['what']}. {one['do']}", markup=False, highlight=False, soft_wrap=True)
+    if not found["fix first"]:
+        out.print("Nothing stands out.")
+    out.print(f"Report: {page}", highlight=False, soft_wrap=True)
+
+
+def data_diff(found: dict[str, Any]) -> None:
+    """Rows added, removed and changed; shifts in length and labels."""
+    out = _console()
+    rows = found["rows"]
+    numbers = ", ".join(f"{found[what]['rows']} {what}" for what in ("added", "removed", "changed"))
+    out.print(
+        f"{rows['old']} rows became {rows['new']}: {found['same']} the same "
+        f"({found['other part']} of them in another part), {numbers}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    for side, shift in found["lengths"].items():
+        if shift:
+            out.print(
+                f"{side}: {shift['old mean']:.1f} characters on average, now {shift['new mean']:.1f} "
+                f"(Kolmogorov-Smirnov distance {shift['distance']:.3f}, p {shift['p']:.2g})",
+                highlight=False,
+            )
+    for label, share in list(found["labels"].items())[:LISTED_AT_MOST]:
+        if share["old"] != share["new"]:
+            out.print(
+                f"label {label}: {share['old']:.1%} of rows, now {share['new']:.1%}", markup=False, highlight=False
+            )
+    for what in ("added", "removed"):
+        for one in found[what]["such as"]:
+            text = one["text"].replace("\n", " ")
+            out.print(f"{what} {one['row']}: {text}", markup=False, highlight=False, soft_wrap=True)
+    for one in found["changed"]["such as"]:
+        out.print(f"changed {one['row']}:\n  - {one['old']}\n  + {one['new']}", markup=False, highlight=False)

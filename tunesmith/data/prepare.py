@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import json
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation, Message, Preference, Text, row_from_dict
+from tunesmith.conversation.message import Conversation, Message, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.canaries import canaries
+from tunesmith.data.card import card
+from tunesmith.data.clean.run import Cleaning
+from tunesmith.data.clean.step import Around
+from tunesmith.data.fit import Fit, fitting
 from tunesmith.data.layouts import Layout, Unusable
+from tunesmith.data.ledger import Ledger, nothing_left, too_many_rejected
 from tunesmith.data.marks import know_columns, marked
 from tunesmith.data.opening import Broken, Row
 from tunesmith.data.section import DataSection, SourceSection, placeholders
 from tunesmith.data.shape import shape
 from tunesmith.data.sources import Files, lines_in, origins, read_rows, source_files
 from tunesmith.data.split import split
-from tunesmith.errors import DataError, ModelError, nearest
+from tunesmith.errors import DataError, nearest
 from tunesmith.progress import bar
-from tunesmith.runs import hash_file, json_line, need_room
+from tunesmith.runs import hash_file, hash_json, json_line, need_room, write_json
 
 PARTS = ("train", "validation", "test")
 DETECTION_ROWS = 50
-NAMED_AT_MOST = 5
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,9 @@ class DataInputs:
     files: Files | None = None
 
 
-@dataclass
-class Ledger:
-    """Where every row went. read + made = accepted + rejected + removed."""
-
-    read: int = 0
-    made: int = 0
-    rejected: list[dict[str, Any]] = field(default_factory=list)
-    removed: list[dict[str, Any]] = field(default_factory=list)
-    cut: list[dict[str, str]] = field(default_factory=list)
-
-    def reject(self, where: str, reason: str, why: str, text: str) -> None:
-        self.rejected.append({"row": where, "reason": reason, "why": why, "text": text})
-
-    def remove(self, row: Conversation | None, where: str, step: str, why: str) -> None:
-        self.removed.append({"row": where, "step": step, "why": why} | (row.as_dict() if row else {}))
-
-
 def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str, Any]:
-    """Write train.jsonl, validation.jsonl, test.jsonl and, of the other rows, rejected.jsonl, removed.jsonl
-    and cut.jsonl into `target`.
+    """Write train.jsonl, validation.jsonl, test.jsonl, of the other rows rejected.jsonl, removed.jsonl, cut.jsonl and
+    flagged.jsonl, what each step did (steps.json), and a card (README.md), into `target`.
 
     Returns what the manifest tells: counts, the answers' kind, and each source file's hash.
 
@@ -71,6 +57,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     room = sum(path.stat().st_size for paths in files.values() for _, path in paths)
     need_room(target, 4 * room, "Preparing the data")
     ledger = Ledger()
+    cleaning = Cleaning(section.clean, _usable, ledger)
 
     def stop_if_too_many() -> None:
         error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
@@ -83,18 +70,25 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
             for part, paths in files.items()
         }
     stop_if_too_many()
+    parts = cleaning.before_split(parts, Around(inputs.folder, inputs.seed))
+    fit = Fit(inputs.renderer, inputs.max_length)
     with bar("Measuring rows", sum(map(len, parts.values()))) as progress:
         for part, rows in parts.items():
-            parts[part] = list(_fitting(rows, section.over_length, inputs, ledger, progress.advance))
+            parts[part] = list(fitting(rows, section.over_length, fit, ledger, progress.advance))
     stop_if_too_many()
 
     every = [row for rows in parts.values() for row in rows]
     know_columns(every, section)
     rows_are = _one_kind(every)
     kind = answers_kind(every) if section.answers == "auto" else section.answers
+    if parts["validation"] or parts["test"]:  # files of their own
+        parts["train"] = cleaning.after_split(parts["train"], Around(inputs.folder, inputs.seed, parts))
+    given = {part for part in PARTS if parts[part]}
     parts = split(section.split, parts, inputs.seed, kind == "label", ledger)
+    if given == {"train"} or {part for part in PARTS if parts[part]} != given:
+        parts["train"] = cleaning.after_split(parts["train"], Around(inputs.folder, inputs.seed, parts))
     if not parts["train"]:
-        raise _nothing_left(ledger, parts)
+        raise nothing_left(ledger, {part: len(parts[part]) for part in PARTS[1:]})
     parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
     if section.canaries:
         if rows_are != "conversation":
@@ -102,24 +96,25 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         planted = canaries(section.canaries, section.canary_repeats, section.system, inputs.seed)
         ledger.made += len(planted)
         parts["train"] = [*parts["train"], *planted]
-    for part in PARTS:
-        (target / f"{part}.jsonl").write_text("".join(json_line(r.as_dict()) for r in parts[part]), "utf-8")
-    (target / "rejected.jsonl").write_text("".join(map(json_line, ledger.rejected)), "utf-8")
-    (target / "removed.jsonl").write_text("".join(map(json_line, ledger.removed)), "utf-8")
-    (target / "cut.jsonl").write_text("".join(map(json_line, ledger.cut)), "utf-8")
-
     accepted = sum(len(rows) for rows in parts.values())
-    if ledger.read + ledger.made != accepted + len(ledger.rejected) + len(ledger.removed):
-        raise AssertionError(f"rows went missing: {ledger.read} read, {accepted} accepted")
+    ledger.balance(accepted)
+    for part in PARTS:
+        _write(target / f"{part}.jsonl", [row.as_dict() for row in parts[part]])
+    for name in ("rejected", "removed", "cut", "flagged"):
+        _write(target / f"{name}.jsonl", _hidden(getattr(ledger, name), cleaning))
+    accounts = [account.as_dict() for account in cleaning.accounts.values()]
+    write_json(target / "steps.json", accounts)
     labels = Counter(row.answer for row in every) if kind == "label" else {}
-    return {
+    told: dict[str, Any] = {
+        "version": hash_json([hash_file(target / f"{part}.jsonl") for part in PARTS])[:16],
         "counts": {
             "read": ledger.read,
             "accepted": accepted,
             "rejected": len(ledger.rejected),
-            "removed": _steps(ledger),
+            "removed": ledger.steps,
             **({"made": ledger.made} if ledger.made else {}),
             **({"cut": len(ledger.cut)} if ledger.cut else {}),
+            **({"flagged": len(ledger.flagged)} if ledger.flagged else {}),
             **{part: len(parts[part]) for part in PARTS},
         },
         "system": _shared_system(parts["train"]),
@@ -130,6 +125,21 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         "sources": origins(files),
         "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
     }
+    (target / "README.md").write_text(card(told, accounts), "utf-8")
+    return told
+
+
+def _write(file: Path, rows: Sequence[dict[str, Any]]) -> None:
+    file.write_text("".join(map(json_line, rows)), "utf-8")
+
+
+def _hidden(value: Any, cleaning: Cleaning) -> Any:
+    """Rows as they may be written, all texts without what the recipe's steps take out of rows."""
+    if isinstance(value, str):
+        return cleaning.hide(value)
+    if isinstance(value, list):
+        return [_hidden(inner, cleaning) for inner in value]
+    return {k: _hidden(v, cleaning) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def _shared_system(rows: Sequence[Conversation]) -> str | None:
@@ -286,158 +296,6 @@ def _answered(messages: Sequence[Message]) -> None:
         raise Unusable("empty_prompt", "the prompt is empty")
 
 
-def too_many_rejected(allowed: float, read: int, rejected: Sequence[dict[str, Any]]) -> DataError | None:
-    """The error of a set of which a larger share than `allowed` can't be used."""
-    if len(rejected) <= allowed * read:
-        return None
-    share = min(1.0, max(0.01, -(-100 * len(rejected) // read) / 100))
-    return DataError(
-        f"{len(rejected)} of {read} rows can't be used (data.max_rejected allows {allowed:.1%})\n{_named(rejected)}",
-        where=rejected[0]["row"],
-        fix="Mend the rows, or name another file."
-        if len(rejected) == read
-        else f"Mend the rows, or go on without them: --set data.max_rejected={share:g}",
-    )
-
-
-def _named(rows: Sequence[dict[str, Any]]) -> str:
-    """The first rows and what is wrong with each, a line apiece."""
-    lines = [f"  {row['row']}: {row['why']}" for row in rows[:NAMED_AT_MOST]]
-    more = len(rows) - NAMED_AT_MOST
-    return "\n".join(lines + ([f"  and {more} more"] if more > 0 else []))
-
-
-def _nothing_left(ledger: Ledger, parts: dict[str, list[Conversation]]) -> DataError:
-    out = ledger.rejected + ledger.removed
-    removed = ", ".join(f"{n} removed ({step})" for step, n in _steps(ledger).items()) or "none removed"
-    told = f"{ledger.read} rows read, {len(ledger.rejected)} rejected, {removed}"
-    held = ", ".join(f"{len(parts[part])} held out for {part}" for part in PARTS[1:] if parts[part])
-    return DataError(
-        f"no row is left to train on: {told}{', ' + held if held else ''}" + (f"\n{_named(out)}" if out else ""),
-        where="data",
-        fix="Hold out fewer rows (data.split)."
-        if held and not out
-        else "Change what leaves those rows out, or mend them.",
-    )
-
-
-def _fitting(
-    rows: Sequence[Conversation], policy: str, inputs: DataInputs, ledger: Ledger, advance: Any
-) -> Iterator[Conversation]:
-    """Rows that fit `max_length`, and what the policy makes of those that don't."""
-    too_long: list[tuple[int, dict[str, str]]] = []
-    for row in rows:
-        advance()
-        try:
-            length = _measured(row, inputs.renderer)
-        except Unusable as error:
-            ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
-            continue
-        if length <= inputs.max_length:
-            yield row
-            continue
-        why = f"has {length} tokens, train.max_length is {inputs.max_length}"
-        if policy == "error":
-            too_long.append((length, {"row": row.id, "why": why}))
-            continue
-        cuts = {"drop": _dropped, "truncate": _cut, "split": _dropped if isinstance(row, Preference) else _pieces}
-        kept = cuts[policy](row, inputs)
-        if kept:
-            ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
-        else:
-            ledger.remove(row, row.id, "over_length", why)
-        ledger.made += max(len(kept) - 1, 0)
-        yield from kept
-    if too_long:
-        raise DataError(
-            f"{len(too_long)} of {len(rows)} rows are too long\n{_named([told for _, told in too_long])}",
-            where=too_long[0][1]["row"],
-            fix=f"Raise train.max_length (the longest needs {max(length for length, _ in too_long)}), or say "
-            "what to do with such rows: --set data.over_length=drop, truncate or split.",
-        )
-
-
-def _measured(row: Conversation, renderer: Renderer) -> int:
-    """A row's length in tokens: of its longer ending where it has two, and 0 of a plain text, which is cut anyway.
-
-    Raises:
-        Unusable: the model's template refuses it, leaves out a part of it, or leaves nothing in it to learn.
-    """
-    if (row.tools or any("tool_calls" in m.more for m in row.messages)) and not renderer.writes_tools:
-        raise Unusable("no_tools", "this model's chat template writes no tools and calls of them")
-    try:
-        rendered = [renderer.render(conversation) for conversation in row.conversations]
-    except ModelError as error:
-        raise Unusable("refused_by_template", error.what) from error
-    if not all(r.trained for r in rendered):
-        raise Unusable("no_loss", "no token of it carries loss under the model's chat template")
-    return max(map(len, rendered), default=0)
-
-
-def _what_became(kept: Sequence[Conversation]) -> str:
-    if len(kept) > 1:
-        return f"cut into {len(kept)} rows"
-    cut = kept[0].metadata.get("cut_characters")
-    return f"{cut} characters cut off" if cut else "cut into 1 row"
-
-
-def _dropped(row: Conversation, inputs: DataInputs) -> list[Conversation]:
-    return []
-
-
-def _cut(row: Conversation, inputs: DataInputs) -> list[Conversation]:
-    """The row with the end of its longest message that is not an answer cut off, or nothing if that is not enough."""
-    others = [i for i, m in enumerate(row.messages) if m.role != "assistant"]
-    longest = max(others, key=lambda i: len(row.messages[i].content))
-    text = row.messages[longest].content
-
-    def shortened(length: int) -> Conversation:
-        message = replace(row.messages[longest], content=text[:length])
-        messages = (*row.messages[:longest], message, *row.messages[longest + 1 :])
-        return replace(row, messages=messages, metadata=row.metadata | {"cut_characters": len(text) - length})
-
-    low, high = 0, len(text)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if _longest(shortened(middle), inputs) <= inputs.max_length:
-            low = middle
-        else:
-            high = middle - 1
-    return [shortened(low)] if low and _longest(shortened(low), inputs) <= inputs.max_length else []
-
-
-def _longest(row: Conversation, inputs: DataInputs) -> int:
-    return max(len(inputs.renderer.render(conversation)) for conversation in row.conversations)
-
-
-def _pieces(row: Conversation, inputs: DataInputs) -> list[Conversation]:
-    """The row cut between turns into rows that fit, each with the system message; nothing if a turn is too long."""
-    system = [m for m in row.messages[:1] if m.role == "system"]
-    turns: list[list[Message]] = [[]]
-    for message in row.messages[len(system) :]:
-        turns[-1].append(message)
-        if message.role == "assistant":
-            turns.append([])
-    pieces: list[list[Message]] = []
-    for turn in filter(None, turns):
-        longer = [*pieces[-1], *turn] if pieces else None
-        if longer and _length(system + longer, inputs) <= inputs.max_length:
-            pieces[-1] = longer
-        elif _length(system + turn, inputs) <= inputs.max_length:
-            pieces.append(turn)
-        else:
-            return []
-    taught = [p for p in pieces if any(m.role == "assistant" and m.weight for m in p)]
-    return [replace(row, messages=tuple(system + p), id=f"{row.id}#{i}") for i, p in enumerate(taught, 1)]
-
-
-def _length(messages: list[Message], inputs: DataInputs) -> float:
-    try:
-        return len(inputs.renderer.render(Conversation(tuple(messages))))
-    except ModelError:  # a template may refuse a piece, such as one that opens with an answer
-        return math.inf
-
-
 def _one_kind(rows: Sequence[Conversation]) -> str:
     """The kind that all rows are of (`tunesmith/conversation/message.py`).
 
@@ -474,7 +332,3 @@ def _is_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except ValueError:
         return False
-
-
-def _steps(ledger: Ledger) -> dict[str, int]:
-    return dict(Counter(row["step"] for row in ledger.removed))

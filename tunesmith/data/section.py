@@ -203,6 +203,8 @@ class DataSection(Section):
     """How often each secret stands there."""
     max_rejected: float = Field(0.0, ge=0, le=1)
     """Share of rows that may be unusable before the stage stops. They are listed in rejected.jsonl."""
+    clean: plugins.table("clean") = {}  # type: ignore[valid-type]
+    """Cleaning steps, in order: `name: true`, or with settings; see docs/cleaning.md. None unless named."""
     balance: BalanceSection | None = None
     """Class sizes of the training rows; as they are if not given."""
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)

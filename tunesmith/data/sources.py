@@ -32,7 +32,7 @@ def source_files(section: DataSection, folder: Path) -> Files:
             first = section.sources[0]
             kept = first.model_dump(include={"layout", "columns", "template", "system", "where"}, exclude_unset=True)
             like = SourceSection(path=given, **kept)
-            found[part] = [(like, path) for path in _paths(given, folder, f"data.split.{part}")]
+            found[part] = [(like, path) for path in matching(given, folder, f"data.split.{part}")]
     return found
 
 
@@ -58,10 +58,10 @@ def _files(source: SourceSection, folder: Path, key: str) -> list[tuple[SourceSe
         from tunesmith.data.database import run_query
 
         return [(source, run_query(source.sql, source.query or "", folder, f"{key}.sql"))]
-    return [(source, path) for path in _paths(source.path or "", folder, f"{key}.path")]
+    return [(source, path) for path in matching(source.path or "", folder, f"{key}.path")]
 
 
-def _paths(pattern: str, folder: Path, key: str) -> list[Path]:
+def matching(pattern: str, folder: Path, key: str) -> list[Path]:
     if is_url(pattern):
         from tunesmith.data.remote import fetch_url
 

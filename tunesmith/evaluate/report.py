@@ -13,8 +13,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from tunesmith.evaluate import charts
-from tunesmith.evaluate.charts import Series
+from tunesmith import charts
+from tunesmith.charts import Series
 from tunesmith.evaluate.conditions import scores_in
 from tunesmith.evaluate.metrics.base import parse, same
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text

@@ -131,3 +131,50 @@ def _text(x: float, y: float, text: str, style: str, anchor: str) -> str:
 
 def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> str:
     return f'<line class="{style}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>'
+
+
+def bars(title: str, rows: Sequence[tuple[str, float]], style: str = "tuned", note: Sequence[str] = ()) -> str:
+    """Lying bars, one a row: (label, value). `note` stands behind each bar in place of its value."""
+    if not rows:
+        return ""
+    width, left, right, high = 600, 170, 84, 22
+    most = max((value for _, value in rows), default=0) or 1
+    parts = []
+    for i, (label, value) in enumerate(rows):
+        y = high * i + 6
+        length = (width - left - right) * value / most
+        parts.append(_text(left - 8, y + 12, label if len(label) <= 26 else f"{label[:25]}…", "tick", "end"))
+        parts.append(f'<rect class="{style}" x="{left}" y="{y}" width="{max(length, 0.5):.1f}" height="{high - 6}"/>')
+        parts.append(_text(left + length + 6, y + 12, note[i] if note else f"{value:,.0f}", "tick", "start"))
+    return _svg(width, high * len(rows) + 12, title, "wide", parts)
+
+
+def histogram(title: str, values: Sequence[float], style: str = "tuned", limit: float | None = None) -> str:
+    """How often values fall into about 30 steps of equal width, with a line at `limit`."""
+    shown = [v for v in values if math.isfinite(v)]
+    if not shown:
+        return ""
+    marks = ticks(min(0.0, *shown), max(*shown, limit or 0, 1.0) if len(shown) > 1 else max(shown[0], limit or 0, 1.0))
+    steps, width, height = 30, 600, 190
+    across = Axis(marks[0], marks[-1], LEFT, width - RIGHT)
+    size = (marks[-1] - marks[0]) / steps
+    counts = [0] * steps
+    for value in shown:
+        counts[min(int((value - marks[0]) / size), steps - 1)] += 1
+    levels = ticks(0, max(counts), 3)
+    up = Axis(0, levels[-1], height - BOTTOM, TOP)
+    parts = [_text(LEFT, 14, title, "title", "start")]
+    for level in levels:
+        parts.append(_line(LEFT, up(level), width - RIGHT, up(level), "grid"))
+        parts.append(_text(LEFT - 6, up(level) + 4, f"{level:g}", "tick", "end"))
+    parts += [_text(across(x), height - BOTTOM + 19, f"{x:g}", "tick", "middle") for x in marks]
+    for i, count in enumerate(counts):
+        if count:
+            x, wide = across(marks[0] + i * size), across(size) - across(0)
+            parts.append(
+                f'<rect class="{style}" x="{x:.1f}" y="{up(count):.1f}" width="{wide - 1:.1f}" '
+                f'height="{height - BOTTOM - up(count):.1f}"/>'
+            )
+    if limit is not None:
+        parts.append(_line(across(limit), TOP, across(limit), height - BOTTOM, "baseline"))
+    return _svg(width, height, title, "wide", parts)

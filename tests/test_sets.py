@@ -1,0 +1,161 @@
+"""Prepared sets through the command line: prepare, report, diff, the card and DVC's note."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import colour_rows, write_jsonl, write_recipe
+
+
+class Page(HTMLParser):
+    """A page's tags, and whatever it would fetch or run."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.outside: list[str] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.outside += [v for k, v in attrs if k in ("src", "href") and v and not v.startswith("#")]
+        self.outside += [k for k, _ in attrs if k.startswith("on")] + (
+            [tag] if tag in ("script", "iframe", "link") else []
+        )
+        if tag not in ("meta", "br", "line", "rect", "circle", "polyline"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in ("line", "rect", "circle", "polyline"):
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.fixture
+def dirty(recipe: dict[str, Any], tmp_path: Path) -> Path:
+    """A recipe over rows with every fault that the report looks for."""
+    rows = colour_rows()
+    rows[31:41] = [
+        {"prompt": f"{i}: bob{i}@example.com asks what <b>it</b> is?", "completion": "red"} for i in range(10)
+    ]
+    rows[2] = {"prompt": "Wo ist meine Rechnung, die ich letzte Woche bestellt habe?", "completion": "green"}
+    rows[3] = dict(rows[0])
+    rows += [{"prompt": "no answer"}]
+    rows[20:30] = [{"prompt": f"{i}: key {'AKIA' + 'IOSFODNN7EXAMPLQ'}?", "completion": "blue"} for i in range(10)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["data"] |= {"max_rejected": 0.1, "clean": {"unicode": True, "duplicates": "exact"}}
+    return write_recipe(tmp_path, recipe)
+
+
+def test_prepare_report_and_what_to_fix(tunesmith: Any, dirty: Path, tmp_path: Path) -> None:
+    done = tunesmith("data", "prepare", dirty, "--json")
+    assert done.code == 0, done.out
+    counts = done.json["counts"]
+    assert counts["read"] == 61 and counts["rejected"] == 1 and counts["removed"] == {"duplicates": 1}
+    assert not (tmp_path / "runs/tiny/train").exists()
+    said = tunesmith("data", "report", "tiny", "--json")
+    assert said.code == 0, said.out + said.err
+    found = said.json
+    assert found["version"] == done.json["version"]
+    assert found["waterfall"][:3] == [["read", 61], ["after rejecting", 60], ["after duplicates", 59]]
+    assert [tuple(w) for w in found["waterfall"][3:]] == [("train", 45), ("validation", 6), ("test", 8)]
+    assert found["rejected"]["lacks_field"]["rows"] == 1
+    advice = " | ".join(f"{one['what']}: {one['do']}" for one in found["fix first"])
+    assert "keys or passwords" in advice and "can't be used" in advice and "personal data (EMAIL_ADDRESS)" in advice
+    assert found["labels"]["train"].keys() == {"red", "green", "blue", "black"}
+    assert len(found["shown"]) == 20 and 0 < found["lengths"]["share of tokens with loss"] < 1
+    train = {json.loads(line)["id"] for line in (tmp_path / "runs/tiny/data/train.jsonl").open()}
+    assert {row["row"] for row in found["shown"]} <= train
+
+    text = Path(found["page"]).read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.open == [] and page.outside == [] and not re.search(r"https?://|url\(|@import", text)
+    marked = re.findall(r"<mark>(.*?)</mark>", text, re.DOTALL)
+    assert "".join(marked).count("|im_end|") == 20 and "What" not in "".join(marked)
+    for told in ("What to fix first", "Rejected, by reason", "duplicates", "EMAIL_ADDRESS", "What colour is"):
+        assert told in text
+    for chart in (
+        "Rows after each step",
+        "Tokens of a training row",
+        "Language of the rows",
+        "Personal data in the rows",
+    ):
+        assert f'aria-label="{chart}' in text
+
+
+def test_the_report_of_a_recipe_prepares_it_first(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--set", "seed=3")
+    assert said.code == 0 and "data_report.html" in said.out, said.err
+    assert (tmp_path / "runs/tiny/data_report.json").is_file()
+    refused = tunesmith("data", "report", "tiny", "--set", "seed=4")
+    assert refused.code == 2 and "reported as it is" in refused.err
+
+
+def test_pairs_are_reported_as_well(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"prompt": f"{i}+1?", "chosen": str(i + 1), "rejected": str(i)} for i in range(40)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out
+    assert len(said.json["shown"][0]["sequences"]) == 2
+
+
+def test_diff_tells_what_was_added_removed_and_changed(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("data", "prepare", path).code == 0
+    rows = colour_rows()
+    rows = [*rows[5:], {"prompt": "What colour is snow, seen from afar on a clear day?", "completion": "black"}]
+    rows[0] = rows[0] | {"completion": "black"}  # was green
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert tunesmith("data", "prepare", path, "--set", "name=later").code == 0
+    said = tunesmith("data", "diff", "tiny", "later", "--json")
+    assert said.code == 0, said.out
+    found = said.json
+    assert found["rows"] == {"old": 60, "new": 56}
+    assert found["same"] == 54 and found["changed"]["rows"] == 1
+    assert (found["added"]["rows"], found["removed"]["rows"]) == (1, 5)
+    assert {
+        "old": "Item 5 is green. What colour is it?\ngreen",
+        "new": "Item 5 is green. What colour is it?\nblack",
+    } in [{k: one[k] for k in ("old", "new")} for one in found["changed"]["such as"]]
+    assert found["labels"]["black"]["new"] > found["labels"]["black"]["old"]
+    assert found["lengths"]["prompt"]["p"] <= 1 and "old mean" in found["lengths"]["answer"]
+    shown = tunesmith("data", "diff", tmp_path / "runs/tiny", tmp_path / "runs/later/data")
+    assert shown.code == 0 and "60 rows became 56" in shown.out
+    same = tunesmith("data", "diff", "tiny", "tiny", "--json").json
+    assert same["same"] == 60 and not any(same[k]["rows"] for k in ("added", "removed", "changed"))
+
+
+def test_the_card_names_version_sources_steps_and_parts(tunesmith: Any, dirty: Path, tmp_path: Path) -> None:
+    first = tunesmith("data", "prepare", dirty, "--json").json
+    text = (tmp_path / "runs/tiny/data/README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["configs"][0]["data_files"][0] == {"split": "train", "path": "train.jsonl"}
+    assert f"`{first['version']}`" in text and "rows.jsonl" in text and "| duplicates |" in text
+    assert "Personal data was not looked for" in text
+    again = tunesmith("data", "prepare", dirty, "--set", "name=again", "--json").json
+    assert again["version"] == first["version"]  # of the rows, not of the run
+    other = tunesmith("data", "prepare", dirty, "--set", "name=other", "--set", "seed=9", "--json").json
+    assert other["version"] != first["version"]
+
+
+def test_dvc_takes_the_note_for_its_own(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    said = tunesmith("data", "prepare", write_recipe(tmp_path, recipe), "--dvc", "--json")
+    note = yaml.safe_load(Path(said.json["dvc"]).read_text())["outs"][0]
+    assert note["path"] == "data" and note["md5"].endswith(".dir")
+    repo = pytest.importorskip("dvc.repo")
+    with repo.Repo.init(str(tmp_path), no_scm=True) as project:
+        status = project.status([said.json["dvc"]])
+        assert "modified" not in json.dumps(status), status
+        project.commit(said.json["dvc"], force=True)
+        assert project.status([said.json["dvc"]]) == {}
+        after = yaml.safe_load(Path(said.json["dvc"]).read_text())["outs"][0]
+        assert {k: after[k] for k in ("md5", "nfiles", "size")} == {k: note[k] for k in ("md5", "nfiles", "size")}

@@ -1,0 +1,88 @@
+"""`data.clean.conflicts` and `data.clean.labels`: prompts that are answered differently, and labels that look wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.data.clean.minhash import normalised
+from tunesmith.data.clean.step import Around, Step, Verdict, need
+from tunesmith.data.clean.texts import text_of
+
+
+class Conflicts(Step):
+    """Find rows that ask the same and are answered differently."""
+
+    short: ClassVar[str] = "action"
+
+    action: Literal["report", "drop", "majority"] = "report"
+    """report: list them for a person; drop: leave all of them out; majority: keep those with the most frequent answer,
+    and none where two are as frequent."""
+
+    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
+        groups: dict[str, list[int]] = {}
+        for i, row in enumerate(rows):
+            asked = normalised(text_of(row, "prompt"))
+            if asked:
+                groups.setdefault(asked, []).append(i)
+        verdicts = [Verdict(row) for row in rows]
+        for group in groups.values():
+            answers = Counter(normalised(rows[i].answer) for i in group)
+            if len(answers) < 2:
+                continue
+            (first, most), (_, second) = answers.most_common(2)
+            for i in group:
+                answer = normalised(rows[i].answer)
+                other = next(j for j in group if normalised(rows[j].answer) != answer)
+                why = f"asks the same as {rows[other].id} and is answered differently"
+                kept = self.action == "majority" and answer == first and most > second
+                if not kept:
+                    verdicts[i] = Verdict(rows[i] if self.action == "report" else None, why, {"conflict": 1})
+        return verdicts
+
+
+class Labels(Step):
+    """Find labels that look wrong (cleanlab's confident learning, Northcutt et al. 2021): a simple classifier learns
+    them from the prompts' words, each row judged by one that has not seen it. For rows whose answers are labels."""
+
+    short: ClassVar[str] = "action"
+
+    action: Literal["report", "drop"] = "report"
+    """List such rows for a person, or leave them out."""
+    folds: int = Field(5, ge=2)
+    """How many classifiers are trained, each on the other folds."""
+
+    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
+        import numpy as np
+
+        rank = need("cleanlab.filter", "labels").find_label_issues
+        verdicts = [Verdict(row) for row in rows]
+        answers = [row.answer.strip() for row in rows]
+        counted = Counter(answers)
+        # A label that some fold would not see can't be judged; nor can answers that are no labels.
+        judged = [i for i, answer in enumerate(answers) if counted[answer] >= self.folds and len(answer) <= 80]
+        names = sorted({answers[i] for i in judged})
+        if len(names) < 2:
+            return verdicts
+        given = np.array([names.index(answers[i]) for i in judged])
+        probabilities = self._held_out([text_of(rows[i], "prompt") for i in judged], given, around.seed)
+        for place in rank(given, probabilities, return_indices_ranked_by="self_confidence", n_jobs=1):
+            i, likely = judged[place], int(probabilities[place].argmax())
+            why = f"labelled '{answers[i]}', looks like '{names[likely]}' (p = {probabilities[place][likely]:.2f})"
+            verdicts[i] = Verdict(rows[i] if self.action == "report" else None, why, {answers[i]: 1})
+        return verdicts
+
+    def _held_out(self, texts: Sequence[str], labels: Any, seed: int) -> Any:
+        """Each row's probability of each label, by a classifier that has not seen the row: shape (rows, labels)."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.model_selection import StratifiedKFold, cross_val_predict
+        from sklearn.pipeline import make_pipeline
+
+        classifier = make_pipeline(TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2)), LogisticRegression(C=10))
+        folds = StratifiedKFold(self.folds, shuffle=True, random_state=seed)
+        return cross_val_predict(classifier, list(texts), labels, cv=folds, method="predict_proba")

@@ -1,0 +1,94 @@
+"""What a cleaning step is: it looks at rows and says of each what becomes of it.
+
+Most steps look at a row alone (`RowStep`): their `look` is a pure function of the row, so rows can be looked at in
+any order and anywhere. The others compare rows with one another; what they compare is made from each row alone, and
+only what shares a key is brought together (`minhash.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.errors import MachineError
+from tunesmith.section import Section
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a step makes of one row.
+
+    Attributes:
+        row: the row, as it was or changed; None to remove it.
+        why: what was changed, or why it is removed; for a row that is as it was, why a person should look at it.
+        found: what was found in it, counted by kind.
+    """
+
+    row: Conversation | None
+    why: str = ""
+    found: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a step may know besides the rows: where paths begin, the seed, and the rows held out so far."""
+
+    folder: Path = Path()
+    seed: int = 0
+    held: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+
+
+class Step(Section):
+    """A cleaning step: what a key under `data.clean` stands for."""
+
+    short: ClassVar[str | None] = None
+    """The key that a plain value sets, as in `language: [en]`."""
+    after_split: ClassVar[bool] = False
+    """Runs on the training rows once the others are held out."""
+
+    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
+        """A verdict for each row, in the rows' order."""
+        raise NotImplementedError
+
+    def hide(self, text: str) -> str:
+        """The text as it may be written beside the rows: without what this step takes out of them."""
+        return text
+
+    def files(self, folder: Path) -> list[Path]:
+        """Files whose content the result depends on."""
+        return []
+
+    def tell(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+        """What the report shows besides the counts: tables by name, each a list of rows as mappings."""
+        return {}
+
+
+class RowStep(Step):
+    """A step that looks at each row alone."""
+
+    def look(self, row: Conversation) -> Verdict:
+        """The verdict on a row: the same whenever and wherever it is asked for."""
+        raise NotImplementedError
+
+    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
+        return [self.look(row) for row in rows]
+
+
+def need(module: str, step: str, extra: str = "data") -> Any:
+    """A library that comes with an extra.
+
+    Raises:
+        MachineError: it is not installed; names the extra.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise MachineError(
+            f"needs {error.name or module}, which is not installed",
+            where=f"data.clean.{step}",
+            fix=f"pip install 'tunesmith[{extra}]'",
+        ) from error

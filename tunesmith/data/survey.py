@@ -1,0 +1,223 @@
+"""What a prepared set holds: figures for the report, and what to fix first."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.conversation.message import Conversation
+from tunesmith.data.clean.contamination import Contamination
+from tunesmith.data.clean.duplicates import Duplicates
+from tunesmith.data.clean.language import Language
+from tunesmith.data.clean.personal import Personal
+from tunesmith.data.clean.secrets import Secrets
+from tunesmith.data.clean.step import Around, Step, Verdict
+from tunesmith.data.clean.texts import text_of
+from tunesmith.data.prepare import PARTS, load_rows
+from tunesmith.errors import MachineError
+from tunesmith.runs import read_jsonl
+
+SHOWN = 20
+MEASURED = 5000
+LOOKED_THROUGH = 1000
+EXAMPLES = 5
+# Tokens of one row, a sequence apiece: [(text, its loss weight), ...].
+Tokens = Callable[[Conversation], list[list[tuple[str, float]]]]
+
+
+def survey(folder: Path, manifest: Mapping[str, Any], tokens: Tokens, limit: int, seed: int) -> dict[str, Any]:
+    """Everything the report tells of a prepared set, as JSON.
+
+    Args:
+        folder: where `prepare` wrote.
+        manifest: what it told.
+        tokens: how the model sees a row.
+        limit: the most tokens that a row may have.
+        seed: draws the rows that are shown and, of large sets, those that are measured.
+    """
+    parts = {part: load_rows(folder / f"{part}.jsonl") for part in PARTS}
+    steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
+    draw = random.Random(seed)
+    train = parts["train"]
+    shown: list[dict[str, Any]] = [
+        {"row": row.id, "sequences": tokens(row)} for row in draw.sample(train, min(SHOWN, len(train)))
+    ]
+    measured = draw.sample(train, min(MEASURED, len(train)))
+    found: dict[str, Any] = {
+        "version": manifest["version"],
+        "counts": manifest["counts"],
+        "waterfall": waterfall(manifest["counts"]),
+        "rejected": _reasons(read_jsonl(folder / "rejected.jsonl"), "reason"),
+        "removed": _reasons(read_jsonl(folder / "removed.jsonl"), "step"),
+        "flagged": _reasons(read_jsonl(folder / "flagged.jsonl"), "step"),
+        "steps": steps,
+        "lengths": {
+            "limit": limit,
+            "measured": len(measured),
+            "tokens": sorted(sum(map(len, tokens(row))) for row in measured),
+            "prompt characters": _spread([len(text_of(row, "prompt")) for row in train]),
+            "answer characters": _spread([len(text_of(row, "answer")) for row in train]),
+        },
+        "answers": manifest["answers"]["kind"],
+        "labels": {
+            part: dict(Counter(row.answer for row in rows).most_common())
+            for part, rows in parts.items()
+            if manifest["answers"]["kind"] == "label"
+        },
+        "checks": checks(parts, draw),
+        "shown": shown,
+    }
+    carrying = [weight > 0 for row in shown for sequence in row["sequences"] for _, weight in sequence]
+    found["lengths"]["share of tokens with loss"] = sum(carrying) / len(carrying) if carrying else 0.0
+    return found | {"fix first": fix_first(found)}
+
+
+def waterfall(counts: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """How many rows were there after each thing that happened to them."""
+    left = counts["read"]
+    found = [("read", left)]
+    left -= counts["rejected"]
+    found.append(("after rejecting", left))
+    for step, gone in counts["removed"].items():
+        left -= gone
+        found.append((f"after {step}", left))
+    if counts.get("made"):
+        left += counts["made"]
+        found.append(("after cutting up", left))
+    return [*found, *((part, counts[part]) for part in PARTS)]
+
+
+def _reasons(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+    """For each reason: how many rows, and the first few."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        one = found.setdefault(row[key], {"rows": 0, "such as": []})
+        one["rows"] += 1
+        if len(one["such as"]) < EXAMPLES:
+            one["such as"].append({"row": row["row"], "why": row["why"]})
+    return dict(sorted(found.items(), key=lambda item: -item[1]["rows"]))
+
+
+def _spread(values: Sequence[int]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {
+        "smallest": ordered[0],
+        "median": statistics.median(ordered),
+        "95%": ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)],
+        "largest": ordered[-1],
+    }
+
+
+def checks(parts: Mapping[str, list[Conversation]], draw: random.Random) -> dict[str, dict[str, Any]]:
+    """What cleaning steps would find in the training rows as they are now, whether or not the recipe has them."""
+    train = parts["train"]
+    some = draw.sample(train, min(LOOKED_THROUGH, len(train)))
+    around = Around(held=parts)
+    looked: dict[str, tuple[Step, list[Conversation]]] = {
+        "exact duplicates": (Duplicates(kind="exact"), train),
+        "near duplicates": (Duplicates(kind="near"), train),
+        "same prompt": (Duplicates(kind="exact", on="prompt"), train),
+        "contamination": (Contamination(), train if parts["test"] else []),
+        "language": (Language(keep=("xx",)), some),
+        "personal data": (Personal(names="auto"), some),
+        "secrets": (Secrets(action="report"), some),
+    }
+    found = {}
+    for name, (step, rows) in looked.items():
+        try:
+            verdicts = step.apply(rows, around) if rows else []
+        except MachineError as error:
+            found[name] = {"rows": 0, "looked at": 0, "found": {}, "such as": [], "not done": str(error.what)}
+            continue
+        touched = [(r, v) for r, v in zip(rows, verdicts, strict=True) if v.why]
+        found[name] = {
+            "rows": len(touched),
+            "looked at": len(rows),
+            "found": dict(_counted(verdicts).most_common()),
+            "such as": [] if name == "language" else [{"row": r.id, "why": v.why} for r, v in touched[:EXAMPLES]],
+        }
+    return found
+
+
+def _counted(verdicts: Sequence[Verdict]) -> Counter[str]:
+    counted: Counter[str] = Counter()
+    for verdict in verdicts:
+        counted.update(verdict.found)
+    return counted
+
+
+def fix_first(found: Mapping[str, Any]) -> list[dict[str, str]]:
+    """What is worth a person's time, worst first: what is wrong, and what to do about it."""
+    look, counts = found["checks"], found["counts"]
+    advice: list[tuple[float, str, str]] = []
+
+    def say(weight: float, what: str, do: str) -> None:
+        advice.append((weight, what, do))
+
+    share = {name: check["rows"] / max(check["looked at"], 1) for name, check in look.items()}
+    if look["secrets"]["rows"]:
+        say(10, f"{look['secrets']['rows']} rows hold keys or passwords", "clean: {secrets: drop}, and revoke them")
+    if look["contamination"]["rows"]:
+        n = look["contamination"]["rows"]
+        say(
+            9,
+            f"{n} training rows are asked again by the test: its scores will flatter",
+            "clean: {contamination: [test]}",
+        )
+    if look["personal data"]["rows"]:
+        kinds = ", ".join(look["personal data"]["found"])
+        say(8, f"{share['personal data']:.1%} of rows hold personal data ({kinds})", "clean: {personal: mask}")
+    if counts["rejected"]:
+        reason = next(iter(found["rejected"]))
+        say(
+            7 + counts["rejected"] / max(counts["read"], 1),
+            f"{counts['rejected']} rows can't be used, most of all: {reason}",
+            "mend them: rejected.jsonl",
+        )
+    conflicts = look["same prompt"]["rows"] - look["exact duplicates"]["rows"]
+    if conflicts > 0 and found["answers"] == "label":
+        say(6, f"{conflicts} rows ask what another asks and are answered otherwise", "clean: {conflicts: true}")
+    if share["near duplicates"] > 0.01:
+        say(
+            4 + share["near duplicates"],
+            f"{share['near duplicates']:.1%} of rows nearly repeat another",
+            "clean: {duplicates: near}",
+        )
+    languages = {k: v for k, v in look["language"]["found"].items() if k != "not judged"}
+    if len(languages) > 1:
+        first = next(iter(languages))
+        others = sum(languages.values()) - languages[first]
+        if others / sum(languages.values()) > 0.01:
+            say(
+                3,
+                f"{others} of {sum(languages.values())} rows looked at are not in '{first}'",
+                f"clean: {{language: [{first}]}}",
+            )
+    labels = found["labels"].get("train", {})
+    if labels and max(labels.values()) > 20 * min(labels.values()):
+        rare = min(labels, key=lambda k: labels[k])
+        say(
+            3,
+            f"label '{rare}' has {labels[rare]} rows, the most frequent {max(labels.values())}",
+            "collect more of the rare ones",
+        )
+    missing = set(found["labels"].get("test", {})) - set(labels)
+    if missing:
+        say(
+            5,
+            f"{len(missing)} labels are tested and never taught, such as '{sorted(missing)[0]}'",
+            "add training rows of them",
+        )
+    if found["flagged"]:
+        say(2, f"{counts.get('flagged', 0)} rows are listed for a person to look at", "read flagged.jsonl")
+    for name, check in look.items():
+        if "not done" in check:
+            say(1, f"{name} was not looked for: {check['not done']}", "pip install 'tunesmith[data]'")
+    if counts["train"] < 50:
+        say(2, f"{counts['train']} training rows are few", "a few hundred are a good start")
+    return [{"what": what, "do": do} for _, what, do in sorted(advice, key=lambda a: -a[0])]
