@@ -54,7 +54,7 @@ def test_every_reason_is_told() -> None:
     assert not [reason for reason in sorted(reasons) if f"`{reason}`" not in page]
 
 
-@pytest.mark.parametrize("extra", ["documents", "remote", "gcs", "sql", "labels"])
+@pytest.mark.parametrize("extra", ["documents", "remote", "gcs", "sql", "labels", "augment"])
 def test_every_extra_is_there(extra: str) -> None:
     import tomllib
 

@@ -101,6 +101,7 @@ def page() -> str:
     done: set[type[Section]] = set()
     text = HEAD + table("recipe", Recipe, done)
     for key, point in (
+        ("data.augment", "augment"),
         ("train.method", "objective"),
         ("train.adapter", "adapter"),
         ("train.optimizer", "optimizer"),

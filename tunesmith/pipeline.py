@@ -329,7 +329,19 @@ class Journey:
         context = context_length(self.model) or longest
         if context < longest:
             say(f"rows may have {context} tokens, the model's context (train.max_length is {longest})")
-        return DataInputs(self.renderer, min(longest, context), self.recipe.seed, self.folder, self.files)
+        return DataInputs(
+            self.renderer, min(longest, context), self.recipe.seed, self.folder, self.files, self._answers
+        )
+
+    def _answers(self, prompts: Sequence[Sequence[Any]], limit: int) -> list[str]:
+        """What the base model answers, for rows that are made with it."""
+        from tunesmith.progress import bar
+
+        renderer = self.renderer
+        ids = [renderer.prompt(list(prompt)) for prompt in prompts]
+        with bar("Making rows", len(ids)) as progress:
+            out = self.engine(None).generate(ids, limit, renderer.stop_ids, progress.advance)
+        return [renderer.decode(answer) for answer in out]
 
     def rows(self, part: str) -> list[Any]:
         from tunesmith.data.prepare import load_rows

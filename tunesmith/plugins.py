@@ -121,6 +121,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "secrets": "tunesmith.data.clean.secrets:Secrets",
         "contamination": "tunesmith.data.clean.contamination:Contamination",
     },
+    # More training rows: `data.augment`. A Making with make(rows, around, account).
+    "augment": {
+        "typos": "tunesmith.data.augment.plain:Typos",
+        "case": "tunesmith.data.augment.plain:Case",
+        "noise": "tunesmith.data.augment.plain:Noise",
+        "paraphrase": "tunesmith.data.augment.asked:Paraphrase",
+        "synthesise": "tunesmith.data.augment.asked:Synthesise",
+    },
     # A score: `goal.metric`, `evaluate.metrics`. A Metric with stats(answers, references) and value(sums).
     "metric": {
         "exact_match": "tunesmith.evaluate.metrics.base:exact_match",

@@ -30,7 +30,7 @@ def fitting(
     for row in rows:
         advance()
         try:
-            length = _measured(row, fit.renderer)
+            length = measured(row, fit.renderer)
         except Unusable as error:
             ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
             continue
@@ -58,7 +58,7 @@ def fitting(
         )
 
 
-def _measured(row: Conversation, renderer: Renderer) -> int:
+def measured(row: Conversation, renderer: Renderer) -> int:
     """A row's length in tokens: of its longer ending where it has two, and 0 of a plain text, which is cut anyway.
 
     Raises:

@@ -12,11 +12,13 @@ from typing import Any
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
+from tunesmith.data.augment import base
+from tunesmith.data.augment.run import augmented
 from tunesmith.data.canaries import canaries
 from tunesmith.data.card import card
 from tunesmith.data.clean.run import Cleaning
 from tunesmith.data.clean.step import Around
-from tunesmith.data.fit import Fit, fitting
+from tunesmith.data.fit import Fit, fitting, measured
 from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.ledger import Ledger, nothing_left, too_many_rejected
 from tunesmith.data.marks import know_columns, marked
@@ -25,6 +27,7 @@ from tunesmith.data.section import DataSection, SourceSection, placeholders
 from tunesmith.data.shape import shape
 from tunesmith.data.sources import Files, lines_in, origins, read_rows, source_files
 from tunesmith.data.split import split
+from tunesmith.data.tokens import Counting, tokens
 from tunesmith.errors import DataError, nearest
 from tunesmith.progress import bar
 from tunesmith.runs import hash_file, hash_json, json_line, need_room, write_json
@@ -42,6 +45,14 @@ class DataInputs:
     seed: int
     folder: Path
     files: Files | None = None
+    answers: base.Answers | None = None
+
+    def fits(self, row: Conversation) -> bool:
+        """Whether the model takes a row as it is."""
+        try:
+            return measured(row, self.renderer) <= self.max_length
+        except Unusable:
+            return False
 
 
 def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str, Any]:
@@ -58,6 +69,8 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     need_room(target, 4 * room, "Preparing the data")
     ledger = Ledger()
     cleaning = Cleaning(section.clean, _usable, ledger)
+    counting = Counting(inputs.renderer)
+    inputs = replace(inputs, renderer=counting)  # type: ignore[arg-type]
 
     def stop_if_too_many() -> None:
         error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
@@ -89,6 +102,9 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         parts["train"] = cleaning.after_split(parts["train"], Around(inputs.folder, inputs.seed, parts))
     if not parts["train"]:
         raise nothing_left(ledger, {part: len(parts[part]) for part in PARTS[1:]})
+    more, around = {}, base.Around(inputs.seed, inputs.answers)
+    if section.augment:
+        parts["train"], more["augment"] = augmented(section.augment, parts, around, inputs.fits, ledger)
     parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
     if section.canaries:
         if rows_are != "conversation":
@@ -122,6 +138,8 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         "specials": sum(inputs.renderer.specials_in(row) for row in every),
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
+        **more,
+        "tokens": {part: found for part in PARTS if (found := tokens(parts[part], counting, inputs.max_length))},
         "sources": origins(files),
         "inputs": {str(path): hash_file(path) for paths in files.values() for _, path in paths},
     }

@@ -205,6 +205,8 @@ class DataSection(Section):
     """Share of rows that may be unusable before the stage stops. They are listed in rejected.jsonl."""
     clean: plugins.table("clean") = {}  # type: ignore[valid-type]
     """Cleaning steps, in order: `name: true`, or with settings; see docs/cleaning.md. None unless named."""
+    augment: list[plugins.field("augment")] = []  # type: ignore[valid-type]
+    """More training rows, each made in one way by `kind`: typos, case, noise, paraphrase, synthesise."""
     balance: BalanceSection | None = None
     """Class sizes of the training rows; as they are if not given."""
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
