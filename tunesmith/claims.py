@@ -70,6 +70,8 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
         if ".py:" in name:
             path, _, function = name.rpartition(":")
             metrics[place] = f"{whole(path)}:{function}"
+    for suite in keys["evaluate"]["suites"]:
+        suite |= {"file": whole(suite["file"])} if suite["file"] else {}
     bias = keys["evaluate"]["bias"] or {}
     bias |= {key: whole(bias[key]) for key in ("bbq", "crows_pairs") if bias.get(key)}
     for term in keys["train"]["keep"]:

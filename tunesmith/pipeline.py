@@ -228,6 +228,7 @@ class Journey:
         evaluated, metrics = self.recipe.evaluate, [self.recipe.goal.metric or ""]
         named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
         named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
+        named += [suite.file for suite in evaluated.suites if suite.file]
         paths = [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
         return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
 

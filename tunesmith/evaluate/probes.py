@@ -15,6 +15,7 @@ from tunesmith.evaluate.memory import Memory
 from tunesmith.evaluate.metrics.base import Metric, mean, rows
 from tunesmith.evaluate.safety import Safety
 from tunesmith.evaluate.statistics import compared, quantile
+from tunesmith.evaluate.suites import Suites
 from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
 
@@ -51,6 +52,8 @@ def asked(section: EvaluateSection, inputs: EvaluateInputs, test: Sequence[Conve
         found.append(Safety(section.safety, test, limit, section.bootstrap, inputs.seed))
     if section.bias:
         found.append(Bias(section.bias, test, limit, inputs.folder, section.bootstrap, inputs.seed))
+    if section.suites:
+        found.append(Suites(section.suites, inputs.folder, limit, section.bootstrap, inputs.seed))
     return found
 
 

@@ -84,6 +84,29 @@ class BiasSection(Section):
     """Only so many rows of each file, drawn by seed."""
 
 
+class SuiteSection(Section):
+    """A public task: one of lm-evaluation-harness's by name, or a local file of the same kind. A plain name stands for
+    `{name: ...}`."""
+
+    name: str
+    """Of the harness's task; of the score, for a file."""
+    file: str | None = None
+    """A local .jsonl file, in place of the harness's own data."""
+    kind: Literal["choice", "schema", "numeric", "code"] = "choice"
+    """Of a file: `choice` (query, choices, gold), `schema` (context_options, continuation, gold), `numeric` (question
+    or context, answer), `code` (HumanEval's prompt, test, entry_point)."""
+    template: str | None = None
+    """What is asked, with {column} for what a row holds."""
+    rows: int | None = Field(None, ge=1)
+    """Only so many rows, drawn by seed (the harness takes the first)."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest answer, where one is written."""
+
+
+def _named(value: Any) -> Any:
+    return {"name": value} if isinstance(value, str) else value
+
+
 class EvaluateSection(Section):
     """How baseline and tuned model are compared on the test rows."""
 
@@ -119,6 +142,11 @@ class EvaluateSection(Section):
         BiasSection | None, BeforeValidator(_switched, json_schema_input_type=BiasSection | bool | None)
     ] = None
     """Measure bias; off if not given."""
+
+    suites: list[Annotated[SuiteSection, BeforeValidator(_named, json_schema_input_type=str | SuiteSection)]] = Field(
+        default_factory=list
+    )
+    """Public tasks to measure before and after."""
 
     @field_validator("metrics")
     @classmethod

@@ -1,0 +1,40 @@
+"""lm-evaluation-harness's hf backend on the same rows: answers (generate_until) or choices (loglikelihood).
+
+Called by benchmarks/evaluation.py in a process of its own; prints one JSON line: rows, seconds from the first request
+to the last answer (loading is not counted), and the answers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+
+
+def main(model: str, rows: str, kind: str, batch: str) -> None:
+    read: list[dict[str, Any]] = [json.loads(line) for line in Path(rows).read_text().splitlines()]
+    precision = read[0]["precision"]
+    lm = HFLM(pretrained=model, dtype=precision, device="cpu", batch_size=batch if batch == "auto" else int(batch))
+    if kind == "answers":
+        arguments = [(r["prompt"], {"until": r["until"], "max_gen_toks": r["limit"], "do_sample": False}) for r in read]
+        requests = [Instance("generate_until", {}, a, i) for i, a in enumerate(arguments)]
+        ask = lm.generate_until
+    else:
+        pairs = [(r["prompt"], choice) for r in read for choice in r["choices"]]
+        requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+        ask = lm.loglikelihood
+    with torch.inference_mode():
+        started = time.perf_counter()
+        found = ask(requests, disable_tqdm=True)
+        seconds = time.perf_counter() - started
+    print(json.dumps({"rows": len(read), "seconds": seconds, "answers": found}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5])
