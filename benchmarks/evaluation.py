@@ -1,6 +1,7 @@
-"""Answers a second on 500 test rows of BANKING77, and choices by likelihood, against lm-evaluation-harness's hf backend.
+"""Answers a second on 500 test rows of BANKING77, and choices by likelihood, against lm-evaluation-harness.
 
-Same rows, prompts, model, precision and cores; each side in a process of its own, turn about, best of `--rounds`.
+Its hf backend is given the same rows, prompts, model, precision and cores; each side runs in a process of its own,
+turn about, and the best of `--rounds` counts.
 
     BANKING77=.../banking77 python benchmarks/evaluation.py [--rows 500] [--choices 40] [--rounds 3]
 """
@@ -24,7 +25,7 @@ PEER = Path(__file__).parent / "peers" / "lm_eval_labels.py"
 
 
 def rows_of(count: int, choices: int, model: Any, renderer: Any, precision: str) -> list[dict[str, Any]]:
-    """Test rows as both sides are given them: the prompt under the chat template as text, ten intents to choose from."""
+    """Test rows as both sides are given them: the prompt under the chat template as text, ten intents to choose of."""
     from tunesmith.conversation.message import Message
 
     with (Path(os.environ["BANKING77"]) / "test.csv").open(encoding="utf-8", newline="") as file:

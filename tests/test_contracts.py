@@ -125,8 +125,9 @@ def test_the_command_line_is_frozen() -> None:
     assert surface(typer.main.get_command(app)) == {
         "run": stage,
         "train": stage,
-        "evaluate": ["--against", "--base", "--data", "--json", "--model", "--out", "--runs", "--set"],
+        "evaluate": ["--against", "--base", "--data", "--json", "--model", "--out", "--runs", "--set", "--suite"],
         "package": ["--force", *stage],
+        "golden": ["--json", "--runs", "--suite"],
         "compare": ["--json", "--metric", "--runs"],
         "init": ["--force", "--json", "--out"],
         "check": ["--json", "--set"],

@@ -145,3 +145,39 @@ def test_answers_do_not_depend_on_batch_or_order(architecture: str, tmp_path: Pa
         assert together == backwards == alone
     other = engine.generate(prompts, 8, renderer.stop_ids, lambda _: None, Sampling(0.9, 4))
     assert other != together
+
+
+def test_golden_cases_are_added_from_a_report_and_must_pass(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    assert tunesmith("run", write_recipe(tmp_path, recipe)).code == 0
+    lines = [json.loads(x) for x in (tmp_path / "runs/tiny/evaluate/answers.jsonl").read_text().splitlines()]
+    assert tunesmith("golden", "tiny", lines[0]["id"]).code == 0
+    assert tunesmith("golden", "tiny", lines[0]["id"]).code == 0  # the same case, not a second one
+    assert tunesmith("golden", "tiny", "nothing:1", "--json").code == 2
+    with FakeEndpoint(colour_of) as there:
+        said = tunesmith("evaluate", "--model", f"{there.url}#good", "--suite", "suite.yaml", "--json")
+    assert said.code == 0 and len(said.json["cases"]) == 1, said.out
+    with FakeEndpoint(lambda messages: "never") as there:
+        said = tunesmith("evaluate", "--model", f"{there.url}#bad", "--suite", "suite.yaml")
+    assert said.code == 3 and f"FAILED  {lines[0]['id']}" in said.out
+    assert 'failures="1"' in (tmp_path / "evaluation/junit.xml").read_text()
+    (tmp_path / "bad.yaml").write_text("cases: [{name: a, prompt: b}]")
+    said = tunesmith("evaluate", "--model", "tiny", "--suite", "bad.yaml", "--json")
+    assert said.code == 2 and "says what must hold" in said.json["error"]["what"]
+
+
+@pytest.mark.parametrize(
+    "rule, answer, passes",
+    [
+        ({"equals": '{"a": 1}'}, '{ "a": 1.0 }', True),
+        ({"contains": ["Red", "blue"]}, "red and BLUE", True),
+        ({"contains": "red"}, "green", False),
+        ({"lacks": "sorry"}, "I am Sorry", False),
+        ({"matches": r"^\d+$"}, "42", True),
+    ],
+)
+def test_golden_rules(rule: dict[str, Any], answer: str, passes: bool) -> None:
+    from tunesmith.evaluate.golden import Case
+
+    assert (not Case(name="x", prompt="y", **rule).judge(answer)) is passes

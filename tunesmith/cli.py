@@ -136,6 +136,7 @@ def evaluate(
     against: Annotated[str | None, typer.Option("--against", help="The baseline: another such name.")] = None,
     data: Annotated[str | None, typer.Option("--data", help="A file of test rows.")] = None,
     base: Annotated[str | None, typer.Option("--base", help="The base of an adapter that names none.")] = None,
+    suite: Annotated[Path | None, typer.Option("--suite", help="Golden cases that --model must pass.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", help="Where the report goes.")] = Path("evaluation"),
     sets: Sets = None,
     runs: Runs = None,
@@ -145,6 +146,8 @@ def evaluate(
 
     Exit code 3 where the recipe's gate holds the model, 4 where it is not proven.
     """
+    if suite is not None:
+        return _golden(model or recipe, suite, out, base, runs, as_json)
     if model is None:
         if recipe is None:
             raise RunError("nothing to evaluate", where="evaluate", fix="Give a RECIPE, or --model, --against, --data.")
@@ -159,6 +162,39 @@ def evaluate(
     if not _answer(card, as_json):
         show.scores(card, f"{model} against {against}", out / "report.html")
     return _exit_by_gate(card)
+
+
+def _golden(model: str | None, suite: Path, out: Path, base: str | None, runs: Path | None, as_json: bool) -> None:
+    if model is None:
+        raise RunError("which model?", where="evaluate --suite", fix="Give --model: a run or any model.")
+    _hush(as_json)
+    from tunesmith import versus
+
+    found = versus.golden(model, suite, out, base, runs)
+    if not _answer(found, as_json):
+        for case in found["cases"]:
+            print(
+                f"{'passed' if case['passed'] else 'FAILED'}  {case['name']}"
+                + ("" if case["passed"] else f": {case['why']}")
+            )
+    if not found["passed"]:
+        raise typer.Exit(3)
+
+
+@app.command()
+def golden(
+    run: RunName,
+    row: Annotated[str, typer.Argument(metavar="ROW", help="A row's id, as the report shows it.")],
+    suite: Annotated[Path, typer.Option("--suite", help="The suite's file.")] = Path("suite.yaml"),
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Add a row of a run's report to a suite of golden cases (evaluate --suite)."""
+    from tunesmith import versus
+
+    name = versus.add_golden(run, row, suite, runs)
+    if not _answer({"suite": str(suite), "case": name}, as_json):
+        print(f"Added {name} to {suite}. Check a model: tunesmith evaluate --model {run} --suite {suite}")
 
 
 @app.command()

@@ -11,12 +11,10 @@ import yaml
 
 from tunesmith import recipe as recipes
 from tunesmith import runs
-from tunesmith.errors import DataError, ModelError, RecipeError, RunError
+from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
 from tunesmith.pipeline import Journey
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
-
-TUNED_RUN = "a run"
 
 
 def evaluate(
@@ -123,6 +121,37 @@ def _kept(journey: Journey, there: Run, adapter: Path | None, name: str) -> Any:
         lambda: Local(name, journey.engine(adapter), renderer),
         lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
     )
+
+
+def golden(model: str, suite: Path, out: Path, base: str | None = None, runs_folder: Any = None) -> dict[str, Any]:
+    """Ask a model, by name, a suite's golden cases; writes JUnit XML into `out`."""
+    from tunesmith.evaluate.golden import check, load
+    from tunesmith.evaluate.junit import junit
+
+    cases = load(suite)
+    there = Run(out)
+    with there.lock():
+        settings = _settings(model, str(suite), None, ())
+        asked = subject(model, settings, there, base, runs_folder)
+        told = check(cases, asked)
+        runs.write_text(out / "junit.xml", junit(suite.stem, {"gate": {"conditions": []}, "suite": {"cases": told}}))
+    return {"model": model, "passed": all(case["passed"] for case in told), "cases": told}
+
+
+def add_golden(name: str, row: str, suite: Path, runs_folder: Any = None) -> str:
+    """Add a row of a run's report to a suite.
+
+    Raises:
+        DataError: the run answered no such row.
+    """
+    from tunesmith.evaluate.golden import add
+
+    lines = read_jsonl(runs.get(name, runs_folder).stage("evaluate") / "answers.jsonl")
+    found = next((line for line in lines if line["id"] == row), None)
+    if found is None:
+        known = [line["id"] for line in lines]
+        raise DataError(f"no row '{row}' was answered{nearest(row, known)}", where=name, fix="Its id is in the report.")
+    return add(suite, found)
 
 
 def leaderboard(
