@@ -125,7 +125,7 @@ def lines(path: Path, file: BinaryIO) -> Iterator[str | Broken]:
 
 
 def not_utf8(text: str) -> bool:
-    return any("\udc80" <= c <= "\udcff" for c in text)
+    return not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
 
 
 def shown(text: str) -> str:

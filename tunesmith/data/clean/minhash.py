@@ -20,6 +20,7 @@ CHUNK = 4096
 SEED = 20_250_601
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 NOT_WORDS = re.compile(r"[\W_]+")
+NOT_ASCII_WORDS = {code: " " for code in range(128) if not chr(code).isalnum()}
 # Scripts written without spaces: each character counts as a word.
 UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f\uf900-\ufaff])")
 
@@ -28,9 +29,9 @@ Shingles = np.ndarray  # uint64, sorted, each once
 
 def normalised(text: str) -> str:
     """The text's words alone, in lower case: what two texts must share to be exact duplicates."""
-    folded = NOT_WORDS.sub(" ", text.casefold()).strip()
-    if folded.isascii():
-        return folded
+    if text.isascii():  # the same without a regular expression: most texts, many times as fast
+        return " ".join(text.lower().translate(NOT_ASCII_WORDS).split())
+    folded = NOT_WORDS.sub(" ", text.casefold())
     return " ".join(UNSPACED.sub(r" \1 ", folded).split())
 
 

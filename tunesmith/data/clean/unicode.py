@@ -45,15 +45,20 @@ class Unicode(RowStep):
         """A text, mended."""
         if self.encoding:
             text = _decoded(text)
-        if self.whitespace:
+        plain = text.isascii()  # most texts: then a glance saves most of the searching
+        if self.whitespace and ("\r" in text or not plain):
             text = LINE_ENDS.sub("\n", text)
         if self.html and ("<" in text or "&" in text):
             text = "".join(p if p.startswith("`") else _plain(p) for p in FENCED.split(text))
-        if self.control:
+        if self.control and not (plain and text.replace("\n", "").replace("\t", "").isprintable()):
             text = CONTROL.sub("", text)
-        if self.whitespace:
-            text = BLANK_LINES.sub("\n\n", TRAILING.sub("", SPACES.sub(" ", text))).strip("\n")
-        return text
+        if not self.whitespace:
+            return text
+        if not text.isascii():
+            text = SPACES.sub(" ", text)
+        if " \n" in text or "\t\n" in text or text[-1:] in (" ", "\t"):
+            text = TRAILING.sub("", text)
+        return (BLANK_LINES.sub("\n\n", text) if "\n\n\n" in text else text).strip("\n")
 
 
 def _decoded(text: str) -> str:
