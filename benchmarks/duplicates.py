@@ -3,8 +3,8 @@
     python benchmarks/duplicates.py [--rows 1000000] [--sides ours,datasketch,pandas,datasets] [--grow 10000,100000]
 
 First: pip install -c constraints.txt 'tunesmith[bench]'. The rows are made (seeded): sentences of a made-up language
-in support tickets, of which a tenth repeat another exactly and a tenth with a word changed. Every side runs in a process
-of its own and reads the same JSONL file.
+in support tickets, of which a tenth repeat another exactly and a tenth with a word changed. Every side runs in a
+process of its own and reads the same JSONL file.
 
 ours        data.clean: unicode, duplicates exact, then near (MinHash of 125 permutations, true Jaccard of 0.8)
 datasketch  the same words' runs in datasketch's MinHashLSH of 125 permutations in 25 bands, rows inserted and queried
