@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidatorFunctionWrapHandler, WrapValidator
 
 
 class Section(BaseModel):
@@ -16,11 +16,12 @@ class Section(BaseModel):
 AUTO = "auto"
 
 
-def _or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
+def _number_or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
     return value if value == AUTO else number(value)
 
 
-_AS_IT_IS = PlainSerializer(lambda value: value, return_type=Any)
-# A number, or "auto" where a rule is to choose it. Write limits inside: Annotated[float, Field(gt=0), *NumberOrAuto].
-WholeOrAuto = (WrapValidator(_or_auto, json_schema_input_type=int | Literal["auto"]), _AS_IT_IS)
-NumberOrAuto = (WrapValidator(_or_auto, json_schema_input_type=float | Literal["auto"]), _AS_IT_IS)
+def or_auto(kind: type, **limits: Any) -> tuple[Any, ...]:
+    """What makes a number's field take "auto" too, where a rule is to choose: Annotated[float, *or_auto(float, gt=0)]."""
+    schema = Annotated[kind, Field(**limits)] | Literal["auto"]  # type: ignore[valid-type]
+    keep = PlainSerializer(lambda value: value, return_type=Any)
+    return Field(**limits), WrapValidator(_number_or_auto, json_schema_input_type=schema), keep

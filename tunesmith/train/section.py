@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tunesmith import plugins
 from tunesmith.errors import nearest
 from tunesmith.models.ways import Ways
-from tunesmith.section import AUTO, NumberOrAuto, Section, WholeOrAuto
+from tunesmith.section import AUTO, Section, or_auto
 
 __all__ = ["AUTO", "TrainSection"]
 
@@ -26,19 +26,19 @@ class TrainSection(Section):
     adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
     """What is trained: small weights on top of the frozen base (lora, loha, lokr, vera, oft, ia3), or the base's own
     (full, partial)."""
-    epochs: Annotated[float, Field(gt=0), *NumberOrAuto] = 3
+    epochs: Annotated[float, *or_auto(float, gt=0)] = 3
     """Passes over the training rows; may be a fraction. auto: three, fewer or more by how many rows there are."""
     max_steps: int | None = Field(None, ge=1)
     """Stop after this many optimizer steps, whatever `epochs` says."""
-    batch_size: Annotated[int, Field(ge=1), *WholeOrAuto] = 16
+    batch_size: Annotated[int, *or_auto(int, ge=1)] = 16
     """Rows in an optimizer step; auto: by how many rows there are. How they are packed for the machine does not change
     the result."""
     pack_tokens: int = Field(1024, ge=1)
     """Tokens in one forward pass; rows of a step are packed up to it, and gradients are added up."""
-    max_length: Annotated[int, Field(ge=8), *WholeOrAuto] = 1024
+    max_length: Annotated[int, *or_auto(int, ge=8)] = 1024
     """Longest row in tokens; auto: the model's context, up to 4,096. `data.over_length` says what becomes of longer
     ones."""
-    learning_rate: Annotated[float, Field(gt=0), *NumberOrAuto] = 2e-4
+    learning_rate: Annotated[float, *or_auto(float, gt=0)] = 2e-4
     """The peak rate; auto: by the model's size, the method and the adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the rate falls after the warm-up, towards zero after the last step. wsd stays until `decay` is left."""

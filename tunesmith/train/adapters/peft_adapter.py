@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from tunesmith.errors import ModelError
-from tunesmith.section import AUTO, Section, WholeOrAuto
+from tunesmith.section import AUTO, Section, or_auto
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -79,7 +79,7 @@ class PeftAdapter(Section):
 class RankedAdapter(PeftAdapter):
     """An adapter whose update is a product of two matrices of a small inner size, or made of such."""
 
-    rank: Annotated[int, Field(ge=1), *WholeOrAuto] = 16
+    rank: Annotated[int, *or_auto(int, ge=1)] = 16
     """The update's inner size; auto: by how many tokens there are to learn."""
     alpha: float = Field(32, gt=0)
     """The update is scaled by alpha / rank."""
