@@ -306,7 +306,7 @@ def test_real_files(
     kind: str,
 ) -> None:
     """All their rows, as conversations whose text is the file's. (Not measured in tokens: that takes time.)"""
-    monkeypatch.setattr("tunesmith.data.fit.measured", lambda row, renderer: 1)
+    monkeypatch.setattr("tunesmith.data.fit._measured", lambda row, renderer: 1)
     path = shared / file
     assert detect(SourceSection(path=str(path), **keys), path).name == layout
     made = prepared({"path": str(path), **keys}, max_rejected=1, split={"validation": 0, "test": 0})

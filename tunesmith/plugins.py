@@ -121,7 +121,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "secrets": "tunesmith.data.clean.secrets:Secrets",
         "contamination": "tunesmith.data.clean.contamination:Contamination",
     },
-    # More training rows: `data.augment`. A Making with make(rows, around, account).
+    # More training rows: `data.augment`. A Making with make(rows, means, account).
     "augment": {
         "typos": "tunesmith.data.augment.plain:Typos",
         "case": "tunesmith.data.augment.plain:Case",

@@ -21,7 +21,7 @@ def _number_or_auto(value: Any, number: ValidatorFunctionWrapHandler) -> Any:
 
 
 def or_auto(kind: type, **limits: Any) -> tuple[Any, ...]:
-    """What makes a number's field take "auto" too, where a rule is to choose: Annotated[float, *or_auto(float, gt=0)]."""
+    """What lets a number's field be "auto" too, for a rule to choose: Annotated[float, *or_auto(float, gt=0)]."""
     schema = Annotated[kind, Field(**limits)] | Literal["auto"]  # type: ignore[valid-type]
     keep = PlainSerializer(lambda value: value, return_type=Any)
     return Field(**limits), WrapValidator(_number_or_auto, json_schema_input_type=schema), keep

@@ -11,6 +11,7 @@ from tunesmith.conversation.message import Conversation, Message, Preference
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Unusable
 from tunesmith.data.ledger import Ledger, named
+from tunesmith.data.tokens import Counting
 from tunesmith.errors import DataError, ModelError
 
 
@@ -18,7 +19,7 @@ from tunesmith.errors import DataError, ModelError
 class Fit:
     """How rows are written as tokens, and how many they may have."""
 
-    renderer: Renderer
+    renderer: Renderer | Counting
     max_length: int
 
 
@@ -30,7 +31,7 @@ def fitting(
     for row in rows:
         advance()
         try:
-            length = measured(row, fit.renderer)
+            length = _measured(row, fit.renderer)
         except Unusable as error:
             ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
             continue
@@ -58,7 +59,15 @@ def fitting(
         )
 
 
-def measured(row: Conversation, renderer: Renderer) -> int:
+def fits(row: Conversation, fit: Fit) -> bool:
+    """Whether the model takes a row as it is."""
+    try:
+        return _measured(row, fit.renderer) <= fit.max_length
+    except Unusable:
+        return False
+
+
+def _measured(row: Conversation, renderer: Renderer | Counting) -> int:
     """A row's length in tokens: of its longer ending where it has two, and 0 of a plain text, which is cut anyway.
 
     Raises:

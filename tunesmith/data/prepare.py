@@ -6,19 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
-from tunesmith.data.augment import base
+from tunesmith.data.augment.base import Answers, Means
 from tunesmith.data.augment.run import augmented
 from tunesmith.data.canaries import canaries
 from tunesmith.data.card import card
 from tunesmith.data.clean.run import Cleaning
 from tunesmith.data.clean.step import Around
-from tunesmith.data.fit import Fit, fitting, measured
+from tunesmith.data.fit import Fit, fits, fitting
 from tunesmith.data.layouts import Layout, Unusable
 from tunesmith.data.ledger import Ledger, nothing_left, too_many_rejected
 from tunesmith.data.marks import know_columns, marked
@@ -45,14 +46,7 @@ class DataInputs:
     seed: int
     folder: Path
     files: Files | None = None
-    answers: base.Answers | None = None
-
-    def fits(self, row: Conversation) -> bool:
-        """Whether the model takes a row as it is."""
-        try:
-            return measured(row, self.renderer) <= self.max_length
-        except Unusable:
-            return False
+    answers: Answers | None = None
 
 
 def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str, Any]:
@@ -70,7 +64,6 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
     ledger = Ledger()
     cleaning = Cleaning(section.clean, _usable, ledger)
     counting = Counting(inputs.renderer)
-    inputs = replace(inputs, renderer=counting)  # type: ignore[arg-type]
 
     def stop_if_too_many() -> None:
         error = too_many_rejected(section.max_rejected, ledger.read, ledger.rejected)
@@ -84,7 +77,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         }
     stop_if_too_many()
     parts = cleaning.before_split(parts, Around(inputs.folder, inputs.seed))
-    fit = Fit(inputs.renderer, inputs.max_length)
+    fit = Fit(counting, inputs.max_length)
     with bar("Measuring rows", sum(map(len, parts.values()))) as progress:
         for part, rows in parts.items():
             parts[part] = list(fitting(rows, section.over_length, fit, ledger, progress.advance))
@@ -102,9 +95,10 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
         parts["train"] = cleaning.after_split(parts["train"], Around(inputs.folder, inputs.seed, parts))
     if not parts["train"]:
         raise nothing_left(ledger, {part: len(parts[part]) for part in PARTS[1:]})
-    more, around = {}, base.Around(inputs.seed, inputs.answers)
+    more: dict[str, Any] = {}
     if section.augment:
-        parts["train"], more["augment"] = augmented(section.augment, parts, around, inputs.fits, ledger)
+        means = Means(inputs.seed, inputs.answers)
+        parts["train"], more["augment"] = augmented(section.augment, parts, means, partial(fits, fit=fit), ledger)
     parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
     if section.canaries:
         if rows_are != "conversation":

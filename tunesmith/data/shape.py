@@ -18,7 +18,7 @@ from tunesmith.data.section import BalanceSection, DataSection
 from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
-    from tunesmith.data.prepare import Ledger
+    from tunesmith.data.ledger import Ledger
 
 Rows = list[Conversation]
 

@@ -13,7 +13,7 @@ from tunesmith.data.marks import column
 from tunesmith.data.section import SplitSection
 
 if TYPE_CHECKING:
-    from tunesmith.data.prepare import Ledger
+    from tunesmith.data.ledger import Ledger
 
 Parts = dict[str, list[Conversation]]
 # Groups of rows that say nearly the same, as lists of their places.

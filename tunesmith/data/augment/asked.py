@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.data.augment.base import Account, Around, Making, Seen, drawn, plain
+from tunesmith.data.augment.base import Account, Making, Means, Seen, drawn, plain
 from tunesmith.data.augment.endpoint import ask
 from tunesmith.errors import MachineError
 from tunesmith.section import Section
@@ -56,16 +56,16 @@ class Asked(Making):
             raise ValueError("`url` and `model` go together")
         return self
 
-    def answers(self, prompts: Sequence[Sequence[Message]], around: Around, account: Account) -> list[str]:
+    def answers(self, prompts: Sequence[Sequence[Message]], means: Means, account: Account) -> list[str]:
         account.asked += len(prompts)
         if self.url is None:
-            if around.answers is None:
+            if means.answers is None:
                 raise MachineError(
                     "there is no model to ask here", where="data.augment", fix="Name an endpoint: url and model."
                 )
-            return around.answers(prompts, self.max_tokens)
+            return means.answers(prompts, self.max_tokens)
         body = {
-            "model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": around.seed,
+            "model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": means.seed,
         }  # fmt: skip
         texts = ask(self.url, body, prompts, account)
         tokens = account.tokens
@@ -86,15 +86,15 @@ class Paraphrase(Asked):
     per_row: int = Field(1, ge=1, le=20)
     """Ways of saying it."""
 
-    def make(self, rows: Sequence[Conversation], around: Around, account: Account) -> Iterator[Conversation]:
+    def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
         asking = [row for row in rows if any(m.role == "user" for m in row.prompt)]
-        chosen = [row for row in drawn(asking, self.share, around.seed, self.kind) for _ in range(self.per_row)]
+        chosen = [row for row in drawn(asking, self.share, means.seed, self.kind) for _ in range(self.per_row)]
         prompts = []
         for i, row in enumerate(chosen):
             way = f" This is version {i % self.per_row + 1}." if self.per_row > 1 else ""
             prompts.append([Message("system", REPHRASE + way), Message("user", _asked(row))])
         seen = Seen(_asked(row) for row in asking)
-        for i, (row, text) in enumerate(zip(chosen, self.answers(prompts, around, account), strict=True)):
+        for i, (row, text) in enumerate(zip(chosen, self.answers(prompts, means, account), strict=True)):
             text = text.strip().strip('"').strip()
             wrong = _unfit(_asked(row), text, seen, self.too_alike)
             if wrong:
@@ -120,9 +120,9 @@ class Synthesise(Asked):
     answers_like: dict[str, Any] | None = None
     """A JSON schema that answers must meet."""
 
-    def make(self, rows: Sequence[Conversation], around: Around, account: Account) -> Iterator[Conversation]:
+    def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
         pairs = [row for row in rows if row.kind == "conversation" and row.question and row.answer]
-        random = np.random.default_rng([around.seed, len(pairs), self.rows])
+        random = np.random.default_rng([means.seed, len(pairs), self.rows])
         answers = {row.answer for row in pairs}
         labels = answers if 2 * len(answers) <= len(pairs) and all(len(a) <= 80 for a in answers) else None
         shown = [
@@ -131,7 +131,7 @@ class Synthesise(Asked):
         ]
         prompts = [[Message("user", self._request(examples, labels, n))] for n, examples in enumerate(shown, 1)]
         seen = Seen(row.question for row in pairs)
-        for n, (examples, text) in enumerate(zip(shown, self.answers(prompts, around, account), strict=True), 1):
+        for n, (examples, text) in enumerate(zip(shown, self.answers(prompts, means, account), strict=True), 1):
             pair = _pair(text)
             if pair is None:
                 account.filtered["no row"] += 1

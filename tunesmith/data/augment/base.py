@@ -21,7 +21,7 @@ RUN = 3  # words in a shingle
 
 
 @dataclass(frozen=True)
-class Around:
+class Means:
     """What a way of making rows may use: the seed, and the run's base model."""
 
     seed: int
@@ -55,7 +55,7 @@ class Making(Section):
     """A way of making rows: `data.augment[].kind`."""
 
     @abstractmethod
-    def make(self, rows: Sequence[Conversation], around: Around, account: Account) -> Iterator[Conversation]:
+    def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
         """New rows; what was refused on the way is counted in `account`."""
 
 

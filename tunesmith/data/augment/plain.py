@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.data.augment.base import Account, Around, Making, drawn
+from tunesmith.data.augment.base import Account, Making, Means, drawn
 
 KEYBOARD = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 NEAR = {
@@ -27,9 +27,9 @@ class Variant(Making):
     share: float = Field(0.1, gt=0, le=1)
     """Of the training rows, drawn by the seed."""
 
-    def make(self, rows: Sequence[Conversation], around: Around, account: Account) -> Iterator[Conversation]:
-        for row in drawn(rows, self.share, around.seed, account.kind):
-            random = np.random.default_rng([around.seed, *row.id.encode(), *account.kind.encode()])
+    def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
+        for row in drawn(rows, self.share, means.seed, account.kind):
+            random = np.random.default_rng([means.seed, *row.id.encode(), *account.kind.encode()])
 
             def changed(message: Message, random: Any = random) -> str:
                 return self.changed(message.content, random) if message.role in ("user", "text") else message.content

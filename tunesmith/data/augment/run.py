@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.augment.base import Account, Around, Making, Seen, plain
+from tunesmith.data.augment.base import Account, Making, Means, Seen, plain
 
 if TYPE_CHECKING:
-    from tunesmith.data.prepare import Ledger
+    from tunesmith.data.ledger import Ledger
 
 LIKE_HELD_OUT = 0.8
 
@@ -17,7 +17,7 @@ LIKE_HELD_OUT = 0.8
 def augmented(
     makings: Sequence[Making],
     parts: dict[str, list[Conversation]],
-    around: Around,
+    means: Means,
     fits: Callable[[Conversation], bool],
     ledger: Ledger,
 ) -> tuple[list[Conversation], list[dict[str, Any]]]:
@@ -33,7 +33,7 @@ def augmented(
     asked = {row.question for row in rows}
     for making in makings:
         account = Account(str(getattr(making, "kind", "")))
-        for row in making.make(parts["train"], around, account):
+        for row in making.make(parts["train"], means, account):
             wrong = (
                 "unchanged" if row.question in asked
                 else "held out" if plain(row.question) in same or held_out.like(row.question) >= LIKE_HELD_OUT
