@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tests.conftest import write_jsonl, write_recipe
 from tests.prepared import PARTS
 from tunesmith.conversation.message import Conversation, Message
+from tunesmith.data.alike import pairs_alike
+from tunesmith.data.augment.base import runs
 from tunesmith.data.split import hold_out
 from tunesmith.errors import DataError
 
@@ -97,6 +99,34 @@ def test_near_duplicates_never_straddle(groups: list[int], wanted: int, seed: in
     kept, held = hold_out(made, wanted, seed, lambda row: "", None, lambda rows: [g for g in alike(rows) if g])
     sides = [{groups[int(row.id[2:])] for row in side} for side in (kept, held)]
     assert not sides[0] & sides[1] and len(kept) + len(held) == len(groups) and len(held) <= wanted
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.lists(st.sampled_from("abcd"), max_size=7), max_size=14),
+    threshold=st.sampled_from([0.3, 0.5, 0.8, 1]),
+)
+def test_every_pair_that_is_alike_is_found(texts: list[list[str]], threshold: float) -> None:
+    made = [Conversation((Message("user", " ".join(t)), Message("assistant", "x"))) for t in texts]
+    sets = [runs(row.question) for row in made]
+    pairs = [(i, j) for j in range(len(sets)) for i in range(j)]
+    every = {(i, j) for i, j in pairs if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j])}
+    assert {tuple(pair) for pair in pairs_alike(made, threshold)} == every
+
+
+def test_near_duplicates_stay_on_one_side(prepared: Any, tmp_path: Path) -> None:
+    own = [
+        " ".join(f"{word}{i}" for word in ("when", "comes", "the", "card", "that", "we", "ordered")) for i in range(30)
+    ]
+    asked = [f"{text} in {month}" for text in own for month in ("May", "June", "July")]
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": q, "completion": f"x{i}"} for i, q in enumerate(asked)]))
+
+    def sides(**split: Any) -> list[set[int]]:
+        made = prepared(path, split={"validation": 0, "test": 30, **split})
+        assert made.counts["test"] == 30
+        return [{asked.index(row.question) // 3 for row in made.parts[part]} for part in ("train", "test")]
+
+    assert set.intersection(*sides()) and not set.intersection(*sides(near=0.5))
 
 
 # ------------------------------------------------------------------ balance

@@ -4,11 +4,13 @@ near-duplicate on two sides."""
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.data.alike import pairs_alike
 from tunesmith.data.marks import column
 from tunesmith.data.section import SplitSection
 
@@ -25,16 +27,14 @@ def same_question(row: Conversation) -> str:
     return " ".join(row.question.casefold().split())
 
 
-def split(
-    section: SplitSection, parts: Parts, seed: int, by_label: bool, ledger: Ledger, alike: Alike | None = None
-) -> Parts:
+def split(section: SplitSection, parts: Parts, seed: int, by_label: bool, ledger: Ledger) -> Parts:
     """Hold out what the recipe asks for. Rows that would let training see a held-out row are removed, and told.
 
     Args:
         parts: `train` holds everything that is to be split; the others what files of their own gave.
         by_label: whether the answers are labels; they are then given their share, unless the section says otherwise.
-        alike: finds near-duplicates, which then stay on one side.
     """
+    alike = partial(pairs_alike, threshold=section.near) if section.near is not None else None
     parts = _without_clashes(dict(parts), section.by, ledger)
     total = len(parts["train"])
     for part in ("test", "validation"):

@@ -81,18 +81,19 @@ class Seen:
             self.add(text)
 
     def add(self, text: str) -> None:
-        runs = _runs(text)
-        for run in runs:
+        found = runs(text)
+        for run in found:
             self._where.setdefault(run, []).append(len(self._shingles))
-        self._shingles.append(runs)
+        self._shingles.append(found)
 
     def like(self, text: str) -> float:
         """The similarity of the most similar text, 0 to 1."""
-        runs = _runs(text)
-        shared = Counter(i for run in runs for i in self._where.get(run, ()))
-        return max((n / len(runs | self._shingles[i]) for i, n in shared.most_common(50)), default=0.0)
+        found = runs(text)
+        shared = Counter(i for run in found for i in self._where.get(run, ()))
+        return max((n / len(found | self._shingles[i]) for i, n in shared.most_common(50)), default=0.0)
 
 
-def _runs(text: str) -> frozenset[str]:
+def runs(text: str) -> frozenset[str]:
+    """A text's runs of three words; of fewer words, the whole text."""
     words = plain(text).split()
     return frozenset(" ".join(words[i : i + RUN]) for i in range(max(len(words) - RUN + 1, 1)))
