@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import TunesmithError, first_line
-from tunesmith.runs import hash_json
 
 if TYPE_CHECKING:
     from tunesmith.tune.search import Search
@@ -38,8 +37,8 @@ def search_on_ray(search: Search) -> dict[str, Any]:
             last[0] = step
             tune.report({VALUE: value, "step": step})
 
-        # A trial that is taken up again has the same settings, so the same run, which goes on.
-        value = search.run(_name(settings), settings, validated)
+        # A trial that is taken up again keeps its id, so its run goes on.
+        value = search.run(f"trial-{tune.get_context().get_trial_id()}", settings, validated)
         tune.report({VALUE: value, "step": last[0] + 1})
 
     place = (search.folder / "ray").resolve()
@@ -76,7 +75,7 @@ def search_on_ray(search: Search) -> dict[str, Any]:
         "best": {
             "settings": best.config,
             "value": best.metrics[VALUE],
-            "trial": f"trial-{hash_json(best.config)[:10]}",
+            "trial": _name(best),
         },
         "recipe": str(search.keep_best(best.config)),
         "metric": search.recipe["train"]["best_by"],
@@ -84,8 +83,8 @@ def search_on_ray(search: Search) -> dict[str, Any]:
     }
 
 
-def _name(settings: dict[str, Any]) -> str:
-    return f"trial-{hash_json(settings)[:10]}"
+def _name(result: Any) -> str:
+    return f"trial-{(result.metrics or {}).get('trial_id', 'unknown')}"
 
 
 def _domain(tune: Any, values: Any) -> Any:
@@ -99,7 +98,7 @@ def _domain(tune: Any, values: Any) -> Any:
 
 def _told(result: Any) -> dict[str, Any]:
     return {
-        "trial": _name(result.config),
+        "trial": _name(result),
         "state": "fail" if result.error else "complete",
         "value": (result.metrics or {}).get(VALUE),
         "settings": result.config,

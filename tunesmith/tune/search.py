@@ -116,7 +116,7 @@ def tune(
             where="tune.engine",
             fix=f"pip install 'tunesmith[{extra}]'",
         )
-    there = runs.runs_folder(runs_folder) / f"{resolved.name}-tune"
+    there = (runs.runs_folder(runs_folder) / f"{resolved.name}-tune").resolve()  # workers may start elsewhere
     search = Search(there, keys, _maximize(resolved.train.best_by))
     there.mkdir(parents=True, exist_ok=True)
     try:
