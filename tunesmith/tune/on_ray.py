@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from tunesmith.errors import TunesmithError, first_line
+from tunesmith.errors import MachineError, TunesmithError, first_line
 
 if TYPE_CHECKING:
     from tunesmith.tune.search import Search
@@ -16,6 +16,7 @@ def search_on_ray(search: Search) -> dict[str, Any]:
     """Search, going on from what an earlier search of this folder left.
 
     Raises:
+        MachineError: Ray did not start.
         TunesmithError: no trial came through.
     """
     import ray
@@ -24,7 +25,14 @@ def search_on_ray(search: Search) -> dict[str, Any]:
     section, mode = search.section, "max" if search.maximize else "min"
     started = not ray.is_initialized()
     if started:
-        ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        try:
+            ray.init(include_dashboard=False, log_to_driver=False, configure_logging=False)
+        except Exception as error:  # plain ones, of many kinds
+            raise MachineError(
+                f"Ray did not start ({first_line(error)})",
+                where="tune.engine",
+                fix="Try again when the machine is less busy, or take tune.engine: optuna.",
+            ) from error
     cores = max(1, int(ray.cluster_resources().get("CPU", 1)) // section.workers)
 
     def trainable(settings: dict[str, Any]) -> None:
