@@ -19,7 +19,7 @@ from tests.conftest import write_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
-VERBS = {"versus", "preview", "sets", "starter", "doctor", "show", "talk"}
+VERBS = {"versus", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "section"},
     {"plugins", "progress"},
@@ -134,6 +134,7 @@ def test_the_command_line_is_frozen() -> None:
         "plan": ["--json", "--set"],
         "tune": ["--json", "--runs", "--set", "--space"],
         "chat": ["--base", "--json", "--max-new-tokens", "--runs", "--say"],
+        "merge": ["--density", "--how", "--json", "--runs", "--seed", "--weight"],
         "doctor": ["--json"],
         "schema": ["--json"],
         "version": ["--json"],

@@ -318,6 +318,28 @@ def chat(
 
 
 @app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write the merged adapter to.")],
+    sources: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Runs, or folders with an adapter.")],
+    weight: Annotated[list[float] | None, typer.Option("--weight", help="One for each; the same for all.")] = None,
+    how: Annotated[str, typer.Option("--how", help="svd, cat, linear, ties, dare-linear, dare-ties.")] = "svd",
+    density: Annotated[float, typer.Option("--density", min=0, max=1, help="What ties and dare keep.")] = 0.5,
+    seed: Annotated[int, typer.Option("--seed", help="Of what dare leaves out.")] = 7,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Merge LoRA adapters of one base into one; train.start_from takes it, with train.max_steps 0 as it is."""
+    _hush(as_json)
+    from tunesmith import merging
+
+    found = merging.merge(out, sources, weight or [], how, density, seed, runs)
+    if not _answer(found, as_json):
+        print(
+            f"Wrote {out} (rank {found['rank']}): {how} of {', '.join(f'{w:g} x {n}' for n, w in found['of'].items())}"
+        )
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, cores, accelerators, memory, disk, and which extras are there."""
     _hush(as_json)

@@ -14,7 +14,7 @@ from tunesmith.models.machine import machine
 from tunesmith.models.resolve import cache_folder
 from tunesmith.runs import runs_folder, versions
 
-EXTRAS = {"test": "pytest", "lint": "ruff"}
+EXTRAS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "test": "pytest", "lint": "ruff"}
 
 
 def examine() -> dict[str, Any]:

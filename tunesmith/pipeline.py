@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import gc
 import json
@@ -128,6 +129,17 @@ class Journey:
             )
         return renderer
 
+    @cached_property
+    def untouched(self) -> ResolvedModel:
+        """The base without the words that training adds."""
+        return dataclasses.replace(self.model, new_words=())
+
+    @cached_property
+    def baseline_renderer(self) -> Renderer:
+        from tunesmith.models.load import load_renderer
+
+        return load_renderer(self.untouched) if self.model.new_words else self.renderer
+
     def key(self, stage: str) -> str:
         """A hash of all that the stage's result depends on.
 
@@ -216,7 +228,9 @@ class Journey:
             return model | {"section": section, "max_length": r.train.max_length, "sources": self.sources}
         if stage == "train":
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
-            return model | {"section": kept} | ({"keep": self.kept_files} if self.kept_files else {})
+            start = self.start and [runs.hash_file(path) for path in sorted(self.start.glob("*.safetensors"))]
+            beside = ({"keep": self.kept_files} if self.kept_files else {}) | ({"start": start} if start else {})
+            return model | {"section": kept} | beside
         kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
         gate = r.gate.model_dump(mode="json") if r.gate else None
         goal = {"goal": r.goal.model_dump(mode="json")} | ({"gate": gate} if gate else {})
@@ -238,6 +252,12 @@ class Journey:
         from tunesmith.data.sources import source_files
 
         return source_files(self.recipe.data, self.folder)
+
+    @cached_property
+    def start(self) -> Path | None:
+        """The adapter or model that training starts from, if the recipe names one."""
+        name = self.recipe.train.start_from
+        return adapter_of(name, self.folder, self.run.path.parent) if name else None
 
     @cached_property
     def sources(self) -> list[tuple[str, str]]:
@@ -372,6 +392,7 @@ class Journey:
             self.score,
             self.validated,
             self.general(),
+            self.start,
         )
         return {"summary": train(self.recipe.train, inputs, self.run)}
 
@@ -421,9 +442,10 @@ class Journey:
         from tunesmith.inference.subject import Kept
 
         trained = self.run.complete("train") if adapter else None
-        state = [self.model.identity, self.renderer.hash, runs.digest(trained) if trained else None]
+        renderer = self.renderer if adapter else self.baseline_renderer
+        state = [self.model.identity, renderer.hash, runs.digest(trained) if trained else None]
         name = "tuned" if adapter else "baseline"
-        tokenizer = self.renderer.tokenizer
+        tokenizer = renderer.tokenizer
         return Kept(
             self.run.answers / f"{name}-{runs.hash_json([*state, self.machine.precision])[:16]}.jsonl",
             self.run.name if adapter else self.model.name,
@@ -439,7 +461,7 @@ class Journey:
             from tunesmith.inference.scorer import Scorer
 
             return Scorer(name, self.model, self.machine, adapter, self.renderer)
-        return Local(name, self.engine(adapter), self.renderer)
+        return Local(name, self.engine(adapter), self.renderer if adapter else self.baseline_renderer)
 
     def talker(self, adapter: Path | None) -> Any:
         """What a chat asks: a language model, or the classes of a model that tells such apart."""
@@ -453,19 +475,21 @@ class Journey:
     def engine(self, adapter: Path | None) -> Engine:
         from tunesmith import plugins
 
-        machine, model = self.machine, self.model  # the machine first: its limits must stand before torch is there
+        machine = self.machine  # first: its limits must stand before torch is there
+        model = self.model if adapter else self.untouched
         engine: Engine = plugins.load("engine", "transformers")(model, machine, adapter)
         return engine
 
     def _package(self, target: Path) -> dict[str, Any]:
         from tunesmith.package.card import card
-        from tunesmith.package.package import PackageInputs, package
+        from tunesmith.package.package import PackageInputs, loading, package
 
         gate = (self.run.scores or {}).get("gate") or {}
         forced = self.recipe.package.force and gate.get("enforced") and gate["decision"] != "ship"
         rows = self.rows("test") or self.rows("train")
         told = package(self.recipe.package, PackageInputs(self.model, self.run.tuned, self.renderer, rows), target)
-        runs.write_text(target / "model" / "README.md", card(self.run, self.model.as_dict()))
+        card_text = card(self.run, self.model.as_dict(), loading(target / "model"))
+        runs.write_text(target / "model" / "README.md", card_text)
         return told | ({"forced": gate} if forced else {})
 
 
@@ -478,7 +502,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = {("package", "evaluate")}
 # Keys of `train` that change what is kept or told of it, but no weight.
-NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples"}
+NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples", "start_from"}
 
 
 def _finish(run: Run, recipe: Recipe) -> None:
@@ -583,7 +607,8 @@ class Result:
                 fix="Run the recipe again.",
             )
         engine = journey.talker(None if base else self.run.tuned)
-        return Chatter(engine, journey.renderer, data.get("system", recipe.data.system))
+        renderer = journey.baseline_renderer if base else journey.renderer
+        return Chatter(engine, renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:
         return hash(self.run)
@@ -626,6 +651,21 @@ class Chatter:
         answer = self.renderer.decode(out)
         history.append(Message("assistant", answer))
         return answer
+
+
+def adapter_of(name: str, folder: Path, runs_folder: str | Path | None) -> Path:
+    """The folder of an adapter or model: `name` itself, as a path from here or from `folder`, or what a run trained.
+
+    Raises:
+        RunError: neither is there, or the run is not trained.
+    """
+    for path in (folder / name, Path(name)):
+        if any(path.glob("*.safetensors")):
+            return path
+    run = runs.get(name, runs_folder)
+    if not any(run.tuned.glob("*.safetensors")):
+        raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
+    return run.tuned
 
 
 def open_run(name: str, runs_folder: str | Path | None = None) -> Result:

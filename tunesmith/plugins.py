@@ -32,15 +32,22 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "classify": "tunesmith.train.objectives.classify:Classify",
         "distill": "tunesmith.train.objectives.distill:Distill",
     },
-    # What is trained of a model: `train.adapter`. A Section with attach(model), save(model, folder), rate_of(name),
-    # and, where not all of it is trained at every step, trained_at(step, names, seed).
+    # What is trained of a model: `train.adapter`. An Adapter (train/adapters/adapter.py), and, where not all of it is
+    # trained at every step, trained_at(step, names, seed).
     "adapter": {
         "lora": "tunesmith.train.adapters.lora:Lora",
         "loha": "tunesmith.train.adapters.others:LoHa",
         "lokr": "tunesmith.train.adapters.others:LoKr",
         "vera": "tunesmith.train.adapters.others:Vera",
         "oft": "tunesmith.train.adapters.others:Oft",
+        "boft": "tunesmith.train.adapters.others:Boft",
         "ia3": "tunesmith.train.adapters.others:Ia3",
+        "adalora": "tunesmith.train.adapters.adalora:AdaLora",
+        "prompt": "tunesmith.train.adapters.prompts:Prompt",
+        "p-tuning": "tunesmith.train.adapters.prompts:PTuning",
+        "prefix": "tunesmith.train.adapters.prompts:Prefix",
+        "bottleneck": "tunesmith.train.adapters.bottleneck:BottleneckAdapter",
+        "tokens": "tunesmith.train.adapters.others:Tokens",
         "full": "tunesmith.train.adapters.full:Full",
         "partial": "tunesmith.train.adapters.full:Partial",
     },

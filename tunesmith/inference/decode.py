@@ -168,8 +168,9 @@ class Decoder:
 
     def _read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """Next-token logits [B, V], the cache, each row's next position [B] and its hidden keys [B, S]."""
-        device, width = self.forward.device, max(map(len, prompts))
-        length_B = torch.tensor([len(p) for p in prompts], device=device)
+        before = len(self.forward.virtual_ids)
+        device, width = self.forward.device, before + max(map(len, prompts))
+        length_B = torch.tensor([before + len(p) for p in prompts], device=device)
         self.model.set_attn_implementation(self.forward.attention)
         hidden, reads, takes = [], [], []
         for part in _in_order(prompts, READ_TOKENS):

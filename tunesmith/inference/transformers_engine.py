@@ -40,7 +40,7 @@ class _Tap:
 
 
 class TransformersEngine:
-    """A model, with an adapter merged into it if one is given.
+    """A model, with an adapter merged into it, or on top of it where that can't be, if one is given.
 
     Args:
         precision: of the weights; the machine's faster one if None.
@@ -66,11 +66,17 @@ class TransformersEngine:
     def over(cls, forward: PackedForward) -> TransformersEngine:
         """An engine on a model that is in memory already (in training, say), as it is now; it is left as it was."""
         engine = cls.__new__(cls)
-        engine.device, engine.model = str(forward.device), forward.model
+        engine.device, engine.model = str(forward.device), forward.whole
         engine._attention, engine._forward, engine._decoder = forward.attention, forward, None
         with contextlib.suppress(CannotPack):
             engine._decoder = Decoder(forward)
         return engine
+
+    @property
+    def _virtual(self) -> list[int]:
+        """Ids of the virtual tokens that every row begins with."""
+        found: list[int] = getattr(self.model, "virtual_ids", [])
+        return found
 
     @torch.inference_mode()
     def generate(
@@ -94,6 +100,7 @@ class TransformersEngine:
                     for i, ids in zip(batch, found, strict=True):
                         answers[i] = _until(ids, stop_ids)
                 return answers
+        prompts = [self._virtual + ids for ids in prompts]
         longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while longest_first:
             width = len(prompts[longest_first[0]])
@@ -113,9 +120,9 @@ class TransformersEngine:
     def stream(
         self, prompt: list[int], max_new_tokens: int, stop_ids: Sequence[int], on_token: Callable[[int], None]
     ) -> list[int]:
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([self._virtual + prompt])
         out = self._greedy(ids, torch.ones_like(ids), max_new_tokens, stop_ids, _Tap(on_token))
-        return _until(out[0].tolist()[len(prompt) :], stop_ids)
+        return _until(out[0].tolist()[ids.shape[1] :], stop_ids)
 
     def _greedy(
         self,
@@ -127,12 +134,14 @@ class TransformersEngine:
         noise: Noise | None = None,
     ) -> torch.Tensor:
         # The model's own generation config may sample or penalise; a proof has to be greedy.
-        self.model.generation_config = GenerationConfig(
+        config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(stop_ids) or None,
             pad_token_id=stop_ids[0] if stop_ids else 0,
         )
+        for model in {self.model, getattr(self.model, "base_model", self.model)}:  # PEFT asks both
+            model.generation_config = config
         out: torch.Tensor = self.model.generate(
             input_ids=ids_BT.to(self.device),
             attention_mask=mask_BT.to(self.device),

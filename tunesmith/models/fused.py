@@ -29,31 +29,36 @@ from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 from tunesmith.models import pieces
 from tunesmith.models.attention import attention, packing
 from tunesmith.models.cuda import liger_gate, liger_norm, liger_norm_from_one
+from tunesmith.models.quantise import QuantLinear
 
 SILU = (nn.SiLU, SiLUActivation)
+Whole = Callable[[Tensor, torch.dtype], Tensor]  # bits of a quantised weight -> the matrix
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the output's largest value
 
 
 class Products(torch.autograd.Function):
     """y_i [T, out_i] = x [T, in] W_i^T + b_i + s_i (x A_i^T) B_i^T for several W_i that read the same x.
 
-    The low-rank products share theirs with x; the gradients with respect to x are added where they are made.
+    The low-rank products share theirs with x; the gradients with respect to x are added where they are made. A
+    quantised W_i is kept as its bits, and made whole for each product.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scales: Sequence[float | None], *layers: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, x: Tensor, scales: Sequence[float | None], wholes: Sequence[Whole | None], *layers: Tensor | None
+    ) -> tuple[Tensor, ...]:
         weights, biases, a, b = (list(layers[i::4]) for i in range(4))
         low_a = torch.cat([m.to(x.dtype) for m in a if m is not None]) if any(s is not None for s in scales) else None
         xa = x @ low_a.T if low_a is not None else None
         low_b, outs, at = [], [], 0
-        for weight, bias, up, scale in zip(weights, biases, b, scales, strict=True):
-            y = F.linear(x, weight, bias)  # type: ignore[arg-type]
+        for weight, whole, bias, up, scale in zip(weights, wholes, biases, b, scales, strict=True):
+            y = F.linear(x, weight if whole is None else whole(weight, x.dtype), bias)  # type: ignore[arg-type]
             if up is not None and scale is not None and xa is not None:
                 low_b.append(up.to(x.dtype))
                 y.addmm_(xa[:, at : at + up.shape[1]], low_b[-1].T, alpha=scale)
                 at += up.shape[1]
             outs.append(y)
-        ctx.scales, ctx.count = scales, len(weights)
+        ctx.scales, ctx.wholes, ctx.count = scales, wholes, len(weights)
         ctx.master = next((m.dtype for m in a if m is not None), None)
         ctx.save_for_backward(x, low_a, xa, *weights, *low_b)
         return tuple(outs)
@@ -63,10 +68,10 @@ class Products(torch.autograd.Function):
         x, low_a, xa, *rest = ctx.saved_tensors
         weights, low_b = rest[: ctx.count], iter(rest[ctx.count :])
         through: list[Tensor] = []
-        given: list[Any] = [None, None]
+        given: list[Any] = [None, None, None]
         at = 0
         for number, (grad, scale) in enumerate(zip(grads, ctx.scales, strict=True)):
-            wanted = ctx.needs_input_grad[2 + 4 * number :]
+            wanted = ctx.needs_input_grad[3 + 4 * number :]
             grad_b = None
             if scale is not None:
                 up = next(low_b)
@@ -78,11 +83,11 @@ class Products(torch.autograd.Function):
             beside = torch.cat(through, 1) if len(through) > 1 else through[0]
             grads_a = iter((beside.T @ x).to(ctx.master).split([t.shape[1] for t in through]))
             for number, scale in enumerate(ctx.scales):
-                given[4 + 4 * number] = None if scale is None else next(grads_a)
+                given[5 + 4 * number] = None if scale is None else next(grads_a)
         if ctx.needs_input_grad[0]:
-            given[0] = grads[0] @ weights[0]
-            for grad, weight in zip(grads[1:], weights[1:], strict=True):
-                given[0].addmm_(grad, weight)
+            for grad, weight, whole in zip(grads, weights, ctx.wholes, strict=True):
+                matrix = weight if whole is None else whole(weight, grad.dtype)
+                given[0] = grad @ matrix if given[0] is None else given[0].addmm_(grad, matrix)
             if through:
                 given[0].addmm_(beside, low_a)
         return tuple(given)
@@ -149,17 +154,20 @@ def products(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:
     if not all(_plain(layer) for layer in layers):
         return [layer(x) for layer in layers]
     scales: list[float | None] = []
+    wholes: list[Whole | None] = []
     given: list[Tensor | None] = []
     for layer in layers:
+        base = getattr(layer, "base_layer", layer)
+        wholes.append(base.whole if type(base) is QuantLinear else None)
         if isinstance(layer, LoraLinear):
             (name,) = layer.active_adapters
-            given += [layer.base_layer.weight, layer.base_layer.bias]
+            given += [base.weight, base.bias]
             given += [layer.lora_A[name].weight, layer.lora_B[name].weight]
             scales.append(layer.scaling[name])
         else:
             given += [layer.weight, layer.bias, None, None]
             scales.append(None)
-    outs: tuple[Tensor, ...] = Products.apply(x.reshape(-1, x.shape[-1]), scales, *given)
+    outs: tuple[Tensor, ...] = Products.apply(x.reshape(-1, x.shape[-1]), scales, wholes, *given)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in outs]
 
 
@@ -167,13 +175,13 @@ def _plain(layer: Any) -> bool:
     """Whether `products` says all that this layer does."""
     if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
         return False
-    if type(layer) is nn.Linear:
+    if type(layer) in (nn.Linear, QuantLinear):
         return True
     if type(layer) is not LoraLinear or layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1:
         return False
     (name,) = layer.active_adapters
     return (
-        type(layer.base_layer) is nn.Linear
+        type(layer.base_layer) in (nn.Linear, QuantLinear)
         and name in layer.lora_A
         and isinstance(layer.lora_dropout[name], nn.Identity)
         and not layer.lora_variant

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError, first_line
+from tunesmith.models.machine import give_back
 from tunesmith.models.resolve import ResolvedModel
+from tunesmith.models.words import grow, load_tokenizer
 from tunesmith.progress import clock
+from tunesmith.runs import read_json, write_json
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+BASE = "base.json"  # in an adapter's folder: the base it was made for
 CLASSES = "classes.json"  # beside the weights of a model whose head tells classes apart
 LOADED_PER_SECOND = 250e6  # bytes of weights, for the bar
 
@@ -29,7 +34,8 @@ def silence() -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    warnings.filterwarnings("ignore", module="peft")  # what matters is checked here, and said as ours
 
 
 def load_renderer(model: ResolvedModel) -> Renderer:
@@ -38,17 +44,10 @@ def load_renderer(model: ResolvedModel) -> Renderer:
     Raises:
         ModelError: no tokenizer, or a template that can't be trained with.
     """
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
     silence()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # its parsers, in Rust and in Python, raise anything
-        raise ModelError(
-            f"its tokenizer can't be loaded ({first_line(error)})",
-            where=str(model.path),
-            fix="Give the whole model folder, with tokenizer.json and tokenizer_config.json.",
-        ) from error
+    tokenizer, _ = load_tokenizer(model)
     ends: list[int] = []
     if (model.path / "generation_config.json").is_file():
         try:
@@ -85,16 +84,23 @@ def context_length(model: ResolvedModel) -> int | None:
 
 
 def load_model(
-    model: ResolvedModel, dtype: torch.dtype, device: str = "cpu", classes: Sequence[str] = ()
+    model: ResolvedModel,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    classes: Sequence[str] = (),
+    quantise: str | None = None,
+    lost_rank: int = 0,
 ) -> PreTrainedModel:
-    """The base model's weights in `dtype`, in evaluation mode.
+    """The base model's weights in `dtype`, in evaluation mode; its linear layers in the format `quantise`, if given
+    (with what that loses, as matrices of rank `lost_rank`, beside them).
 
     Args:
         classes: if given, the model ends with a score for each of them instead of its language head; the scores'
             weights are drawn by torch's seed where the files have none.
 
     Raises:
-        ModelError: files that are damaged or of an architecture that transformers does not have.
+        ModelError: files that are damaged or of an architecture that transformers does not have, or NaN in weights.
+        MachineError: the library that quantises is not installed.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -103,6 +109,11 @@ def load_model(
     kind = AutoModelForSequenceClassification if classes else AutoModelForCausalLM
     numbers = {name: i for i, name in enumerate(classes)}
     head = {"id2label": {i: name for name, i in numbers.items()}, "label2id": numbers} if classes else {}
+    config = {}
+    if quantise:
+        from tunesmith.models.quantise import QuantiseConfig
+
+        config = {"quantization_config": QuantiseConfig(quantise, lost_rank)}
     size = sum(p.stat().st_size for p in model.path.glob("*.safetensors"))
     try:
         with clock(f"Loading {model.name}", 1 + size / LOADED_PER_SECOND):
@@ -113,6 +124,7 @@ def load_model(
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                **config,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
@@ -133,6 +145,17 @@ def load_model(
             where=str(model.path),
             fix="Fetch the model again; a base without a language model's head can't be used.",
         )
+    broken = next((name for name, part in _not_finite(loaded)), None)
+    if broken:
+        raise ModelError(
+            f"has weights that are not finite, such as {broken}",
+            where=str(model.path),
+            fix="Fetch the model again, or take one that was saved before it broke.",
+        )
+    grow(loaded, model)
+    if quantise:
+        gc.collect()
+        give_back()  # of the weights as they were before
     return loaded.to(device).eval()
 
 
@@ -151,24 +174,46 @@ def _head(tuned: Path) -> dict[str, Any]:
         return {}
 
 
+def _not_finite(model: PreTrainedModel) -> Iterator[tuple[str, Any]]:
+    """The weights that hold NaN or an infinity."""
+    for name, weight in model.named_parameters():
+        # The sum first: it takes no memory. Of weights that are all finite it may still overflow.
+        if weight.is_floating_point() and not weight.detach().sum().isfinite() and not weight.isfinite().all():
+            yield name, weight
+    for name, module in model.named_modules():
+        if not getattr(module, "finite", True):
+            yield f"{name}.weight", module
+
+
 def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: str = "cpu", merge: bool = True) -> Any:
-    """The base with a PEFT adapter: merged into its weights, or on top of them; or the whole model that full
-    training saved in its place.
+    """The base with an adapter: merged into its weights where that can be, or on top of them; or the whole model that
+    full training saved in its place.
 
     Merging is done in float32 and rounded once, so that a bfloat16 base loses no more than it must.
+
+    Raises:
+        ModelError: the adapter was made for another base, or does not fit this one.
     """
     import torch
     from peft import PeftModel
 
+    from tunesmith.models import bottleneck, virtual
+
     classes = classes_of(adapter)
-    if not (adapter / "adapter_config.json").is_file():
-        return load_model(replace(model, path=adapter), dtype, device, classes)
+    if not is_adapter(adapter):
+        return load_model(replace(model, path=adapter, new_words=()), dtype, device, classes)
+    refuse_anothers(model, adapter)
+    merge = merge and mergeable(adapter)
     base = load_model(model, torch.float32 if merge else dtype, device, classes)
     if classes:
         base.config.pad_token_id = _head(adapter)["pad_token_id"]
+    if (adapter / bottleneck.CONFIG).is_file():
+        return bottleneck.load(base, adapter).eval()
     try:
         tuned = PeftModel.from_pretrained(base, str(adapter))
-        if merge:
+        if not mergeable(adapter):
+            tuned = virtual.install(tuned)
+        elif merge:
             tuned = tuned.merge_and_unload(safe_merge=True).to(dtype)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
@@ -177,3 +222,48 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
             fix="Use the base that it was trained on.",
         ) from error
     return tuned.eval()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds weights for a base, rather than a model."""
+    return any((folder / name).is_file() for name in ("adapter_config.json", "bottleneck.json"))
+
+
+def whole_model(folder: Path) -> Path:
+    """A folder with a model of its own.
+
+    Raises:
+        ModelError: it holds an adapter.
+    """
+    if is_adapter(folder):
+        raise ModelError(
+            "holds an adapter, and a whole model is to be trained",
+            where=str(folder),
+            fix="Name a run that trained one (adapter full or partial), or set train.adapter to the adapter's kind.",
+        )
+    return folder
+
+
+def mergeable(adapter: Path) -> bool:
+    """Whether an adapter's weights can become part of its base's; virtual tokens and bottlenecks can't."""
+    if (adapter / "bottleneck.json").is_file():
+        return False
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return config.get("peft_type") not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+
+
+def mark_base(adapter: Path, model: ResolvedModel) -> None:
+    """Write into an adapter's folder which base it was made for."""
+    write_json(adapter / BASE, {"name": model.name, "hub_id": model.hub_id, "identity": model.identity})
+
+
+def refuse_anothers(model: ResolvedModel, adapter: Path) -> None:
+    """Raise if an adapter says that it was made for another base."""
+    made_for = read_json(adapter / BASE) if (adapter / BASE).is_file() else None
+    if made_for and made_for["identity"] != model.identity:
+        raise ModelError(
+            f"was made for another base, {made_for['name']} ({made_for['identity'][:12]}), "
+            f"not for {model.name} ({model.identity[:12]})",
+            where=str(adapter),
+            fix="Set model.name to that base, or take an adapter of this one.",
+        )

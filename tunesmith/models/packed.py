@@ -262,6 +262,11 @@ class PackedForward:
         self, model: Any, rows: Sequence[Rendered], tolerance: float | None = None, ways: Ways | None = None
     ) -> None:
         self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.virtual_ids: list[int] = getattr(self.model, "virtual_ids", [])
+        # With trained keys and values before each row, only the whole says what the model answers.
+        config = getattr(model, "active_peft_config", None)
+        self.prefixed = getattr(config, "is_prompt_learning", False) and not self.virtual_ids
+        self.whole = model if self.prefixed else self.model
         self.device = next(self.model.parameters()).device
         self.ways = ways or Ways()
         self.offload = self.ways.activations == "offload"
@@ -300,7 +305,9 @@ class PackedForward:
         return ATTENTION if self.packed else str(self._slow_attention)
 
     def pack(self, rows: Sequence[Rendered], sizes: Sequence[int] | None = None) -> Pack:
-        """Rows as this model can take them. `sizes`: see `families`."""
+        """Rows as this model can take them, after its virtual tokens, if it has some. `sizes`: see `families`."""
+        if self.virtual_ids:
+            rows = [Rendered(self.virtual_ids + r.ids, [0.0] * len(self.virtual_ids) + r.weights) for r in rows]
         share = self.share and self.packed and max(map(len, rows)) <= self.longest
         return pack(rows, self.device, share, sizes)
 
@@ -384,8 +391,9 @@ class PackedForward:
             mine = batch.owner_N == number
             if mine.any():
                 ids = batch.ids_T[start : start + length][None]
-                logits = self.model(input_ids=ids, use_cache=False).logits[0, batch.before_N[mine] - start]
-                yield logits, batch.ids_T[batch.places_N[mine]]
+                seen = torch.ones_like(ids)
+                logits = self.whole(input_ids=ids, attention_mask=seen, use_cache=False).logits[0, -length:]
+                yield logits[batch.before_N[mine] - start], batch.ids_T[batch.places_N[mine]]
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -396,6 +404,8 @@ class PackedForward:
         self.model.eval()
         try:
             expected = self._one_by_one(pack(probe, self.device, share=False))
+            if self.prefixed:
+                raise CannotPack("trained keys and values lie before each row")
             from transformers import AttentionInterface
 
             AttentionInterface.register(ATTENTION, packed_attention)

@@ -10,7 +10,9 @@ import psutil
 from tunesmith.errors import ModelError
 from tunesmith.models.machine import Machine
 from tunesmith.models.packed import LOGIT_CHUNK
+from tunesmith.models.quantise import FORMATS, parameter_count
 from tunesmith.models.resolve import ResolvedModel
+from tunesmith.models.words import grow
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -53,6 +55,7 @@ class Job:
         state_bytes: what the optimizer keeps of each trained weight.
         kept_bytes: what terms against forgetting keep of each trained weight.
         activations: whether those of decoder layers are kept, computed again, or offloaded.
+        quantise: the format of the frozen linear layers, if they are in fewer bits than `precision`.
     """
 
     shape: Shape
@@ -69,6 +72,7 @@ class Job:
     state_bytes: float = 8.0
     kept_bytes: float = 0.0
     activations: str = "keep"
+    quantise: str | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,8 @@ def empty_model(model: ResolvedModel) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):
             empty: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
-            return empty
+        grow(empty, model)
+        return empty
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"its configuration can't be used ({str(error).splitlines()[0]})",
@@ -151,7 +156,7 @@ def shape_of(empty: PreTrainedModel) -> Shape:
     text = empty.config.get_text_config()
     widest = max((s for shape in linear.values() for s in shape), default=text.hidden_size)
     return Shape(
-        parameters=sum(p.numel() for p in empty.parameters()),
+        parameters=parameter_count(empty),
         head=head.weight.numel() if head is not None else 0,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or widest,
@@ -167,7 +172,7 @@ def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 
     head = getattr(model, "score", None) or model.get_output_embeddings()
     return {
-        name: (m.weight.shape[0], m.weight.shape[1])
+        name: (m.out_features, m.in_features)
         for name, m in model.named_modules()
         if isinstance(m, torch.nn.Linear) and m is not head
     }
@@ -221,7 +226,7 @@ def peak_memory(job: Job) -> dict[str, int]:
     kept = round(job.trained * job.kept_bytes)
     return {
         "process": PROCESS,
-        "weights": shape.parameters * size,
+        "weights": _held(shape, size, job.quantise),
         "adapter": job.added * 4,
         "gradients": job.trained * 4,
         "optimizer": round(job.trained * job.state_bytes),
@@ -302,3 +307,12 @@ def _halves(start: int, end: int) -> list[int]:
         start //= 2
         found.append(start)
     return [*found, end]
+
+
+def _held(shape: Shape, size: int, quantise: str | None) -> int:
+    """Bytes of the base's weights: quantised ones in their bits, and the largest of them once as a whole matrix."""
+    if quantise is None:
+        return shape.parameters * size
+    packed = [rows * columns for rows, columns in shape.linear.values()]
+    bits = FORMATS[quantise].bits
+    return round(sum(packed) * bits / 8) + (shape.parameters - sum(packed) + max(packed, default=0)) * size

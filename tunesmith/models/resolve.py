@@ -45,6 +45,7 @@ class ResolvedModel:
     trust_remote_code: bool
     chat_template: str | None
     end_of_turn: str | None
+    new_words: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, str | bool | None]:
         return {
@@ -105,6 +106,7 @@ def resolve(section: ModelSection) -> ResolvedModel:
         trust_remote_code=section.trust_remote_code,
         chat_template=section.chat_template,
         end_of_turn=section.end_of_turn,
+        new_words=tuple(section.new_words),
     )
 
 

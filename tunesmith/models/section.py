@@ -20,3 +20,5 @@ class ModelSection(Section):
     """A Jinja chat template in place of the tokenizer's own."""
     end_of_turn: str | None = None
     """A token that ends an answer, where the tokenizer's end-of-sequence token is another one."""
+    new_words: list[str] = Field(default_factory=list)
+    """Words that become one token each, such as names of products; their embeddings are trained with the adapter."""

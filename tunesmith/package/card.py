@@ -24,20 +24,21 @@ HOW = {
 }
 
 
-def card(run: Run, model: dict[str, Any]) -> str:
+def card(run: Run, model: dict[str, Any], beside: str | None = None) -> str:
     """The card of a run's merged model, in Markdown.
 
     Args:
         model: the base, as `ResolvedModel.as_dict` tells of it.
+        beside: code that puts the folder's adapter on the loaded `model`, where it could not be merged.
     """
     manifests = {stage: m for stage in STAGES_BEFORE if (m := run.complete(stage))}
     recipe = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
     scores = run.scores
     front = yaml.safe_dump(front_matter(run, recipe, model, scores), sort_keys=False, allow_unicode=True)
     parts = (
-        _opening(run, recipe, model, manifests, scores),
+        _opening(run, recipe, model, manifests, scores, beside),
         _scores(scores),
-        _use(recipe, model, scores),
+        _use(recipe, model, scores, beside),
         _data(manifests),
         _training(recipe, manifests),
         _limits(model, scores),
@@ -84,9 +85,11 @@ def _opening(
     model: dict[str, Any],
     manifests: dict[str, dict[str, Any]],
     scores: dict[str, Any] | None,
+    beside: str | None,
 ) -> str:
     kind = (manifests.get("data") or {}).get("answers", {}).get("kind")
     how = HOW.get(recipe["train"]["adapter"]["kind"], "with an adapter that is merged into its weights")
+    how = "with an adapter that lies beside it" if beside else how
     answers = f" Its answers are {ANSWERS.get(kind, kind)}." if kind else ""
     goal = f" The goal was a better `{scores['goal_metric']}` on held-out rows of that data." if scores else ""
     return (
@@ -155,7 +158,7 @@ def _scores(scores: dict[str, Any] | None) -> str:
     )
 
 
-def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None) -> str:
+def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None, beside: str | None) -> str:
     trusted = ", trust_remote_code=True" if model.get("trust_remote_code") else ""
     system = recipe["data"].get("system")
     turns = [{"role": "system", "content": system}] if system else []
@@ -165,7 +168,8 @@ def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] |
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'name = "."  # this folder, or where it was uploaded to\n'
         f"tokenizer = AutoTokenizer.from_pretrained(name{trusted})\n"
-        f"model = AutoModelForCausalLM.from_pretrained(name{trusted})\n\n"
+        f"model = AutoModelForCausalLM.from_pretrained(name{trusted})\n"
+        f"{beside or ''}\n"
         f"messages = [\n{messages}]\n"
         "inputs = tokenizer.apply_chat_template(\n"
         '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True\n'
@@ -176,9 +180,10 @@ def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] |
     )
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", code)), default=0))
     told = " It was trained under this system message; without it, expect worse answers." if system else ""
-    return (
-        f"## How to use it\n\nWith plain transformers; no Tunesmith is needed.{told}\n\n{fence}python\n{code}\n{fence}"
-    )
+    needs = "The folder holds the base as it was, and in `adapter` what was trained, which can't be merged into it."
+    if not beside:
+        needs = "With plain transformers; no Tunesmith is needed."
+    return f"## How to use it\n\n{needs}{told}\n\n{fence}python\n{code}\n{fence}"
 
 
 def _data(manifests: dict[str, dict[str, Any]]) -> str:

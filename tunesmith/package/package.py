@@ -1,8 +1,11 @@
-"""The package stage: adapter + base -> one model folder that plain transformers loads, checked against them."""
+"""The package stage: adapter + base -> one model folder that plain transformers loads, checked against them.
+
+Where the adapter can't be merged, the folder holds the base, and the adapter in a folder of its own inside."""
 
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +18,14 @@ from transformers import GenerationConfig
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.models.load import classes_of, load_model, load_tuned
+from tunesmith.models import bottleneck
+from tunesmith.models.load import classes_of, is_adapter, load_model, load_tuned, mergeable
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.package.section import PackageSection
 from tunesmith.progress import bar, say
 from tunesmith.runs import need_room
 
+ADAPTER = "adapter"  # where an adapter lies that can't be merged
 CHECKED_TOKENS = 256
 # Largest difference of a logit as a share of the logits' spread, and mean KL divergence in nats. Rounding weights
 # to 16 bits moves single logits by tenths of the spread; a wrong merge moves the distribution.
@@ -39,7 +44,7 @@ class PackageInputs:
 
 
 def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dict[str, Any]:
-    """Write the merged model into `target/model`; returns the check's figures for the manifest.
+    """Write the model into `target/model`; returns the check's figures, and whether it is merged, for the manifest.
 
     Raises:
         ModelError: merged and adapter give logits further apart than the tolerance.
@@ -59,7 +64,21 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
             where="package.tolerance",
             fix="Merge in float32 (package.precision: float32), or ship the adapter beside its base.",
         )
-    return {"check": check}
+    return {"check": check, "merged": merges(inputs.adapter)}
+
+
+def loading(folder: Path) -> str | None:
+    """Code that puts a package's adapter on its loaded `model`; None where what was trained is part of it."""
+    if not (folder / ADAPTER).is_dir():
+        return None
+    if (folder / ADAPTER / bottleneck.CONFIG).is_file():
+        return f'from tunesmith.models import bottleneck\n\nmodel = bottleneck.load(model, name + "/{ADAPTER}")\n'
+    return f'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, name + "/{ADAPTER}")\n'
+
+
+def merges(adapter: Path) -> bool:
+    """Whether what was trained becomes one model, without an adapter beside it."""
+    return not is_adapter(adapter) or mergeable(adapter)
 
 
 def _near(check: dict[str, Any]) -> bool:
@@ -70,7 +89,11 @@ def _merge(section: PackageSection, inputs: PackageInputs, folder: Path, precisi
     """Write the merged model in `precision` and compare it with base and adapter."""
     rows = [inputs.renderer.render(row).ids[:CHECKED_TOKENS] for row in inputs.rows[: section.check_rows]]
     with bar("Merging and checking", 2) as progress:
-        merged = load_tuned(inputs.model, inputs.adapter, getattr(torch, precision))
+        if merges(inputs.adapter):
+            merged = load_tuned(inputs.model, inputs.adapter, getattr(torch, precision))
+        else:
+            merged = load_model(inputs.model, getattr(torch, precision), classes=classes_of(inputs.adapter))
+            shutil.copytree(inputs.adapter, folder / ADAPTER)
         merged.save_pretrained(folder)
         tokenizer = copy.deepcopy(inputs.renderer.tokenizer)
         if classes_of(inputs.adapter) and merged.config.pad_token_id is not None:
@@ -87,12 +110,20 @@ def _merge(section: PackageSection, inputs: PackageInputs, folder: Path, precisi
         progress.advance()
         found = compare(
             load_tuned(inputs.model, inputs.adapter, torch.float32, merge=False),
-            load_model(replace(inputs.model, path=folder), torch.float32, classes=classes_of(inputs.adapter)),
+            _packaged(replace(inputs.model, path=folder), classes_of(inputs.adapter)),
             rows,
         )
         progress.advance()
     tolerance = section.tolerance or TOLERANCE[precision]
     return found | {"precision": precision, "tolerance": tolerance, "tolerated_kl": TOLERATED_KL[precision]}
+
+
+def _packaged(model: ResolvedModel, classes: Sequence[str]) -> Any:
+    """What the package's user will load."""
+    adapter = model.path / ADAPTER
+    if adapter.is_dir():
+        return load_tuned(model, adapter, torch.float32)
+    return load_model(model, torch.float32, classes=classes)
 
 
 def stored_precision(folder: Path) -> str:
@@ -117,8 +148,7 @@ def compare(expected: Any, found: Any, rows: Sequence[list[int]]) -> dict[str, A
     largest = spread = divergence = agree = 0.0
     count = 0
     for ids in rows:
-        before, after = (model(input_ids=torch.tensor([ids])).logits[0].float() for model in (expected, found))
-        before, after = (x if x.dim() == 2 else x[None] for x in (before, after))  # a head of classes tells one row
+        before, after = (_logits(model, ids) for model in (expected, found))
         largest = max(largest, (before - after).abs().max().item())
         spread += (before.std().item() if before.numel() > 1 else max(before.abs().item(), 1.0)) * len(before)
         p, q = before.log_softmax(-1), after.log_softmax(-1)
@@ -131,3 +161,10 @@ def compare(expected: Any, found: Any, rows: Sequence[list[int]]) -> dict[str, A
         "same_next_token": agree / count,
         "tokens": sum(map(len, rows)),
     }
+
+
+def _logits(model: Any, ids: list[int]) -> torch.Tensor:
+    """[T, V] of a row's own tokens; [1, classes] where a head tells one row."""
+    whole = getattr(model, "virtual_ids", []) + ids
+    found: torch.Tensor = model(input_ids=torch.tensor([whole])).logits[0].float()
+    return found[-len(ids) :] if found.dim() == 2 else found[None]

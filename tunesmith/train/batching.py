@@ -28,7 +28,7 @@ class Schedule:
     def of(cls, rows: int, batch_size: int, epochs: float, max_steps: int | None, seed: int) -> Schedule:
         an_epoch = math.ceil(rows / batch_size)
         total = max(1, round(an_epoch * epochs))
-        return cls(rows, batch_size, min(total, max_steps or total), seed)
+        return cls(rows, batch_size, total if max_steps is None else min(total, max_steps), seed)
 
     @property
     def steps_per_epoch(self) -> int:

@@ -50,6 +50,7 @@ def job_of(
         state_bytes=state / max(trained, 1),
         kept_bytes=4.0 * sum(term.copies for term in section.keep),
         activations=section.speed.activations,
+        quantise=section.quantise,
     )
 
 

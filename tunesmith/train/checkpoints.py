@@ -49,11 +49,13 @@ def save(
     weights: dict[str, torch.nn.Parameter],
     optimizer: torch.optim.Optimizer,
     keep: int,
+    extra: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write `step-N` and remove all but the newest `keep`."""
+    """Write `step-N`, with what the adapter keeps besides its weights, and remove all but the newest `keep`."""
     tensors = {f"weight/{name}": p.detach().contiguous() for name, p in weights.items()}
     moments, facts = optimizer_state.packed(optimizer, weights)
     tensors |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+    tensors |= {f"adapter/{name}": value.detach().contiguous() for name, value in (extra or {}).items()}
     tensors["random/torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors["random/cuda"] = torch.cuda.get_rng_state()
@@ -93,10 +95,12 @@ def newest(folder: Path) -> State | None:
 
 def restore(
     folder: Path, state: State, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    """Load the checkpoint of `state` into the weights, the optimizer and the random states."""
+) -> dict[str, torch.Tensor]:
+    """Load the checkpoint of `state` into the weights, the optimizer and the random states; returns its `extra`."""
     path = folder / f"step-{state.step:06d}"
-    _load(load_file(path / "state.safetensors"), weights, optimizer, path)
+    tensors = load_file(path / "state.safetensors")
+    _load(tensors, weights, optimizer, path)
+    return {n.removeprefix("adapter/"): value for n, value in tensors.items() if n.startswith("adapter/")}
 
 
 def _load(

@@ -26,10 +26,15 @@ class TrainSection(Section):
     adapter: plugins.field("adapter") = "lora"  # type: ignore[valid-type]
     """What is trained: small weights on top of the frozen base (lora, loha, lokr, vera, oft, ia3), or the base's own
     (full, partial)."""
+    start_from: str | None = None
+    """A run, or a folder, whose adapter (or, for adapter full and partial, whole model) is where training starts."""
+    quantise: Literal["nf4", "int8", "int4-torchao", "int8-torchao"] | None = None
+    """Keep the frozen base's linear layers in 4 or 8 bits while training (QLoRA): nf4 and int8 by bitsandbytes,
+    int4-torchao and int8-torchao by torchao. Evaluation and the package use the base as it is."""
     epochs: Annotated[float, *or_auto(float, gt=0)] = 3
     """Passes over the training rows; may be a fraction. auto: three, fewer or more by how many rows there are."""
-    max_steps: int | None = Field(None, ge=1)
-    """Stop after this many optimizer steps, whatever `epochs` says."""
+    max_steps: int | None = Field(None, ge=0)
+    """Stop after this many optimizer steps, whatever `epochs` says; 0 takes `start_from` as it is."""
     batch_size: Annotated[int, *or_auto(int, ge=1)] = 16
     """Rows in an optimizer step; auto: by how many rows there are. How they are packed for the machine does not change
     the result."""
@@ -106,4 +111,13 @@ class TrainSection(Section):
     def _the_rate_stays(self) -> TrainSection:
         if self.optimizer.constant_rate and self.schedule != "constant":
             raise ValueError(f"optimizer {self.optimizer.kind} wants schedule constant, not {self.schedule}")
+        return self
+
+    @model_validator(mode="after")
+    def _adapter_suits_the_format(self) -> TrainSection:
+        if self.max_steps == 0 and not self.start_from:
+            raise ValueError("max_steps 0 trains nothing; it goes with start_from only")
+        why = self.adapter.refuses(self.quantise)
+        if why:
+            raise ValueError(f"adapter {self.adapter.kind} with quantise {self.quantise}: {why}")
         return self

@@ -10,8 +10,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import DataError, Interrupted, TrainingError
-from tunesmith.models.load import CLASSES, load_model
+from tunesmith.models.load import CLASSES, load_model, mark_base, refuse_anothers, whole_model
 from tunesmith.models.machine import Machine, peak_memory, reuse_buffers
 from tunesmith.models.packed import PackedForward, packs
 from tunesmith.models.plan import empty_model, estimate, shape_of
+from tunesmith.models.quantise import parameter_count, weight_bytes
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.progress import bar, say
-from tunesmith.runs import Run, need_room, read_jsonl, whole_folder, write_json
+from tunesmith.runs import Run, hash_file, need_room, read_jsonl, whole_folder, write_json
 from tunesmith.train import auto, checkpoints, speed
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
@@ -57,6 +59,8 @@ class TrainInputs:
     validated: Callable[[int, float], None] | None = None
     general: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
     """Rows that `train.keep` names, by the path given there."""
+    start: Path | None = None
+    """The folder of an adapter or model to start from."""
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -92,13 +96,16 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     if own:
         learned = Trained(section.adapter.attach(base))
         learned.round_to(base, getattr(torch, state.precision))
-    if section.method.compares:
+    from_adapter = inputs.start is not None and not own
+    if section.method.compares and not from_adapter:
         examples, held_out = _compared(section, inputs, state.precision, base, examples, held_out)
     shape = shape_of(base)
     torch.manual_seed(inputs.seed)
-    model = base if own else section.adapter.attach(base)
+    model = base if own else _attached(section, inputs, base, examples, schedule.total)
     if not own:
         learned = Trained(model)
+    if section.method.compares and from_adapter:  # with what it starts from, not with what that once started from
+        examples, held_out = _compared(section, inputs, state.precision, model, examples, held_out)
     forward = PackedForward(model, [example.sequences[0] for example in examples], ways=section.speed)
     if section.neftune:
         add_noise(forward, section.neftune)
@@ -110,7 +117,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     optimizer = make(section, weights, section.adapter.rate_of)
     keep = Keep(section, inputs, forward, weights)
     if state.step:
-        checkpoints.restore(run.checkpoints, state, weights, optimizer)
+        section.adapter.restore(model, checkpoints.restore(run.checkpoints, state, weights, optimizer))
         learned.show()
         say(f"Going on from step {state.step} of {schedule.total}")
     forget_after(run, state.step)
@@ -120,17 +127,22 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     job = job_of(section, shape, weights, state.precision, examples, schedule)
     expected = estimate(job, inputs.machine)
 
+    def also(step: int) -> None:
+        keep.at(step)()
+        section.adapter.regularise(model)
+
     in_turns = hasattr(section.adapter, "trained_at")
     model.train()
     measured = None
-    if not state.step:
+    if not state.step and schedule.total:
         start = State(state.precision, state.threads)
 
         def attempt(chosen: Sequence[int]) -> None:
             if in_turns:
                 learned.only(section.adapter.trained_at(0, list(weights), inputs.seed), optimizer)
-            _gradients(section, forward, weights.values(), [examples[i] for i in chosen], known, keep.at(0))
+            _gradients(section, forward, weights.values(), [examples[i] for i in chosen], known, partial(also, 0))
             _update(optimizer, 0.0)
+            optimizer.zero_grad()
 
         with bar("Trying the longest step"), out_of_memory(job, "the longest step, tried before the first"):
             measured = calibrate(
@@ -165,12 +177,17 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             with follow.clock("step"):
                 if in_turns:
                     learned.only(section.adapter.trained_at(state.step, list(weights), inputs.seed), optimizer)
-                loss, told, norm = _gradients(section, forward, weights.values(), chosen, known, keep.at(state.step))
+                loss, told, norm = _gradients(
+                    section, forward, weights.values(), chosen, known, partial(also, state.step)
+                )
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
+                kept = section.adapter.state(model)
+                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints, kept)
                 raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
             with follow.clock("step"):
                 _update(optimizer, rate)
+                section.adapter.after_step(model, state.step + 1)
+                optimizer.zero_grad()
                 learned.show()
                 norms = torch.stack(torch._foreach_norm(list(weights.values())))
             if not norms.isfinite().all():
@@ -207,7 +224,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
             if state.step % section.checkpoint_every == 0 or last or stop.is_set():
                 with follow.clock("checkpoint"):
-                    checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints)
+                    kept = section.adapter.state(model)
+                    checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints, kept)
             if stop.is_set():
                 raise Interrupted(
                     f"stopped after step {state.step} of {schedule.total}; everything is saved",
@@ -215,7 +233,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 )
 
     with learned.as_used(optimizer), learned.unrounded():
-        _keep(section, state, model, classes, run)
+        _keep(section, state, model, inputs.model, classes, run)
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -240,13 +258,20 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 def _load(
     section: TrainSection, inputs: TrainInputs, precision: str, examples: Sequence[Example]
 ) -> tuple[Any, list[str]]:
-    """The base model as it is before training, and what its head tells apart if that is not the language."""
+    """The base model (or the whole model that training starts from) as it is before training, and what its head tells
+    apart if that is not the language."""
     reuse_buffers()
+    source = inputs.model
+    if inputs.start and section.adapter.whole_model:
+        source = replace(source, path=whole_model(inputs.start), new_words=())
     classes = section.method.classes(examples)
     torch.manual_seed(inputs.seed)  # behind a new head's weights
-    base = load_model(inputs.model, getattr(torch, precision), inputs.machine.device, classes)
+    dtype, lost_rank = getattr(torch, precision), section.adapter.lost_rank
+    base = load_model(source, dtype, inputs.machine.device, classes, section.quantise, lost_rank)
     if classes:
         base.config.pad_token_id = _padding(inputs.renderer, examples)
+    how = f" ({section.quantise})" if section.quantise else ""
+    say(f"{parameter_count(base):,} weights in {weight_bytes(base) / 2**20:,.0f} MiB{how}")
     return base, classes
 
 
@@ -256,22 +281,34 @@ def _padding(renderer: Renderer, examples: Sequence[Example]) -> int | None:
     return next((i for i in sorted(renderer.tokenizer.all_special_ids) if i not in ends), None)
 
 
+def _attached(section: TrainSection, inputs: TrainInputs, base: Any, examples: list[Example], steps: int) -> Any:
+    """The base with an adapter on it, at its start."""
+    model = section.adapter.attach(base)
+    section.adapter.begin(model, [example.sequences[0] for example in examples], steps)
+    if inputs.start:
+        refuse_anothers(inputs.model, inputs.start)
+        section.adapter.load(model, inputs.start)
+    return model
+
+
 def _compared(
     section: TrainSection,
     inputs: TrainInputs,
     precision: str,
-    base: Any,
+    model: Any,
     *parts: list[Example],
 ) -> tuple[list[Example], ...]:
-    """The examples of each part with the log-probabilities that the base gives them."""
-    forward = PackedForward(base, [example.sequences[0] for example in parts[0]])
-    name = f"{inputs.model.identity} in {precision}"
+    """The examples of each part with the log-probabilities that the model gives them before it is trained."""
+    model.eval()
+    forward = PackedForward(model, [example.sequences[0] for example in parts[0]])
+    started = [hash_file(path) for path in sorted(inputs.start.glob("*.safetensors"))] if inputs.start else []
+    name = " ".join([f"{inputs.model.identity} in {section.quantise or precision}", *started])
     found = tuple(with_reference(part, forward, name, section.pack_tokens) for part in parts)
     forward.undo()
     return found
 
 
-def _keep(section: TrainSection, state: State, model: Any, classes: list[str], run: Run) -> None:
+def _keep(section: TrainSection, state: State, model: Any, base: ResolvedModel, classes: list[str], run: Run) -> None:
     """Write the best weights, or the last, to where the next stages look for them."""
     with whole_folder(run.stage("train") / ("model" if section.adapter.whole_model else "adapter")) as folder:
         if section.keep_best and state.best_step is not None:
@@ -281,6 +318,8 @@ def _keep(section: TrainSection, state: State, model: Any, classes: list[str], r
         if classes:
             padding = model.config.pad_token_id
             write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
+        if not section.adapter.whole_model:
+            mark_base(folder, base)
 
 
 def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Example]:
@@ -391,7 +430,6 @@ def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["share"]
     optimizer.step()
-    optimizer.zero_grad()
 
 
 @torch.no_grad()

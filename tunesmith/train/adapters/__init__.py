@@ -1,1 +1,1 @@
-"""What is trained of a model, a file for each kind: a Section with `attach(model)`."""
+"""What is trained of a model, a file for each kind: an Adapter (adapter.py)."""

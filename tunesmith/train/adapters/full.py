@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from tunesmith.errors import ModelError
 from tunesmith.section import Section
+from tunesmith.train.adapters.adapter import Adapter
 from tunesmith.train.layers import depths, layer_of
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ class Lisa(Section):
     """Steps between draws."""
 
 
-class Full(Section):
+class Full(Adapter):
     """Train every weight. What is saved is a whole model."""
 
     whole_model: ClassVar[bool] = True
@@ -46,8 +47,16 @@ class Full(Section):
             raise ValueError("lisa and unfreeze_every exclude each other; leave one out")
         return self
 
+    def refuses(self, quantise: str | None) -> str | None:
+        return quantise and "weights in so few bits take no gradient; take an adapter beside them, such as lora"
+
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
-        """Mark what is trained (in place)."""
+        if not all(p.is_floating_point() for p in model.parameters()):
+            raise ModelError(
+                "its weights are quantised, and such weights take no gradient",
+                where="train.adapter",
+                fix="Take an adapter that lies beside them, such as lora, or a base in bfloat16 or float32.",
+            )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(model, name))
         return model
@@ -76,12 +85,7 @@ class Full(Section):
         return set(names)
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write the model as transformers loads it."""
         model.save_pretrained(folder)
-
-    def rate_of(self, name: str) -> float:
-        """A weight's learning rate, as a multiple of `train.learning_rate`."""
-        return 1.0
 
 
 class Partial(Full):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
 from tunesmith.errors import ModelError
-from tunesmith.train.adapters.peft_adapter import PeftAdapter, RankedAdapter
+from tunesmith.train.adapters.peft_adapter import LayerAdapter, PeftAdapter, RankedAdapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -22,7 +22,7 @@ class LoHa(RankedAdapter):
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import LoHaConfig
 
-        return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
+        return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=self.modules(model), task_type="CAUSAL_LM")
 
 
 class LoKr(RankedAdapter):
@@ -30,13 +30,17 @@ class LoKr(RankedAdapter):
 
     kind: Literal["lokr"] = "lokr"
 
+    def refuses(self, quantise: str | None) -> str | None:
+        four = quantise if quantise in ("nf4", "int4-torchao") else None
+        return four and "PEFT's lokr reads its shape off the weight, and one in 4 bits has another; take loha or int8"
+
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import LoKrConfig
 
-        return LoKrConfig(r=self.rank, alpha=self.alpha, target_modules=self.targets, task_type="CAUSAL_LM")
+        return LoKrConfig(r=self.rank, alpha=self.alpha, target_modules=self.modules(model), task_type="CAUSAL_LM")
 
 
-class Vera(PeftAdapter):
+class Vera(LayerAdapter):
     """Scales of two random matrices that all layers share (Kopiczko et al. 2023, arXiv:2310.11454)."""
 
     kind: Literal["vera"] = "vera"
@@ -46,10 +50,10 @@ class Vera(PeftAdapter):
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import VeraConfig
 
-        return VeraConfig(r=self.rank, target_modules=self.targets, task_type="CAUSAL_LM")
+        return VeraConfig(r=self.rank, target_modules=self.modules(model), task_type="CAUSAL_LM")
 
 
-class Oft(PeftAdapter):
+class Oft(LayerAdapter):
     """Rotations of the weights' input, block by block (Qiu et al. 2023, arXiv:2306.07280)."""
 
     kind: Literal["oft"] = "oft"
@@ -59,17 +63,35 @@ class Oft(PeftAdapter):
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import OFTConfig
 
-        for name, (_, width) in self.chosen(model).items():
-            if width % self.block_size:
-                raise ModelError(
-                    f"is {self.block_size}, which does not divide the {width} inputs of layer {name}",
-                    where="train.adapter.block_size",
-                    fix=f"Take one that does, such as {_divisor(width, self.block_size)}.",
-                )
-        return OFTConfig(r=0, oft_block_size=self.block_size, target_modules=self.targets, task_type="CAUSAL_LM")
+        _divides(self.block_size, self.chosen(model))
+        return OFTConfig(r=0, oft_block_size=self.block_size, target_modules=self.modules(model), task_type="CAUSAL_LM")
 
 
-class Ia3(PeftAdapter):
+class Boft(LayerAdapter):
+    """Rotations of the weights made of few small ones, as butterflies (Liu et al. 2023, arXiv:2311.06243)."""
+
+    kind: Literal["boft"] = "boft"
+    block_size: int = Field(4, ge=2)
+    """Inputs that are turned together; must divide each layer's."""
+    butterflies: int = Field(1, ge=1)
+    """Rounds of turning; with n of them a layer's inputs must be a multiple of 2^n blocks."""
+
+    def refuses(self, quantise: str | None) -> str | None:
+        return quantise and "boft turns the base's weights themselves, and quantised ones can't be turned; take oft"
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import BOFTConfig
+
+        _divides(self.block_size, self.chosen(model))
+        return BOFTConfig(
+            boft_block_size=self.block_size,
+            boft_n_butterfly_factor=self.butterflies,
+            target_modules=self.modules(model),
+            task_type="CAUSAL_LM",
+        )
+
+
+class Ia3(LayerAdapter):
     """Learnt scales of keys, values and the feed-forward's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     kind: Literal["ia3"] = "ia3"
@@ -84,6 +106,39 @@ class Ia3(PeftAdapter):
         if self.targets == "auto":
             return IA3Config(task_type="CAUSAL_LM")
         return IA3Config(target_modules=self.targets, feedforward_modules=self.feedforward, task_type="CAUSAL_LM")
+
+    def reaches(self, model: PreTrainedModel, target: str) -> bool:
+        return self.targets == "auto" or super().reaches(model, target)
+
+
+class Tokens(PeftAdapter):
+    """Only the embeddings of the words that `model.new_words` adds."""
+
+    trains_words: ClassVar[bool] = True
+
+    kind: Literal["tokens"] = "tokens"
+
+    def config(self, model: PreTrainedModel) -> PeftConfig:
+        from peft import TrainableTokensConfig
+
+        words = getattr(model, "new_word_ids", None)
+        if not words:
+            raise ModelError(
+                "tokens trains the words that are added, and none are",
+                where="train.adapter",
+                fix="Name them in model.new_words.",
+            )
+        return TrainableTokensConfig(token_indices=words, task_type="CAUSAL_LM")
+
+
+def _divides(size: int, layers: dict[str, tuple[int, int]]) -> None:
+    for name, (_, width) in layers.items():
+        if width % size:
+            raise ModelError(
+                f"is {size}, which does not divide the {width} inputs of layer {name}",
+                where="train.adapter.block_size",
+                fix=f"Take one that does, such as {_divisor(width, size)}.",
+            )
 
 
 def _divisor(width: int, near: int) -> int:

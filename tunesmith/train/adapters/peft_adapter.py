@@ -3,42 +3,52 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tunesmith.errors import ModelError
-from tunesmith.section import AUTO, Section, or_auto
+from tunesmith.errors import ModelError, first_line
+from tunesmith.section import AUTO, or_auto
+from tunesmith.train.adapters.adapter import Adapter
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
-class PeftAdapter(Section):
-    """Small weights beside the model's linear layers, which stay as they are; saved as PEFT saves them."""
+# PEFT's names of what must be alike to start from an adapter, and the recipe's.
+OURS = {
+    "peft_type": "kind",
+    "r": "rank",
+    "lora_alpha": "alpha",
+    "use_rslora": "rslora",
+    "use_dora": "dora",
+    "num_virtual_tokens": "tokens",
+}
 
-    whole_model: ClassVar[bool] = False
 
-    targets: Literal["all-linear"] | list[str] = "all-linear"
-    """Names of the layers that get one, or all linear ones but the output layer."""
+class PeftAdapter(Adapter):
+    """Small weights beside the model's own, which stay as they are; saved as PEFT saves them."""
+
+    trains_words: ClassVar[bool] = False  # whether words that were added to the model get their embeddings trained
+
+    resumes: ClassVar[bool] = True  # whether all that it is can be read from what it saves
 
     @abstractmethod
     def config(self, model: PreTrainedModel) -> PeftConfig:
         """PEFT's configuration of this adapter on a model."""
 
     def attach(self, model: PreTrainedModel) -> PeftModel:
-        """Put the adapter's layers into the model (in place) and freeze everything else.
-
-        Raises:
-            ModelError: no layer has one of the names in `targets` (lists those there are), or PEFT finds that
-                the adapter does not suit the model.
-        """
         from peft import get_peft_model
 
-        from tunesmith.models.plan import linear_layers
-
+        if getattr(model, "new_word_ids", None) and not self.trains_words:
+            raise ModelError(
+                f"adapter {self.kind} would leave them as they start, untrained",  # type: ignore[attr-defined]
+                where="model.new_words",
+                fix="Take train.adapter lora, tokens or full.",
+            )
         try:
             config = self.config(model)
             if hasattr(model, "score"):  # PEFT then trains and saves the head too
@@ -48,35 +58,92 @@ class PeftAdapter(Section):
                 if parameter.requires_grad:  # a head comes in the base's precision
                     parameter.data = parameter.data.float()
             return adapted
-        except (ValueError, TypeError, RuntimeError) as error:
-            linear = sorted({name.rpartition(".")[2] for name in linear_layers(model)})
-            absent = isinstance(self.targets, list) and not any(_named(n, self.targets) for n in linear_layers(model))
-            told = f"no layer fits {self.targets}" if absent or not linear else f"does not suit this model: {error}"
+        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
             raise ModelError(
-                told.splitlines()[0][:300],
-                where="train.adapter.targets",
-                fix=f"This model's linear layers are called: {', '.join(linear) or 'none'}.",
+                f"{self.kind} does not suit this model: {first_line(error)}",  # type: ignore[attr-defined]
+                where="train.adapter",
+                fix=f"Its linear layers are called: {_known(model)}.",
             ) from error
 
     def save(self, model: Any, folder: Path) -> None:
-        """Write the adapter as PEFT loads it on the base."""
         model.save_pretrained(folder)
 
-    def rate_of(self, name: str) -> float:
-        """A weight's learning rate, as a multiple of `train.learning_rate`."""
-        return 1.0
+    def load(self, model: Any, folder: Path) -> None:
+        from peft import PeftConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+        if not self.resumes:
+            super().load(model, folder)
+        if not (folder / "adapter_config.json").is_file():
+            raise ModelError(
+                "holds no adapter, but a whole model or something else",
+                where=str(folder),
+                fix="Name a whole model as model.name; start_from takes adapters here.",
+            )
+        mine, theirs = model.peft_config["default"], PeftConfig.from_pretrained(str(folder))
+        for key in ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "num_virtual_tokens"):
+            ours, found = getattr(mine, key, None), getattr(theirs, key, None)
+            if ours != found:
+                raise ModelError(
+                    f"its {key} is {_plain(found)}, the recipe's adapter has {_plain(ours)}",
+                    where=str(folder),
+                    fix=f"Set train.adapter to match it ({OURS[key]}), or start from another.",
+                )
+        weights = load_peft_weights(str(folder), device="cpu")
+        own = {name: p.shape for name, p in get_peft_model_state_dict(model).items()}
+        if own != {name: p.shape for name, p in weights.items()}:
+            off = sorted(
+                {n for n in {*own, *weights} if n not in own or n not in weights or own[n] != weights[n].shape}
+            )
+            raise ModelError(
+                f"{len(off)} of its weights are not those that would be trained, such as {off[0]}",
+                where=str(folder),
+                fix="Set train.adapter.targets as it was trained, or name the base that it was made for.",
+            )
+        set_peft_model_state_dict(model, weights)
+
+
+class LayerAdapter(PeftAdapter):
+    """An adapter beside chosen linear layers."""
+
+    targets: Literal["all-linear"] | list[str] = "all-linear"
+    """The layers that get one: all linear ones but the output layer, or a list of names (`q_proj`) and patterns
+    (`*.layers.1?.mlp.*`)."""
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        for target in [] if self.targets == "all-linear" else self.targets:
+            if not self.reaches(model, target):
+                raise ModelError(
+                    f"no layer fits '{target}'",
+                    where="train.adapter.targets",
+                    fix=f"This model's linear layers are called: {_known(model)}.",
+                )
+        return super().attach(model)
+
+    def reaches(self, model: PreTrainedModel, target: str) -> bool:
+        """Whether one of `targets` names something of the model."""
+        return any(_named(name, target) for name in self.layers(model))
+
+    def layers(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
+        """All layers that could be chosen, with their (out, in)."""
+        from tunesmith.models.plan import linear_layers
+
+        return linear_layers(model)
 
     def chosen(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         """The layers that `targets` names, with their (out, in)."""
-        from tunesmith.models.plan import linear_layers
+        found = self.layers(model)
+        if self.targets == "all-linear":
+            return found
+        return {name: shape for name, shape in found.items() if any(_named(name, t) for t in self.targets)}
 
-        found = linear_layers(model)
-        if isinstance(self.targets, list):
-            return {name: shape for name, shape in found.items() if _named(name, self.targets)}
-        return found
+    def modules(self, model: PreTrainedModel) -> str | list[str]:
+        """`targets` as PEFT's `target_modules`."""
+        if self.targets == "all-linear" or not any("*" in t or "?" in t or "[" in t for t in self.targets):
+            return self.targets if isinstance(self.targets, str) else list(self.targets)
+        return sorted(self.chosen(model))
 
 
-class RankedAdapter(PeftAdapter):
+class RankedAdapter(LayerAdapter):
     """An adapter whose update is a product of two matrices of a small inner size, or made of such."""
 
     rank: Annotated[int, *or_auto(int, ge=1)] = 16
@@ -97,5 +164,15 @@ class RankedAdapter(PeftAdapter):
         return super().attach(model)
 
 
-def _named(name: str, targets: list[str]) -> bool:
-    return any(name == t or name.endswith(f".{t}") for t in targets)
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
+
+
+def _known(model: PreTrainedModel) -> str:
+    from tunesmith.models.plan import linear_layers
+
+    return ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)})) or "none"
+
+
+def _named(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}") or fnmatchcase(name, target)
