@@ -123,8 +123,8 @@ def test_the_command_line_is_frozen() -> None:
 
     stage = ["--json", "--runs", "--set"]
     assert surface(typer.main.get_command(app)) == {
-        "run": stage,
-        "train": stage,
+        "run": ["--json", "--nproc", "--runs", "--set"],
+        "train": ["--json", "--nproc", "--runs", "--set"],
         "evaluate": ["--against", "--base", "--data", "--json", "--model", "--out", "--runs", "--set", "--suite"],
         "package": ["--force", *stage],
         "golden": ["--json", "--runs", "--suite"],

@@ -21,6 +21,8 @@ from tunesmith.errors import ModelError
 from tunesmith.models.packed import PackedForward
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.objectives.text import chunks
+from tunesmith.train.parallel.alone import Alone, Step
+from tunesmith.train.ranks import Ranks
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
 from tunesmith.train.train import _batches, _Means, encode
@@ -69,10 +71,11 @@ def ours(method: dict[str, Any] | str, rows: list[Any], models: tuple[Any, Any],
     forward = PackedForward(now, [examples[0].sequences[0]])
     section.method.suits(renderer)
     known = section.method.start(examples)
-    sizes, batches = _batches(section, forward, examples, known)
+    split = Alone(Ranks(), Step(now, forward, section.method), {})
+    sizes, batches = _batches(section, split, examples, known)
     total, told = 0.0, _Means()
-    for batch in batches:
-        found = section.method.loss(forward, batch)
+    for batch, _ in batches:
+        found = split(batch)
         loss = sum(term / sizes[name] for name, term in found.terms.items())
         loss.backward()
         total += loss.item()

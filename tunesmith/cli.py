@@ -33,6 +33,7 @@ app.add_typer(data_app, name="data")
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as train.epochs=1.")]
 Runs = Annotated[Path | None, typer.Option("--runs", help="Where runs lie; TUNESMITH_RUNS or ./runs if not given.")]
+Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together; train.parallel says how.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer with JSON, for programs.")]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
 
@@ -63,7 +64,7 @@ def main() -> None:
         fault = TunesmithError(what, fix="--debug shows where. Please report it.")
         fault.exit_code = 1
         _fail(fault, "--json" in arguments, debug)
-    if code == 130:
+    if code == 130 and _main_rank():
         print("Stopped. The same command does what is left.", file=sys.stderr)
     sys.exit(code or 0)
 
@@ -71,6 +72,10 @@ def main() -> None:
 def _fail(error: TunesmithError, as_json: bool, debug: bool) -> NoReturn:
     if debug:
         traceback.print_exc()
+    from tunesmith.train.launch import hand_up
+
+    if hand_up(error):
+        sys.exit(error.exit_code)
     if as_json:
         print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
     else:
@@ -79,6 +84,12 @@ def _fail(error: TunesmithError, as_json: bool, debug: bool) -> NoReturn:
         console().print("[bold red]Error[/bold red]", end=" ")
         console().print(str(error), markup=False, highlight=False, soft_wrap=True)
     sys.exit(error.exit_code)
+
+
+def _main_rank() -> bool:
+    from tunesmith.train.ranks import Ranks
+
+    return Ranks.of_environment().main
 
 
 def _answer(value: Any, as_json: bool) -> bool:
@@ -95,12 +106,20 @@ def _hush(as_json: bool) -> None:
         quiet()
 
 
-def _journey(recipe: str, sets: list[str] | None, runs: Path | None, as_json: bool, stages: tuple[str, ...]) -> None:
+def _journey(
+    recipe: str, sets: list[str] | None, runs: Path | None, as_json: bool, stages: tuple[str, ...], nproc: int = 1
+) -> None:
+    if nproc > 1:
+        from tunesmith.train.launch import launch
+
+        words = ["run" if "package" in stages else "train", recipe, *(w for s in sets or [] for w in ("--set", s))]
+        launch(words + (["--runs", str(runs)] if runs else []) + (["--json"] if as_json else []), nproc)
+        return
     _hush(as_json)
     from tunesmith import pipeline, show
 
     result = pipeline.run(recipe, sets or [], runs, stages)
-    if not _answer(show.summary(result), as_json):
+    if _main_rank() and not _answer(show.summary(result), as_json):
         show.ending(result)
     if "evaluate" in stages:
         _exit_by_gate(result.scorecard)
@@ -114,15 +133,15 @@ def _exit_by_gate(card: dict[str, Any] | None) -> None:
 
 
 @app.command()
-def run(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+def run(recipe: RecipeName, sets: Sets = None, runs: Runs = None, nproc: Nproc = 1, as_json: Json = False) -> None:
     """Walk a recipe's whole journey: data, train, evaluate, package. What is up to date is skipped."""
-    _journey(recipe, sets, runs, as_json, ("data", "train", "evaluate", "package"))
+    _journey(recipe, sets, runs, as_json, ("data", "train", "evaluate", "package"), nproc)
 
 
 @app.command()
-def train(recipe: RecipeName, sets: Sets = None, runs: Runs = None, as_json: Json = False) -> None:
+def train(recipe: RecipeName, sets: Sets = None, runs: Runs = None, nproc: Nproc = 1, as_json: Json = False) -> None:
     """Prepare the data and train, and nothing after that."""
-    _journey(recipe, sets, runs, as_json, ("data", "train"))
+    _journey(recipe, sets, runs, as_json, ("data", "train"), nproc)
 
 
 @app.command()

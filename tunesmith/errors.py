@@ -5,6 +5,7 @@ TunesmithError
 ├── DataError        rows and files
 ├── ModelError       a base model, its tokenizer or template, an adapter
 ├── MachineError     disk, memory, or a library that is not installed
+│   └── RankLost     another of the processes that train together has ended
 ├── RunError         a run's folder: taken, busy, missing, damaged
 ├── TrainingError    the loop had to stop: the loss is not finite
 ├── Held             the gate does not let a model through (exit code 3)
@@ -49,6 +50,10 @@ class ModelError(TunesmithError):
 
 class MachineError(TunesmithError):
     """This machine lacks room or a library."""
+
+
+class RankLost(MachineError):
+    """Another of the processes that train together has ended; that one knows why."""
 
 
 class RunError(TunesmithError):

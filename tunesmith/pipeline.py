@@ -18,12 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunesmith import claims, runs
+from tunesmith import claims, progress, runs
 from tunesmith import recipe as recipes
-from tunesmith.errors import DataError, Held, RecipeError, RunError
+from tunesmith.errors import DataError, Held, Interrupted, RecipeError, RunError, TrainingError
 from tunesmith.progress import clock, say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
+from tunesmith.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from tunesmith.conversation.render import Renderer
@@ -43,6 +44,8 @@ def run(
 ) -> Result:
     """Walk the journey, or some of its stages, and return the run.
 
+    Under torchrun every rank calls this: the first one does all, the others help it to train and return then.
+
     Args:
         recipe: a file, the name of a shipped recipe, or a recipe's keys.
         overrides: `key.path=value`, as `--set` takes them.
@@ -58,9 +61,13 @@ def run(
     unknown = [stage for stage in wanted if stage not in STAGES]
     if unknown:
         raise RunError(f"no stage is called '{unknown[0]}'", where="stages", fix=f"There are: {', '.join(STAGES)}.")
+    ranks = Ranks.of_environment()
+    if not ranks.main:
+        _help(Journey(resolved, folder, there, ranks=ranks))
+        return Result(there)
     with there.lock():
         claims.refuse_anothers(there, claims.absolute(resolved, folder), origin)
-        journey = Journey(resolved, folder, there, validated)
+        journey = Journey(resolved, folder, there, validated, ranks)
         journey.key(next(s for s in STAGES if s in wanted))  # what can't be run leaves the run as it was
         claims.claim(there, claims.absolute(resolved, folder), origin, overrides)
         for stage in STAGES:
@@ -74,7 +81,22 @@ def run(
                     break
                 journey.walk(stage)
                 _finish(there, resolved)  # after each, so that a later one's failure hides nothing
+            if stage == "train":
+                journey.dismiss()
     return Result(there)
+
+
+def _help(journey: Journey) -> None:
+    """What a rank that is not the first does: it trains with the others, if there is training to do.
+
+    Training that was stopped, or went wrong for all, is the first rank's to tell.
+    """
+    progress.quiet()
+    assert journey.device
+    with contextlib.suppress(Interrupted, TrainingError):
+        if journey.ranks.called():
+            journey._train(journey.run.stage("train"))
+    journey.dismiss()
 
 
 def open_recipe(
@@ -97,6 +119,19 @@ class Journey:
     folder: Path
     run: Run
     validated: Callable[[int, float], None] | None = None
+    ranks: Ranks = dataclasses.field(default_factory=Ranks)
+
+    @cached_property
+    def device(self) -> str:
+        """This rank's device, once it has met the others."""
+        machine = self.machine
+        return self.ranks.join(machine.device, machine.cores)
+
+    def dismiss(self) -> None:
+        """Let the other ranks go; what comes after training is the first one's."""
+        if self.ranks.world > 1 and self.device:
+            self.ranks.call("")
+            self.ranks.leave(self.machine.cores)
 
     @cached_property
     def machine(self) -> Machine:
@@ -381,20 +416,29 @@ class Journey:
                 where="train.best_by",
                 fix="Take loss, or a metric of answers: exact_match, rouge_l, ...",
             )
+        machine = dataclasses.replace(self.machine, device=self.device)
+        self.ranks.call("train")
         inputs = TrainInputs(
             self.rows("train"),
             self.rows("validation"),
             self.model,
             self.renderer,
-            self.machine,
+            machine,
             self.recipe.seed,
             self.ask,
             self.score,
             self.validated,
             self.general(),
             self.start,
+            self.ranks,
         )
-        return {"summary": train(self.recipe.train, inputs, self.run)}
+        try:
+            return {"summary": train(self.recipe.train, inputs, self.run)}
+        except RuntimeError as error:
+            lost = self.ranks.lost(error)
+            if lost is None:
+                raise
+            raise lost from error
 
     def ask(self, forward: Any, rows: Sequence[Any], limit: int | None) -> list[str]:
         """Greedy answers of a model in training, of at most `limit` tokens (a quarter more than the longest of the

@@ -69,6 +69,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "ewc": "tunesmith.train.keep.sections:Ewc",
         "kl": "tunesmith.train.keep.sections:Kl",
     },
+    # How several ranks train one model: `train.parallel`. A Section with over(ranks, step).
+    "parallel": {
+        "ddp": "tunesmith.train.parallel.kinds:Ddp",
+        "fsdp": "tunesmith.train.parallel.kinds:Fsdp",
+        "zero": "tunesmith.train.parallel.kinds:Zero",
+    },
     # Another place for a run's figures: `train.trackers`. A Section with open(name, folder, settings).
     "tracker": {
         "tensorboard": "tunesmith.train.trackers.tensorboard:TensorBoard",

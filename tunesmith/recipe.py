@@ -26,7 +26,7 @@ from tunesmith.train.section import TrainSection
 from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
-POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer"}
+POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer", "parallel": "parallel"}
 LISTS = {"trackers": "tracker", "keep": "keep"}  # keys that hold a list of such
 # Keys that hold plugins by name, and their point.
 TABLES = {"clean": "clean"}

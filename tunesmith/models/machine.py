@@ -100,6 +100,8 @@ def machine() -> Machine:
         write_json(file, asdict(found))
     if found.isa and ISA not in os.environ:
         os.environ[ISA] = found.isa
+    if found.device == "cpu":  # DeepSpeed, where it is installed, else looks for a device and says so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return found
 
 
@@ -141,7 +143,7 @@ def give_back() -> None:
 
 def peak_memory(device: str) -> int:
     """Most bytes in use since `forget_peak`: of the accelerator's memory, else of this process."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
         return int(torch.cuda.max_memory_allocated())
@@ -153,7 +155,7 @@ def peak_memory(device: str) -> int:
 
 def forget_peak(device: str) -> None:
     """Begin anew for `peak_memory`, where the system can."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         import torch
 
         torch.cuda.reset_peak_memory_stats()

@@ -308,8 +308,12 @@ class PackedForward:
         """Rows as this model can take them, after its virtual tokens, if it has some. `sizes`: see `families`."""
         if self.virtual_ids:
             rows = [Rendered(self.virtual_ids + r.ids, [0.0] * len(self.virtual_ids) + r.weights) for r in rows]
-        share = self.share and self.packed and max(map(len, rows)) <= self.longest
+        share = self.share and self.together(max(map(len, rows)))
         return pack(rows, self.device, share, sizes)
+
+    def together(self, longest: int) -> bool:
+        """Whether rows of so many tokens at most go through the model together."""
+        return self.packed and longest <= self.longest
 
     def nll(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
         """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight (smoothed: see `head_nll`)."""
@@ -341,7 +345,7 @@ class PackedForward:
             return torch.cat([self.backbone(input_ids=ids, use_cache=False).last_hidden_state[:, -1] for ids in rows])
 
     def _can_pack(self, batch: Pack) -> bool:
-        return self.packed and batch.layout.longest <= self.longest
+        return self.together(batch.layout.longest)
 
     def _hidden(self, batch: Pack, places: Tensor) -> Tensor:
         with laid_out(batch.layout, self.kind), waiting(self.offload, self.device):

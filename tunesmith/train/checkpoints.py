@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tunesmith.errors import RunError
 from tunesmith.progress import say
 from tunesmith.runs import read_json, whole_folder, write_json
-from tunesmith.train.optimizers import state as optimizer_state
+from tunesmith.train.parallel.alone import Alone
 
 # Of what a checkpoint holds and means. Whoever changes that raises it, so that no code reads another's.
 FORMAT = 1
@@ -46,19 +47,19 @@ class State:
 def save(
     folder: Path,
     state: State,
-    weights: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    split: Alone,
     keep: int,
     extra: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write `step-N`, with what the adapter keeps besides its weights, and remove all but the newest `keep`."""
-    tensors = {f"weight/{name}": p.detach().contiguous() for name, p in weights.items()}
-    moments, facts = optimizer_state.packed(optimizer, weights)
-    tensors |= {f"optimizer/{name}": tensor for name, tensor in moments.items()}
+    """Write `step-N`, with what the adapter keeps besides its weights, and remove all but the newest `keep`. Every rank
+    gives its part, the first one writes."""
+    tensors, facts = split.state()
     tensors |= {f"adapter/{name}": value.detach().contiguous() for name, value in (extra or {}).items()}
-    tensors["random/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
+    states = split.ranks.all({kind: get() for kind, (get, _) in _random().items()})
+    for rank, found in enumerate(states):
+        tensors |= {f"random/{kind}{_of(rank)}": value for kind, value in found.items()}
+    if not split.ranks.main:
+        return
     with whole_folder(folder / f"step-{state.step:06d}") as temporary:
         save_file(tensors, temporary / "state.safetensors")
         write_json(temporary / "optimizer.json", facts)
@@ -93,43 +94,40 @@ def newest(folder: Path) -> State | None:
     return None
 
 
-def restore(
-    folder: Path, state: State, weights: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, torch.Tensor]:
+def restore(folder: Path, state: State, split: Alone) -> dict[str, torch.Tensor]:
     """Load the checkpoint of `state` into the weights, the optimizer and the random states; returns its `extra`."""
     path = folder / f"step-{state.step:06d}"
     tensors = load_file(path / "state.safetensors")
-    _load(tensors, weights, optimizer, path)
-    return {n.removeprefix("adapter/"): value for n, value in tensors.items() if n.startswith("adapter/")}
-
-
-def _load(
-    tensors: dict[str, torch.Tensor],
-    weights: dict[str, torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    path: Path,
-) -> None:
     names = {name.removeprefix("weight/") for name in tensors if name.startswith("weight/")}
-    if names != set(weights):
+    if names != set(split.weights):
         raise RunError(
             "the checkpoint's weights are of another adapter",
             where=str(path),
             fix="Remove the run's train folder to start again.",
         )
-    with torch.no_grad():
-        for name, parameter in weights.items():
-            if tensors[f"weight/{name}"].shape != parameter.shape:
-                raise RunError(
-                    f"the checkpoint's {name} is {list(tensors[f'weight/{name}'].shape)}, not {list(parameter.shape)}",
-                    where=str(path),
-                    fix="Remove the run's train folder to start again.",
-                )
-            parameter.copy_(tensors[f"weight/{name}"])
-    moments = {k.removeprefix("optimizer/"): v for k, v in tensors.items() if k.startswith("optimizer/")}
-    optimizer_state.unpack(optimizer, weights, moments, read_json(path / "optimizer.json"))
-    torch.set_rng_state(tensors["random/torch"])
-    if "random/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["random/cuda"])
+    for name, shape in split.shapes.items():
+        if tensors[f"weight/{name}"].shape != shape:
+            raise RunError(
+                f"the checkpoint's {name} is {list(tensors[f'weight/{name}'].shape)}, not {list(shape)}",
+                where=str(path),
+                fix="Remove the run's train folder to start again.",
+            )
+    split.load(tensors, read_json(path / "optimizer.json"))
+    for kind, (_, put) in _random().items():
+        found = tensors.get(f"random/{kind}{_of(split.ranks.rank)}")
+        if found is not None:  # a rank that was not there before keeps the state that it started with
+            put(found)
+    return {n.removeprefix("adapter/"): value for n, value in tensors.items() if n.startswith("adapter/")}
+
+
+def _random() -> dict[str, tuple[Callable[[], torch.Tensor], Callable[[torch.Tensor], None]]]:
+    """How each random state is read and set."""
+    cuda = {"cuda": (torch.cuda.get_rng_state, torch.cuda.set_rng_state)} if torch.cuda.is_available() else {}
+    return {"torch": (torch.get_rng_state, torch.set_rng_state), **cuda}
+
+
+def _of(rank: int) -> str:
+    return f"/{rank}" if rank else ""
 
 
 def remove(folder: Path, state: State) -> None:

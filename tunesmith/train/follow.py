@@ -94,6 +94,16 @@ class Follower:
         self._trackers.text(finding.step, "finding", str(finding))
 
 
+class Silent:
+    """A follower that does nothing: the first rank follows for all."""
+
+    def clock(self, what: str) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def step(self, *told: Any) -> None:
+        pass
+
+
 @contextlib.contextmanager
 def following(
     run: Run, section: TrainSection, names: Sequence[str], total: int, done: int, seconds: float

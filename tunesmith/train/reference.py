@@ -26,6 +26,8 @@ def with_reference(examples: Sequence[Example], forward: PackedForward, model: s
         model: what identifies the weights and their precision.
         capacity: tokens in one forward pass.
     """
+    if not examples:
+        return []
     sequences = [example.sequences + example.beside for example in examples]
     key = hash_json({"model": model, "rows": [[(s.ids, s.weights) for s in row] for row in sequences]})
     kept = cache_folder() / "reference" / f"{key[:32]}.npy"

@@ -72,6 +72,8 @@ class TrainSection(Section):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the weights as they compute. What is trained is always float32: adapters, and the masters of trained weights
     that compute in bfloat16. `auto`: what this machine is faster at."""
+    parallel: plugins.field("parallel") = "ddp"  # type: ignore[valid-type]
+    """How several ranks (`--nproc`, torchrun) share the work: ddp, fsdp or zero. One process takes no notice."""
     validate_every: int | None = Field(None, ge=1)
     """Steps between validations; once an epoch if not given. The last step always validates."""
     checkpoint_every: int = Field(50, ge=1)

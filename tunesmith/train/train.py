@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from tunesmith.conversation.render import Renderer
 from tunesmith.errors import DataError, Interrupted, TrainingError
 from tunesmith.models.load import CLASSES, load_model, mark_base, refuse_anothers, whole_model
 from tunesmith.models.machine import Machine, peak_memory, reuse_buffers
-from tunesmith.models.packed import PackedForward, packs
+from tunesmith.models.packed import PackedForward
 from tunesmith.models.plan import empty_model, estimate, shape_of
 from tunesmith.models.quantise import parameter_count, weight_bytes
 from tunesmith.models.resolve import ResolvedModel
@@ -33,12 +33,15 @@ from tunesmith.train import auto, checkpoints, speed
 from tunesmith.train.batching import Schedule, learning_rate
 from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
 from tunesmith.train.checkpoints import State
-from tunesmith.train.follow import following, forget_after
+from tunesmith.train.follow import Silent, following, forget_after
 from tunesmith.train.judge import Ask, Judge, Score
 from tunesmith.train.keep.begin import Keep
 from tunesmith.train.neftune import add_noise
 from tunesmith.train.objectives.method import Batch, Example, Method
 from tunesmith.train.optimizers.make import make
+from tunesmith.train.parallel.alone import Alone, Step, Turn
+from tunesmith.train.parallel.check import several
+from tunesmith.train.ranks import Ranks
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
 from tunesmith.train.weights import Trained
@@ -61,6 +64,7 @@ class TrainInputs:
     """Rows that `train.keep` names, by the path given there."""
     start: Path | None = None
     """The folder of an adapter or model to start from."""
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -72,6 +76,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         TrainingError: the loss or the gradient is not finite; names the rows of that step.
         Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
+    ranks = inputs.ranks
+    if ranks.world > 1:
+        several(section)
     section.optimizer.check(inputs.machine.device)
     section, choices = auto.with_length(section, inputs.model)
     examples = encode(section, inputs.training, inputs.renderer)
@@ -83,9 +90,14 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         say(auto.told(choices))
     schedule = Schedule.of(len(examples), section.batch_size, section.epochs, section.max_steps, inputs.seed)
     validate_every = section.validate_every or schedule.steps_per_epoch
-    state = checkpoints.newest(run.checkpoints) or State(
-        precision=inputs.machine.precision if section.precision == "auto" else section.precision,
-        threads=torch.get_num_threads(),
+    state = ranks.from_main(
+        lambda: (
+            checkpoints.newest(run.checkpoints)
+            or State(
+                precision=inputs.machine.precision if section.precision == "auto" else section.precision,
+                threads=torch.get_num_threads(),
+            )
+        )
     )
     if state.threads != torch.get_num_threads():
         say(f"going on with {torch.get_num_threads()} threads after {state.threads}: last digits may differ")
@@ -93,6 +105,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     section.method.suits(inputs.renderer)
     own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
     base, classes = _load(section, inputs, "float32" if own else state.precision, examples)
+    if own and ranks.world > 1:
+        state.precision = "float32"  # masters beside rounded weights are one process's
     if own:
         learned = Trained(section.adapter.attach(base))
         learned.round_to(base, getattr(torch, state.precision))
@@ -111,20 +125,22 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         add_noise(forward, section.neftune)
     known = section.method.start(examples)
     weights = learned.weights
+    job = job_of(section, shape, weights, state.precision, examples, schedule)
     trained, parameters = sum(p.numel() for p in weights.values()), shape.parameters
     saved = parameters if section.adapter.whole_model else trained
     need_room(run.path, 4 * (3 * trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
-    optimizer = make(section, weights, section.adapter.rate_of)
+    split = _split(section, inputs, Step(model, forward, section.method), learned)
+    split.adopt(make(section, split.weights, section.adapter.rate_of))
     keep = Keep(section, inputs, forward, weights)
     if state.step:
-        section.adapter.restore(model, checkpoints.restore(run.checkpoints, state, weights, optimizer))
+        section.adapter.restore(model, checkpoints.restore(run.checkpoints, state, split))
         learned.show()
         say(f"Going on from step {state.step} of {schedule.total}")
-    forget_after(run, state.step)
-    judge = Judge(section, inputs.validation, inputs.seed, inputs.ask, inputs.score, run)
+    if ranks.main:
+        forget_after(run, state.step)
+    judge = Judge(section, inputs.validation, inputs.seed, inputs.ask if split.whole_here else None, inputs.score, run)
     used = speed.used(section, forward, state.precision)
     say("speed: " + ", ".join(used))
-    job = job_of(section, shape, weights, state.precision, examples, schedule)
     expected = estimate(job, inputs.machine)
 
     def also(step: int) -> None:
@@ -139,10 +155,10 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 
         def attempt(chosen: Sequence[int]) -> None:
             if in_turns:
-                learned.only(section.adapter.trained_at(0, list(weights), inputs.seed), optimizer)
-            _gradients(section, forward, weights.values(), [examples[i] for i in chosen], known, partial(also, 0))
-            _update(optimizer, 0.0)
-            optimizer.zero_grad()
+                learned.only(section.adapter.trained_at(0, list(weights), inputs.seed), split.optimizer)
+            _gradients(section, split, [examples[i] for i in chosen], known, partial(also, 0))
+            _update(split, 0.0)
+            split.forget()
 
         with bar("Trying the longest step"), out_of_memory(job, "the longest step, tried before the first"):
             measured = calibrate(
@@ -152,20 +168,23 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 inputs.machine,
                 attempt,
                 [e.tokens for e in held_out],
-                lambda some: _validate(section, forward, [held_out[i] for i in some], known),
-                lambda: checkpoints.save(run.checkpoints, start, weights, optimizer, section.keep_checkpoints),
+                lambda some: _validate(section, split, [held_out[i] for i in some], known),
+                lambda: checkpoints.save(run.checkpoints, start, split, section.keep_checkpoints),
             )
-        optimizer = make(section, weights, section.adapter.rate_of)
-        checkpoints.restore(run.checkpoints, start, weights, optimizer)
+        split.adopt(make(section, split.weights, section.adapter.rate_of))
+        checkpoints.restore(run.checkpoints, start, split)
         learned.show()
-        checkpoints.remove(run.checkpoints, start)
+        ranks.meet()
+        if ranks.main:
+            checkpoints.remove(run.checkpoints, start)
         say(measured.correct(expected))
-    run.event("train_started", step=state.step, total=schedule.total, forward=forward.why)
+    if ranks.main:
+        run.event("train_started", step=state.step, total=schedule.total, forward=forward.why, ranks=ranks.world)
 
     seconds = measured.seconds if measured else expected.seconds
     with (
         _stop_requests() as stop,
-        following(run, section, list(weights), schedule.total, state.step, seconds) as follow,
+        _following(ranks, run, section, list(split.weights), schedule.total, state.step, seconds) as follow,
         out_of_memory(job, "a training step"),
     ):
         while state.step < schedule.total and not _stale(section, state):
@@ -176,22 +195,20 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             began = time.perf_counter()
             with follow.clock("step"):
                 if in_turns:
-                    learned.only(section.adapter.trained_at(state.step, list(weights), inputs.seed), optimizer)
-                loss, told, norm = _gradients(
-                    section, forward, weights.values(), chosen, known, partial(also, state.step)
-                )
+                    learned.only(section.adapter.trained_at(state.step, list(weights), inputs.seed), split.optimizer)
+                loss, told, norm = _gradients(section, split, chosen, known, partial(also, state.step))
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 kept = section.adapter.state(model)
-                checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints, kept)
-                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run)
+                checkpoints.save(run.checkpoints, state, split, section.keep_checkpoints, kept)
+                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run, ranks)
             with follow.clock("step"):
-                _update(optimizer, rate)
+                _update(split, rate)
                 section.adapter.after_step(model, state.step + 1)
-                optimizer.zero_grad()
+                split.forget()
                 learned.show()
-                norms = torch.stack(torch._foreach_norm(list(weights.values())))
+                norms = split.norms()
             if not norms.isfinite().all():
-                raise _not_finite({"weights": math.nan}, state, chosen, run)
+                raise _not_finite({"weights": math.nan}, state, chosen, run, ranks)
             tokens, took = sum(e.tokens for e in chosen), time.perf_counter() - began
             state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
             line: dict[str, Any] = {
@@ -202,38 +219,40 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 "grad_norm": norm,
                 "tokens": tokens,
                 "tokens_per_second": round(tokens / took, 1),
-                "memory_bytes": peak_memory(inputs.machine.device),
+                "memory_bytes": int(max(ranks.gather(peak_memory(inputs.machine.device)))),
                 **told,
                 **keep.figures,
             }
             last = state.step == schedule.total
             if held_out and (state.step % validate_every == 0 or last):
-                with learned.as_used(optimizer):
+                with learned.as_used(split.optimizer):
                     with follow.clock("validation"):
-                        found, told = _validate(section, forward, held_out, known)
+                        found, told = _validate(section, split, held_out, known)
                     line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                     if not math.isfinite(found):
-                        raise _not_finite({"validation loss": found}, state, held_out[:5], run)
+                        raise _not_finite({"validation loss": found}, state, held_out[:5], run, ranks)
                     with follow.clock("samples"):
-                        line |= judge(forward, state.step)
-                    if _improved(state, found, line[f"validation_{section.best_by}"], judge.higher_is_better):
+                        judged, higher = ranks.from_main(lambda: (judge(forward, state.step), judge.higher_is_better))
+                        line |= judged
+                    if _improved(state, found, line[f"validation_{section.best_by}"], higher) and section.keep_best:
                         with follow.clock("checkpoint"), learned.unrounded():
-                            _keep_best(section, model, run)
-            follow.step(line, norms, partial(_by_loss, section, forward, chosen, known))
-            if inputs.validated and "validation_loss" in line:
+                            _save(section, split, run.stage("train") / "best")
+            follow.step(line, norms, partial(_by_loss, section, split, chosen, known))
+            if inputs.validated and ranks.main and "validation_loss" in line:
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
-            if state.step % section.checkpoint_every == 0 or last or stop.is_set():
+            stopping = ranks.any(stop.is_set())
+            if state.step % section.checkpoint_every == 0 or last or stopping:
                 with follow.clock("checkpoint"):
                     kept = section.adapter.state(model)
-                    checkpoints.save(run.checkpoints, state, weights, optimizer, section.keep_checkpoints, kept)
-            if stop.is_set():
+                    checkpoints.save(run.checkpoints, state, split, section.keep_checkpoints, kept)
+            if stopping:
                 raise Interrupted(
                     f"stopped after step {state.step} of {schedule.total}; everything is saved",
                     fix="The same command goes on from here.",
                 )
 
-    with learned.as_used(optimizer), learned.unrounded():
-        _keep(section, state, model, inputs.model, classes, run)
+    with learned.as_used(split.optimizer), learned.unrounded():
+        _keep(section, state, split, inputs.model, classes, run)
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -246,6 +265,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "precision": state.precision,
         "threads": state.threads,
         "forward": forward.why,
+        "ranks": ranks.world,
+        "parallel": section.parallel.kind if ranks.world > 1 else None,
         "auto": {key: asdict(choice) for key, choice in choices.items()},
         "plan": {"seconds": expected.seconds, "peak_bytes": expected.peak_bytes},
         "measured": measured.as_dict() if measured else None,
@@ -298,28 +319,71 @@ def _compared(
     model: Any,
     *parts: list[Example],
 ) -> tuple[list[Example], ...]:
-    """The examples of each part with the log-probabilities that the model gives them before it is trained."""
+    """The examples of each part with the log-probabilities that the model gives them before it is trained; every
+    rank computes a share."""
     model.eval()
+    ranks = inputs.ranks
     forward = PackedForward(model, [example.sequences[0] for example in parts[0]])
     started = [hash_file(path) for path in sorted(inputs.start.glob("*.safetensors"))] if inputs.start else []
     name = " ".join([f"{inputs.model.identity} in {section.quantise or precision}", *started])
-    found = tuple(with_reference(part, forward, name, section.pack_tokens) for part in parts)
+    found = []
+    for part in parts:
+        shares = ranks.share(range(len(part)), lambda i, part=part: part[i].tokens)  # type: ignore[misc]
+        mine = with_reference([part[i] for i in shares[ranks.rank]], forward, name, section.pack_tokens)
+        whole = list(part)
+        for share, made in zip(shares, ranks.all(mine), strict=True):
+            for i, example in zip(share, made, strict=True):
+                whole[i] = example
+        found.append(whole)
     forward.undo()
-    return found
+    return tuple(found)
 
 
-def _keep(section: TrainSection, state: State, model: Any, base: ResolvedModel, classes: list[str], run: Run) -> None:
+def _split(section: TrainSection, inputs: TrainInputs, step: Step, learned: Trained) -> Alone:
+    """What the loop works through: the model as it is, or its part of what several ranks train."""
+    ranks = inputs.ranks
+    if ranks.world == 1:
+        return Alone(ranks, step, learned.weights)
+    ranks.same(
+        p.data for p in step.parameters() if p.is_floating_point()
+    )  # an adapter's start may be computed, and round otherwise there
+    torch.manual_seed(inputs.seed + ranks.rank)  # dropout: every rank its own
+    say(f"{ranks.world} ranks, {section.parallel.kind}; {torch.get_num_threads()} threads each")
+    made: Alone = section.parallel.over(ranks, step, learned.weights)
+    learned.weights = learned.model = made.weights  # float32, so the model's own; parted ones are others than before
+    return made
+
+
+def _following(ranks: Ranks, *told: Any) -> contextlib.AbstractContextManager[Any]:
+    """What looks on, on the first rank alone."""
+    return following(*told) if ranks.main else contextlib.nullcontext(Silent())
+
+
+def _save(section: TrainSection, split: Alone, target: Path) -> None:
+    """Write the tuned weights; every rank gives its part, the first one writes."""
+    with split.whole() as model:
+        if split.ranks.main:
+            with whole_folder(target) as folder:
+                section.adapter.save(model, folder)
+
+
+def _keep(section: TrainSection, state: State, split: Alone, base: ResolvedModel, classes: list[str], run: Run) -> None:
     """Write the best weights, or the last, to where the next stages look for them."""
-    with whole_folder(run.stage("train") / ("model" if section.adapter.whole_model else "adapter")) as folder:
-        if section.keep_best and state.best_step is not None:
-            shutil.copytree(run.stage("train") / "best", folder, dirs_exist_ok=True)
-        else:
-            section.adapter.save(model, folder)
-        if classes:
-            padding = model.config.pad_token_id
-            write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
-        if not section.adapter.whole_model:
-            mark_base(folder, base)
+    target = run.stage("train") / ("model" if section.adapter.whole_model else "adapter")
+    best = run.stage("train") / "best" if section.keep_best and state.best_step is not None else None
+    with split.whole() if best is None else contextlib.nullcontext(split.model) as model:
+        if not split.ranks.main:
+            return
+        with whole_folder(target) as folder:
+            if best is None:
+                section.adapter.save(model, folder)
+            else:
+                shutil.copytree(best, folder, dirs_exist_ok=True)
+            if classes:
+                padding = split.model.config.pad_token_id
+                write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
+            if not section.adapter.whole_model:
+                mark_base(folder, base)
 
 
 def encode(section: TrainSection, rows: Sequence[Conversation], renderer: Renderer) -> list[Example]:
@@ -365,30 +429,31 @@ def _takes(method: str) -> str:
 
 
 def _batches(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
-) -> tuple[Counter[str], Iterator[Batch]]:
-    """The sizes that the terms of these examples' loss are divided by, and the examples in packs."""
+    section: TrainSection, split: Alone, examples: Sequence[Example], known: Any
+) -> tuple[Counter[str], Iterator[tuple[Batch, Turn]]]:
+    """The sizes that the terms of these examples' loss are divided by, and this rank's examples in packs."""
     method: Method = section.method
     sizes: Counter[str] = Counter()
     for example in examples:
         sizes.update(method.sizes(example))
 
-    def packed(sequences: list[tuple[Any, ...]]) -> Iterator[tuple[list[Example], Any]]:
-        for group in packs(range(len(examples)), sequences, section.pack_tokens):
-            rows, counts = [s for i in group for s in sequences[i]], [len(sequences[i]) for i in group]
-            yield [examples[i] for i in group], forward.pack(rows, counts)
+    def packed(sequences: list[tuple[Any, ...]], shared: bool) -> Iterator[tuple[list[Example], Any, Turn]]:
+        for turn in split.turns(sequences, section.pack_tokens, shared):
+            rows, counts = [s for i in turn.group for s in sequences[i]], [len(sequences[i]) for i in turn.group]
+            yield [examples[i] for i in turn.group], split.step.packed.pack(rows, counts), turn
 
     context = None
-    if any(example.beside for example in examples):
+    if any(example.beside for example in examples):  # the whole step's, so every rank looks at all of them
         with torch.no_grad():
-            context = method.look(forward, packed([example.beside for example in examples]))
-    return sizes, (Batch(*part, known, context) for part in packed([example.sequences for example in examples]))
+            looked = packed([example.beside for example in examples], shared=False)
+            context = method.look(split, ((group, pack) for group, pack, _ in looked))  # type: ignore[arg-type]
+    batches = packed([example.sequences for example in examples], shared=True)
+    return sizes, ((Batch(group, pack, known, context), turn) for group, pack, turn in batches)
 
 
 def _gradients(
     section: TrainSection,
-    forward: PackedForward,
-    weights: Collection[torch.nn.Parameter],
+    split: Alone,
     examples: Sequence[Example],
     known: Any,
     also: Callable[[], None],
@@ -398,62 +463,77 @@ def _gradients(
     `also` adds other terms' gradients before they are clipped.
     """
     total, told = 0.0, _Means()
-    sizes, batches = _batches(section, forward, examples, known)
-    for batch in batches:
-        found = section.method.loss(forward, batch)
-        # Each pack adds its sum, divided by the whole step's size: packing changes nothing.
-        loss: torch.Tensor = sum(term / sizes[name] for name, term in found.terms.items())
-        loss.backward()
-        total += loss.item()
-        told.add(found.told)
+    sizes, batches = _batches(section, split, examples, known)
+    for batch, turn in batches:
+        found = split(batch, turn.last)
+        # Each pack adds its sum, divided by the whole step's size: neither packing nor ranks change anything.
+        loss: torch.Tensor = sum(term / sizes[name] for name, term in found.terms.items())  # type: ignore[assignment]
+        split.backward(loss if turn.counts else loss * 0)
+        if turn.counts:
+            total += loss.item()
+            told.add(found.told)
     also()
-    return total, told.values, torch.nn.utils.clip_grad_norm_(weights, section.clip).item()
+    return *_added(split.ranks, total, told), split.clip(section.clip)
+
+
+def _added(ranks: Ranks, total: float, told: _Means) -> tuple[float, dict[str, float]]:
+    """The ranks' losses added up, and the means of their figures."""
+    if ranks.world == 1:
+        return total, told.values
+    found, means = ranks.all((total, told.sums)), _Means()
+    for _, sums in found:
+        means.add(sums)
+    return math.fsum(part for part, _ in found), means.values
 
 
 class _Means:
     """Means of figures that come as sums and counts."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        self.sums: dict[str, tuple[float, float]] = {}
 
     def add(self, told: dict[str, tuple[float, float]]) -> None:
         for name, (total, count) in told.items():
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = before[0] + total, before[1] + count
+            before = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = before[0] + total, before[1] + count
 
     @property
     def values(self) -> dict[str, float]:
-        return {name: total / count for name, (total, count) in self._sums.items() if count}
+        return {name: total / count for name, (total, count) in self.sums.items() if count}
 
 
-def _update(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
+def _update(split: Alone, rate: float) -> None:
+    for group in split.optimizer.param_groups:
         group["lr"] = rate * group["share"]
-    optimizer.step()
+    split.update()
 
 
 @torch.no_grad()
 def _validate(
-    section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any
+    section: TrainSection, split: Alone, examples: Sequence[Example], known: Any
 ) -> tuple[float, dict[str, float]]:
     """The loss of the held-out rows as if they were one step, and the figures beside it."""
-    forward.model.eval()
+    split.run.eval()
     total, told = 0.0, _Means()
-    sizes, batches = _batches(section, forward, examples, known)
-    with bar("Validating", len(examples)) as progress:
-        for batch in batches:
-            found = section.method.loss(forward, batch)
-            total += sum(term.item() / sizes[name] for name, term in found.terms.items())
-            told.add(found.told)
+    sizes, batches = _batches(section, split, examples, known)
+    with bar("Validating", len(examples) / split.ranks.world) as progress:
+        for batch, turn in batches:
+            found = split(batch)
+            if turn.counts:
+                total += sum(term.item() / sizes[name] for name, term in found.terms.items())
+                told.add(found.told)
             progress.advance(len(batch.examples))
-    forward.model.train()
-    return total, told.values
+    split.run.train()
+    return _added(split.ranks, total, told)
 
 
-def _by_loss(section: TrainSection, forward: PackedForward, examples: Sequence[Example], known: Any) -> list[str]:
-    """The names of some examples' rows, those with the highest loss first."""
+def _by_loss(section: TrainSection, split: Alone, examples: Sequence[Example], known: Any) -> list[str]:
+    """The names of some examples' rows, those with the highest loss first (several ranks: as they come, since only
+    the first rank asks)."""
+    if split.ranks.world > 1:
+        return list(dict.fromkeys(example.row for example in examples))
     with torch.random.fork_rng():
-        losses = {example.row: _validate(section, forward, [example], known)[0] for example in examples}
+        losses = {example.row: _validate(section, split, [example], known)[0] for example in examples}
     return sorted(losses, key=lambda name: -losses[name])
 
 
@@ -466,21 +546,18 @@ def _improved(state: State, loss: float, value: float, higher: bool) -> bool:
     return False
 
 
-def _keep_best(section: TrainSection, model: Any, run: Run) -> None:
-    if section.keep_best:
-        with whole_folder(run.stage("train") / "best") as folder:
-            section.adapter.save(model, folder)
-
-
 def _stale(section: TrainSection, state: State) -> bool:
     return section.early_stopping is not None and state.stale >= section.early_stopping
 
 
-def _not_finite(values: dict[str, float], state: State, examples: Sequence[Example], run: Run) -> TrainingError:
+def _not_finite(
+    values: dict[str, float], state: State, examples: Sequence[Example], run: Run, ranks: Ranks
+) -> TrainingError:
     """The error for the first of some values that is not finite, with the rows it came from."""
     what, value = next((what, value) for what, value in values.items() if not math.isfinite(value))
     names = list(dict.fromkeys(example.row for example in examples))
-    run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=names)
+    if ranks.main:
+        run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=names)
     saved = sorted(run.checkpoints.glob("step-*"))
     return TrainingError(
         f"the {what} became {value} in step {state.step + 1}, on rows {', '.join(names)}",
