@@ -133,6 +133,12 @@ def weights(runs: Path, name: str) -> dict[str, Any]:
     return load_file(whole if whole.is_file() else train / "adapter/adapter_model.safetensors")
 
 
+def went_on(runs: Path, name: str) -> None:
+    """Only what the checkpoint after step 4 did not hold was trained."""
+    started = [e["step"] for e in read_jsonl(runs / name / "tiny/events.jsonl") if e["event"] == "train_started"]
+    assert started == [0, 4]
+
+
 def close(runs: Path, one: str, other: str) -> None:
     a, b = weights(runs, one), weights(runs, other)
     assert set(a) == set(b)
@@ -175,11 +181,13 @@ def test_a_run_of_two_ranks_goes_on_bit_for_bit(trained: Path, kind: str) -> Non
     needs_zero(kind)
     found = [trained / name / "tiny/train/adapter/adapter_model.safetensors" for name in (kind, f"{kind}-again")]
     assert found[0].read_bytes() == found[1].read_bytes()
+    went_on(trained, f"{kind}-again")
 
 
 @pytest.mark.parametrize("name", ["fsdp-from-one", "one-from-fsdp"])
 def test_a_checkpoint_is_the_same_at_any_number_of_ranks(trained: Path, name: str) -> None:
     close(trained, "one", name)
+    went_on(trained, name)
 
 
 @long
@@ -193,6 +201,8 @@ def test_every_way_trains_all_that_one_trains(trained_long: Path) -> None:
             assert files[0].read_bytes() == files[1].read_bytes()
         else:
             close(trained_long, origin or "one", name)
+        if origin:
+            went_on(trained_long, name)
 
 
 def test_checkpoints_of_all_kinds_hold_the_same_tensors(trained: Path) -> None:

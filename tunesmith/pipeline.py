@@ -546,7 +546,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 OPTIONAL = {("package", "evaluate")}
 # Keys of `train` that change what is kept or told of it, but no weight.
-NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples", "start_from"}
+NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples", "start_from", "parallel"}
 
 
 def _finish(run: Run, recipe: Recipe) -> None:
