@@ -29,8 +29,9 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test,lint]'
 	@touch $@
 
+# Two workers of one thread each: most of a test's time is Python, not products.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m ''
