@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class LoHa(RankedAdapter):
+class _ShapedByTheWeight(RankedAdapter):
+    def refuses(self, quantise: str | None) -> str | None:
+        if quantise not in ("nf4", "int4-torchao"):
+            return None
+        return "PEFT reads its shape off the weight, and one in 4 bits has another; take 8 bits, or lora"
+
+
+class LoHa(_ShapedByTheWeight):
     """The element-wise product of two low-rank updates (Hyeon-Woo et al. 2021, arXiv:2108.06098)."""
 
     kind: Literal["loha"] = "loha"
@@ -25,14 +32,10 @@ class LoHa(RankedAdapter):
         return LoHaConfig(r=self.rank, alpha=self.alpha, target_modules=self.modules(model), task_type="CAUSAL_LM")
 
 
-class LoKr(RankedAdapter):
+class LoKr(_ShapedByTheWeight):
     """The Kronecker product of a small matrix and a low-rank one (Yeh et al. 2023, arXiv:2309.14859)."""
 
     kind: Literal["lokr"] = "lokr"
-
-    def refuses(self, quantise: str | None) -> str | None:
-        four = quantise if quantise in ("nf4", "int4-torchao") else None
-        return four and "PEFT's lokr reads its shape off the weight, and one in 4 bits has another; take loha or int8"
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import LoKrConfig
