@@ -285,6 +285,7 @@ def test_a_wrong_way_to_share_is_refused(tunesmith: Any, recipe: Any, tmp_path: 
         ({"parallel": "zero", "optimizer": "adafactor"}, "train.parallel"),
         ({"parallel": "fsdp", "optimizer": "muon"}, "train.parallel"),
         ({"keep": ["l2"]}, "train.keep"),
+        ({"adapter": {"kind": "full", "unfreeze_every": 2}}, "train.adapter"),
         ({"parallel": "fsdp", "adapter": "adalora"}, "train.parallel"),
         ({"parallel": "fsdp", "quantise": "nf4"}, "train.quantise"),
         ({"parallel": "fsdp", "best_by": "exact_match"}, "train.best_by"),
@@ -295,6 +296,7 @@ def test_what_only_one_process_does_is_refused(keys: dict[str, Any], where: str)
     from tunesmith.train.section import TrainSection
 
     several(TrainSection.model_validate({"parallel": "zero"}))
+    several(TrainSection.model_validate({"parallel": "fsdp", "adapter": "full"}))
     several(TrainSection.model_validate({"optimizer": "muon", "best_by": "exact_match"}))
     with pytest.raises(RecipeError) as refused:
         several(TrainSection.model_validate(keys))

@@ -27,7 +27,7 @@ def several(section: TrainSection) -> None:
         raise RecipeError(
             "its terms are one process's", where="train.keep", fix="Leave --nproc (torchrun) away, or train.keep."
         )
-    if hasattr(section.adapter, "trained_at"):
+    if getattr(section.adapter, "unfreeze_every", None) or getattr(section.adapter, "lisa", None):
         raise RecipeError(
             "layers that are trained in turns are one process's",
             where="train.adapter",
