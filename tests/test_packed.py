@@ -123,7 +123,7 @@ def test_the_written_out_steps_have_the_right_gradients() -> None:
     weights, bias = [double(3, 4), double(6, 4)], double(3)
 
     def two(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, a: torch.Tensor, up: torch.Tensor, v: torch.Tensor):
-        return Products.apply(x, [0.7, None], w, b, a, up, v, None, None, None)
+        return Products.apply(x, [0.7, None], [None, None], w, b, a, up, v, None, None, None)
 
     assert check(two, (x, weights[0], bias, down, up, weights[1]))
     one = two(x, weights[0], bias, down, up, weights[1])[0]

@@ -95,6 +95,7 @@ def leveldb_records(log: bytes) -> list[bytes]:
     return found
 
 
+@pytest.mark.long  # its client looks for a network for minutes
 def test_clearml_offline(recipe: dict[str, Any], tmp_path: Path) -> None:
     """In a process of its own: the client's offline mode is the process's."""
     pytest.importorskip("clearml")

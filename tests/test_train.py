@@ -169,7 +169,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tunesmith: Any, reci
     broken = make_model(tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     name = next(n for n in weights if "layers.1.mlp.down_proj" in n)
-    weights[name] = torch.full_like(weights[name], float("nan"))
+    weights[name] = torch.full_like(weights[name], 3e38)
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     recipe["model"] = str(broken)
     said = tunesmith("train", write_recipe(tmp_path, recipe))

@@ -13,7 +13,7 @@ from tunesmith.errors import ModelError
 from tunesmith.train.adapters.peft_adapter import RankedAdapter
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -66,6 +66,13 @@ class AdaLora(RankedAdapter):
             total_step=UNKNOWN,
             task_type="CAUSAL_LM",
         )
+
+    def attach(self, model: PreTrainedModel) -> PeftModel:
+        adapted = super().attach(model)
+        for name, parameter in adapted.named_parameters():
+            if ".ranknum" in name:  # a count, which PEFT keeps as a parameter
+                parameter.requires_grad_(False)
+        return adapted
 
     def begin(self, model: Any, rows: Sequence[Rendered], steps: int) -> None:
         config = model.peft_config["default"]
