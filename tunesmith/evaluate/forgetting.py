@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.evaluate.metrics.base import Floats, Metric, mean, rows
+from tunesmith.evaluate.metrics.base import Floats, mean, measured, rows
 from tunesmith.evaluate.prompts import prompts
 from tunesmith.evaluate.statistics import Resamples, compared, interval
 from tunesmith.inference.subject import Ask, Kept
@@ -21,14 +21,10 @@ from tunesmith.progress import bar
 LIKELIEST = 20  # tokens whose probability is compared; all others count as one
 
 
-def _none(answers: Any) -> Floats:
-    raise NotImplementedError
-
-
-KL = Metric("kl", _none, mean, higher_is_better=False)
-CHANGED = Metric("changed", _none, mean, higher_is_better=False, binary=True)
-OVERLAP = Metric("overlap", _none, mean)
-PERPLEXITY = Metric("perplexity", _none, lambda sums: np.exp(mean(sums)), higher_is_better=False)
+KL = measured("kl", mean, higher_is_better=False)
+CHANGED = measured("changed", mean, higher_is_better=False, binary=True)
+OVERLAP = measured("overlap", mean)
+PERPLEXITY = measured("perplexity", lambda sums: np.exp(mean(sums)), higher_is_better=False)
 
 
 def divergence(base: Floats, tuned: Floats) -> Floats:

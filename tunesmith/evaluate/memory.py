@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.evaluate.metrics.base import Floats, Metric, mean, rows
+from tunesmith.evaluate.metrics.base import Floats, mean, measured, rows
 from tunesmith.evaluate.statistics import Resamples, compared, expansion
 from tunesmith.inference.subject import Kept
 from tunesmith.progress import bar
@@ -18,12 +18,8 @@ SHORTEST, CONTINUED = 16, 32  # tokens: of an answer that can be recited; of wha
 CANDIDATES = 255  # that a canary's secret is ranked among
 
 
-def _none(answers: Any) -> Floats:
-    raise NotImplementedError
-
-
-VERBATIM = Metric("verbatim", _none, mean, higher_is_better=False, binary=True)
-GAP = Metric("gap", _none, mean, higher_is_better=False)
+VERBATIM = measured("verbatim", mean, higher_is_better=False, binary=True)
+GAP = measured("gap", mean, higher_is_better=False)
 
 
 class Memory:
@@ -83,7 +79,7 @@ class Memory:
         if self.canaries:
             stats = {side: rows(f["exposure"]) for side, f in found.items()}
             told["exposure"] = compared(
-                Metric("exposure", _none, mean, higher_is_better=False), stats, self.bootstrap, self.seed
+                measured("exposure", mean, higher_is_better=False), stats, self.bootstrap, self.seed
             )
         return {self.name: told}
 

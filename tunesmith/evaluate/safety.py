@@ -8,7 +8,7 @@ from typing import Any
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.evaluate.judging import classifier, entailment, personal, refuses
-from tunesmith.evaluate.metrics.base import Floats, Metric, mean, rows
+from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.prompts import prompts
 from tunesmith.evaluate.section import SafetySection
 from tunesmith.evaluate.statistics import compared
@@ -16,10 +16,6 @@ from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
 
 SIDES = ("baseline", "tuned")
-
-
-def _none(answers: Any) -> Floats:
-    raise NotImplementedError
 
 
 class Safety:
@@ -61,7 +57,7 @@ class Safety:
             if values["tuned"]:
                 stats = {side: rows(values[side]) for side in SIDES}
                 whole = {value for side in SIDES for value in values[side]} <= {0.0, 1.0}
-                metric = Metric(name, _none, mean, higher_is_better=good, binary=whole)
+                metric = measured(name, mean, higher_is_better=good, binary=whole)
                 told[name] = compared(metric, stats, self.bootstrap, self.seed)
 
         def each(part: str) -> dict[str, list[float]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tunesmith.errors import DataError, MachineError, RecipeError, first_line
 from tunesmith.evaluate.bias import local_file
-from tunesmith.evaluate.metrics.base import Answers, Floats, Metric, mean, rows
+from tunesmith.evaluate.metrics.base import Answers, mean, measured, rows
 from tunesmith.evaluate.metrics.code import pass_at_1
 from tunesmith.evaluate.metrics.structured import numeric
 from tunesmith.evaluate.section import SuiteSection
@@ -26,10 +26,6 @@ NEEDS = {
     "code": ("prompt", "test", "entry_point"),
 }
 ASKS = {"choice": "{query}", "numeric": "{question}", "schema": "", "code": "{prompt}"}
-
-
-def _none(answers: Any) -> Floats:
-    raise NotImplementedError
 
 
 def task_rows(suite: SuiteSection, folder: Path, seed: int) -> list[dict[str, Any]]:
@@ -119,7 +115,7 @@ class Suites:
             for name in scores:
                 both = {side: f[suite][name] for side, f in found.items()}
                 whole = {value for values in both.values() for value in values} <= {0.0, 1.0}
-                metric = Metric(name, _none, mean, higher_is_better=name not in LOWER, binary=whole)
+                metric = measured(name, mean, higher_is_better=name not in LOWER, binary=whole)
                 stats = {side: rows(values) for side, values in both.items()}
                 told.setdefault(suite, {})[name] = compared(metric, stats, self.bootstrap, self.seed)
         return {self.name: told}

@@ -7,6 +7,7 @@ only what shares a key is brought together (`minhash.py`).
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -50,9 +51,9 @@ class Step(Section):
     after_split: ClassVar[bool] = False
     """Runs on the training rows once the others are held out."""
 
+    @abstractmethod
     def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
         """A verdict for each row, in the rows' order."""
-        raise NotImplementedError
 
     def hide(self, text: str) -> str:
         """The text as it may be written beside the rows: without what this step takes out of them."""
@@ -70,9 +71,9 @@ class Step(Section):
 class RowStep(Step):
     """A step that looks at each row alone."""
 
+    @abstractmethod
     def look(self, row: Conversation) -> Verdict:
         """The verdict on a row: the same whenever and wherever it is asked for."""
-        raise NotImplementedError
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
         return [self.look(row) for row in rows]

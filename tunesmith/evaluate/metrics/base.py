@@ -109,6 +109,15 @@ def rows(values: Sequence[float]) -> Floats:
     return np.stack([np.asarray(values, dtype=np.float64), np.ones(len(values))], axis=1)
 
 
+def measured(name: str, value: Callable[[Floats], Floats], **told: Any) -> Metric:
+    """A metric of vectors that are measured elsewhere, not taken from answers: only `value` is asked of it."""
+
+    def stats(answers: Answers) -> Floats:
+        raise TypeError(f"{name} is not a metric of answers")
+
+    return Metric(name, stats, value, **told)
+
+
 def by_row(name: str, score: Callable[[str, str], float], **told: Any) -> Metric:
     """A metric that is the mean of a function of (answer, reference)."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import queue
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -42,9 +43,9 @@ class TrackerSection(Section):
 
     kind: str
 
+    @abstractmethod
     def open(self, name: str, folder: Path, settings: dict[str, Any]) -> Log:
         """Begin to track the run of this name; `settings` are the recipe's `train`, flat."""
-        raise NotImplementedError
 
     def check(self) -> None:
         """Raise MachineError unless the tracker's package is there."""
