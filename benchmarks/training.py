@@ -4,13 +4,14 @@
                                   [--pairs 5] [--steps 6]
 
 Each peer is installed into an environment of its own (benchmarks/.peers/NAME) at first use, and does what of the three
-it can (PEERS). Runs alternate, ours first, so that a machine's good and bad minutes fall on both; the figure is the
-median of the pairs' ratios. Rates are real tokens (no padding; both endings of a pair whole) a second of wall time from
-the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard against instructions
-that a machine only claims to have, and the same settings of the memory allocator.
+it can (PEERS). A round is ours and then each peer, so that a machine's good and bad minutes fall on all; the figure is
+the median over the rounds of ours by theirs. Rates are real tokens (no padding; both endings of a pair whole) a second
+of wall time from the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard
+against instructions that a machine only claims to have, and the same settings of the memory allocator.
 
 `trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
-at a time, no gradient checkpointing.
+at a time, no gradient checkpointing. Where a machine hides its AMX tiles (tunesmith/models/tiles.py), peers are told
+them as we are: without that they would end, or have to do without.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ PEERS = {
     "trl": Peer("trl", TRL, "trl_train.py", "default", ("lora", "full", "dpo")),
     "trl-best": Peer("trl", TRL, "trl_train.py", "best", ("lora", "full", "dpo")),
     "llamafactory": Peer("llamafactory", ("llamafactory==0.9.5",), "llamafactory_train.py", "best", ("lora", "full")),
-    "litgpt": Peer("litgpt", ("litgpt==0.5.13", "safetensors"), "litgpt_train.py", "best", ("lora", "full")),
+    "litgpt": Peer(
+        "litgpt", ("litgpt==0.5.13", "safetensors", "requests"), "litgpt_train.py", "best", ("lora", "full")
+    ),
 }
 # glibc keeps big buffers instead of giving them back after each step; Tunesmith sets the same for itself.
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -54,9 +57,13 @@ import tunesmith
 from tunesmith.models.machine import machine
 machine()  # sets what must be set before torch is there
 from tunesmith.runs import read_jsonl
-from tunesmith.train import train
-ends, write = [], train.append_jsonl
-train.append_jsonl = lambda *a: (ends.append(time.perf_counter()), write(*a))
+from tunesmith.train import follow
+ends, write = [], follow.append_jsonl
+def noted(path, line):
+    if path.name == "metrics.jsonl":
+        ends.append(time.perf_counter())
+    write(path, line)
+follow.append_jsonl = noted
 run = tunesmith.run(json.loads(sys.argv[1]), runs_folder=sys.argv[2], stages=("data", "train"))
 tokens = sum(l["tokens"] for l in read_jsonl(run.run.metrics)[1:])
 seconds = ends[-1] - ends[0]
@@ -78,6 +85,11 @@ def python_of(peer: Peer) -> Path:
         print("Installing", *peer.pins, "into", folder, file=sys.stderr)
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, *peer.pins], check=True)
+        absent = [
+            "torchvision",
+            "torchaudio",
+        ]  # they want CUDA's libraries, and stop transformers
+        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *absent], check=True)
         (folder / "ready").touch()
     return python
 
@@ -120,6 +132,24 @@ def rows_for(what: str, lines: list[str], folder: Path) -> Path:
     return head
 
 
+def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any]:
+    """Medians of both sides, and the median of the pairs' ratios with its least and greatest."""
+
+    def middle(side: int, key: str) -> float:
+        return statistics.median(pair[side][key] for pair in pairs)
+
+    ratios = sorted(ours["tokens_per_second"] / theirs["tokens_per_second"] for ours, theirs in pairs)
+    return {
+        "median_ratio": round(statistics.median(ratios), 2),
+        "ratios": [round(ratio, 2) for ratio in ratios],
+        "ours_tokens_per_second": round(middle(0, "tokens_per_second")),
+        "their_tokens_per_second": round(middle(1, "tokens_per_second")),
+        "ours_peak_gib": round(middle(0, "peak_bytes") / 2**30, 2),
+        "their_peak_gib": round(middle(1, "peak_bytes") / 2**30, 2),
+        "versions": pairs[0][1]["versions"],
+    }
+
+
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--what", nargs="+", default=["lora"], choices=list(TRAIN))
@@ -134,9 +164,15 @@ def main() -> None:
     from tunesmith.models.machine import ISA, machine
     from tunesmith.models.resolve import resolve
     from tunesmith.models.section import ModelSection
+    from tunesmith.models.tiles import compiled
 
     here = machine()
-    environment = dict(os.environ) | ALLOCATOR | ({ISA: here.isa} if here.isa else {})
+    environment = dict(os.environ) | ALLOCATOR
+    if here.tiles:  # peers are told them too
+        environment |= {"TILES": str(compiled())}
+        environment.pop(ISA, None)
+    elif here.isa:
+        environment |= {ISA: here.isa}
     model = resolve(ModelSection(name="smollm2-135m-instruct")).path
     print(json.dumps({"machine": here.as_dict(), "rows": given.rows, "steps": given.steps}))
     lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
@@ -150,35 +186,21 @@ def main() -> None:
                 "data": {"sources": [str(head)], "split": {"validation": 0, "test": 0}, "over_length": "drop"},
                 "train": train | TRAIN[what],
             }
-            for name in (name for name in given.peers if what in PEERS[name].trains):
-                peer = PEERS[name]
-                python = python_of(peer)
-                pairs = []
-                for number in range(given.pairs):
-                    recipe["name"] = f"{what}-{name}-{number}"
-                    ours = run([sys.executable, "-c", OURS, json.dumps(recipe), folder], environment)
-                    rows = Path(folder) / recipe["name"] / "data" / "train.jsonl"
-                    script = [str(python), str(HERE / "peers" / peer.script), str(model), str(rows), what, peer.mode]
-                    theirs = run([*script, str(given.steps), here.precision], environment)
-                    ratio = ours["tokens_per_second"] / theirs["tokens_per_second"]
-                    pairs.append((ratio, ours, theirs))
-                    print(
-                        f"{what}, {name} {number}: ours {told(ours)}; theirs {told(theirs)}; ratio {ratio:.2f}",
-                        flush=True,
-                    )
-                ratios = sorted(p[0] for p in pairs)
-                summary = {
-                    "what": what,
-                    "peer": name,
-                    "median_ratio": round(statistics.median(ratios), 2),
-                    "spread": [round(ratios[0], 2), round(ratios[-1], 2)],
-                    "ours_tokens_per_second": round(statistics.median(p[1]["tokens_per_second"] for p in pairs)),
-                    "their_tokens_per_second": round(statistics.median(p[2]["tokens_per_second"] for p in pairs)),
-                    "ours_peak_gib": round(statistics.median(p[1]["peak_bytes"] for p in pairs) / 2**30, 2),
-                    "their_peak_gib": round(statistics.median(p[2]["peak_bytes"] for p in pairs) / 2**30, 2),
-                    "versions": pairs[0][2]["versions"],
-                }
-                print(json.dumps(summary), flush=True)
+            names = [name for name in given.peers if what in PEERS[name].trains]
+            pythons = {name: python_of(PEERS[name]) for name in names}
+            rounds: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in names}
+            for number in range(given.pairs):
+                recipe["name"] = f"{what}-{number}"
+                ours = run([sys.executable, "-c", OURS, json.dumps(recipe), folder], environment)
+                rows = Path(folder) / recipe["name"] / "data" / "train.jsonl"
+                for name in names:
+                    peer = PEERS[name]
+                    script = [str(pythons[name]), str(HERE / "peers" / peer.script), str(model), str(rows)]
+                    theirs = run([*script, what, peer.mode, str(given.steps), here.precision], environment)
+                    rounds[name].append((ours, theirs))
+                    print(f"{what}, {name} {number}: ours {told(ours)}; theirs {told(theirs)}", flush=True)
+            for name in names:
+                print(json.dumps({"what": what, "peer": name} | summary(rounds[name])), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from tunesmith.models.machine import machine
+
 SHARED = Path(os.environ.get("TUNESMITH_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 COLOURS = ("red", "green", "blue", "black")
 CHATML = (
@@ -22,11 +24,13 @@ CHATML = (
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Converted models and the machine's probe go to a folder of the test session's own."""
+    """Converted models and the machine's probe go to a folder of the test session's own, which has what the processor
+    can't do before torch multiplies."""
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get("TUNESMITH_CACHE"):
             patch.setenv("TUNESMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("TUNESMITH_RUNS", raising=False)
+        machine()
         yield
 
 

@@ -18,6 +18,7 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text
 from tunesmith.conversation.render import Rendered, Renderer
 from tunesmith.errors import ModelError
+from tunesmith.models.machine import machine
 from tunesmith.models.packed import PackedForward
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.objectives.text import chunks
@@ -262,8 +263,11 @@ def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
+def test_distill(models: Any, tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from trl.experimental.gkd import GKDTrainer
+
+    exact = replace(machine(), precision="float32")
+    monkeypatch.setattr("tunesmith.train.teacher.machine", lambda: exact)
 
     teacher, student = models
     teacher.save_pretrained(tmp_path)

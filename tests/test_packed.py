@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu
+from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu, products
 from tunesmith.models.packed import PackedForward, best_fit, common_beginning
 
 
@@ -168,6 +168,31 @@ def test_fused_lora_equals_pefts(tmp_path: Path, architecture: str) -> None:
     torch.testing.assert_close(sides[0][0], sides[1][0], rtol=1e-5, atol=1e-4)
     for name, gradient in sides[1][1].items():
         torch.testing.assert_close(sides[0][1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_small_updates_do_not_vanish_in_bfloat16() -> None:
+    """An update below the last digit of what it is added to: ours arrives in the mean; added later it is lost."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    rounded = torch.nn.Sequential(torch.nn.Linear(64, 64, bias=False)).bfloat16()
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(rounded, config, autocast_adapter_dtype=False)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.base_layer.weight.normal_(0, 1.5)
+        for part in (layer.lora_A, layer.lora_B):
+            part["default"].weight.normal_(0, 0.009)
+        x = torch.randn(512, 64).bfloat16()
+        without = layer.base_layer(x).float()
+        down, up = (part["default"].weight.float() for part in (layer.lora_A, layer.lora_B))
+        update = x.float() @ down.T @ up.T * layer.scaling["default"]
+        shares = [
+            float(((y.float() - without) * update).sum() / update.square().sum())
+            for y in (products(x, [layer])[0], layer(x))
+        ]
+    assert shares[0] == pytest.approx(1, abs=0.2)
+    assert shares[1] < 0.5  # why PEFT's order of adding is not ours
 
 
 def test_rows_too_long_to_keep_their_probabilities_give_the_same(

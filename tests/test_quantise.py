@@ -18,14 +18,6 @@ from tunesmith.runs import read_jsonl
 LIBRARY = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "int4-torchao": "torchao", "int8-torchao": "torchao"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _safe_machine(_own_cache: None) -> None:
-    """What the processor can't do is known before torch multiplies."""
-    from tunesmith.models.machine import machine
-
-    machine()
-
-
 @pytest.fixture(params=LIBRARY)
 def quantise(request: pytest.FixtureRequest) -> str:
     pytest.importorskip(LIBRARY[request.param])

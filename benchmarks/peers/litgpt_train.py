@@ -12,6 +12,7 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
+import tiles  # noqa: F401
 import torch
 from lightning.fabric import Fabric
 from litgpt.args import EvalArgs, TrainArgs
@@ -51,7 +52,7 @@ settings: dict = {
         log_interval=1,
         global_batch_size=8,
         micro_batch_size=1,
-        lr_warmup_steps=0,
+        lr_warmup_steps=1,
         epochs=100,
         max_steps=steps,
         max_seq_length=1024,
@@ -65,6 +66,12 @@ if what == "lora":
     settings |= {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.0} | {f"lora_{layer}": True for layer in layers}
 else:
     from litgpt.finetune.full import setup
+sys.argv = sys.argv[:1]  # at its end it writes down the arguments of a command line of its own
+import litgpt.finetune.full  # noqa: E402
+import litgpt.finetune.lora  # noqa: E402
+
+litgpt.finetune.lora.save_hyperparameters = litgpt.finetune.full.save_hyperparameters = lambda *args: None
+litgpt.finetune.lora.merge_lora = lambda **kwargs: None
 setup(**settings)
 seconds, trained = ends[-1] - ends[1], tokens[-1] - tokens[1]
 found = {"tokens": trained, "seconds": seconds, "tokens_per_second": trained / seconds}

@@ -3,14 +3,21 @@
 python llamafactory_train.py MODEL ROWS.jsonl lora|full best STEPS PRECISION
 """
 
+import importlib.machinery
 import json
 import sys
 import tempfile
+import types
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from measured import Clock, count_tokens, tell
+
+# Text only: its audio package wants CUDA's libraries and is asked for at import (torchvision is not even there).
+sys.modules["torchaudio"] = types.ModuleType("torchaudio")
+sys.modules["torchaudio"].__spec__ = importlib.machinery.ModuleSpec("torchaudio", None)
+
+from measured import Clock, count_tokens, tell  # noqa: E402
 
 model_path, rows_path, what, _, steps, precision = *sys.argv[1:5], int(sys.argv[5]), sys.argv[6]
 folder = Path(tempfile.mkdtemp())

@@ -4,6 +4,7 @@ import json
 import resource
 import time
 
+import tiles  # noqa: F401
 from transformers import Trainer, TrainerCallback
 
 

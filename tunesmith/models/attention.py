@@ -39,7 +39,7 @@ class Group:
         rows: B.
         take: [B * L] where the tokens lie in the sequence; padding repeats the row's last one.
         real: which of those B * L are no padding.
-        mask_LK: 0 where a query sees a key, -inf elsewhere. Padding lies after all that a real token sees.
+        seen_LK: whether a query sees a key. Padding lies after all that a real token sees.
     """
 
     at: int
@@ -47,11 +47,18 @@ class Group:
     rows: int
     take: Tensor
     real: Tensor
-    mask_LK: Tensor
+    seen_LK: Tensor
+    _masks: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:
-        return len(self.mask_LK)
+        return len(self.seen_LK)
+
+    def mask(self, dtype: torch.dtype) -> Tensor:
+        """[L, K]: 0 where a query sees a key, -inf elsewhere (of the scores' own type: mixed ones add slowly)."""
+        if dtype not in self._masks:
+            self._masks[dtype] = torch.zeros_like(self.seen_LK, dtype=dtype).masked_fill_(~self.seen_LK, -torch.inf)
+        return self._masks[dtype]
 
     def fold(self, x_MHD: Tensor, groups: int) -> Tensor:
         """[B * L, H, D] -> [B * G, H / G * L, D]: the heads that share keys lie one after the other."""
@@ -156,9 +163,8 @@ class Layout:
         length_B1 = torch.tensor([[span.length] for span in spans], device=self.device)
         at_L = torch.arange(int(length_B1.max()), device=self.device)
         take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1)
-        mask_LK = _mask(len(at_L), before + len(at_L), window, self.device)
-        shown = torch.zeros_like(mask_LK, dtype=torch.float32).masked_fill_(~mask_LK, -torch.inf)
-        return Group(at, before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], shown)
+        seen_LK = _mask(len(at_L), before + len(at_L), window, self.device)
+        return Group(at, before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], seen_LK)
 
 
 _layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
@@ -238,8 +244,8 @@ class _Grouped(torch.autograd.Function):
             q_NRD = group.fold(q.index_select(0, group.take), k.shape[1]).mul_(scale)
             k_NKD, v_NKE = group.keys(k), group.keys(v)
             scores = torch.bmm(q_NRD, k_NKD.transpose(1, 2))
-            scores.unflatten(1, (-1, group.length)).add_(group.mask_LK)
-            p_NRK = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
+            scores.unflatten(1, (-1, group.length)).add_(group.mask(q.dtype))
+            p_NRK = torch.softmax(scores, -1)  # in float32 inside, whatever comes in and goes out
             outs.append(group.unfold(torch.bmm(p_NRK, v_NKE)))
             kept.append(p_NRK)
         ctx.save_for_backward(*kept)
@@ -257,7 +263,7 @@ class _Grouped(torch.autograd.Function):
             k_NKD, v_NKE = group.keys(k), group.keys(v)
             grad_NRE = group.fold(group.padded(grad), heads)
             dp = torch.bmm(grad_NRE, v_NKE.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(dp.float(), p_NRK.float(), -1, torch.float32).to(p_NRK.dtype)
+            ds = torch.ops.aten._softmax_backward_data(dp, p_NRK, -1, p_NRK.dtype)
             grads["q"].append(group.unfold(torch.bmm(ds, k_NKD)))
             for name, d in (("k", ds.transpose(1, 2) @ q_NRD), ("v", p_NRK.transpose(1, 2) @ grad_NRE)):
                 d_BKGD = d.unflatten(0, (group.rows, heads)).transpose(1, 2)

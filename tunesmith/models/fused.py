@@ -52,11 +52,15 @@ class Products(torch.autograd.Function):
         xa = x @ low_a.T if low_a is not None else None
         low_b, outs, at = [], [], 0
         for weight, whole, bias, up, scale in zip(weights, wholes, biases, b, scales, strict=True):
-            y = F.linear(x, weight if whole is None else whole(weight, x.dtype), bias)  # type: ignore[arg-type]
+            matrix: Any = weight if whole is None else whole(weight, x.dtype)  # type: ignore[arg-type]
             if up is not None and scale is not None and xa is not None:
                 low_b.append(up.to(x.dtype))
-                y.addmm_(xa[:, at : at + up.shape[1]], low_b[-1].T, alpha=scale)
+                # The small summand first: added to a result that is already rounded, it would vanish in bfloat16.
+                y = (xa[:, at : at + up.shape[1]] @ low_b[-1].T).mul_(scale).addmm_(x, matrix.T)
+                y = y if bias is None else y.add_(bias)
                 at += up.shape[1]
+            else:
+                y = F.linear(x, matrix, bias)
             outs.append(y)
         ctx.scales, ctx.wholes, ctx.count = scales, wholes, len(weights)
         ctx.master = next((m.dtype for m in a if m is not None), None)
@@ -85,11 +89,10 @@ class Products(torch.autograd.Function):
             for number, scale in enumerate(ctx.scales):
                 given[5 + 4 * number] = None if scale is None else next(grads_a)
         if ctx.needs_input_grad[0]:
+            given[0] = beside @ low_a if through else None
             for grad, weight, whole in zip(grads, weights, ctx.wholes, strict=True):
                 matrix = weight if whole is None else whole(weight, grad.dtype)
                 given[0] = grad @ matrix if given[0] is None else given[0].addmm_(grad, matrix)
-            if through:
-                given[0].addmm_(beside, low_a)
         return tuple(given)
 
 

@@ -2,7 +2,7 @@
 
 The last can't be read off a list: processors that name bfloat16 instructions run it from eight times as
 fast as float32 to half as fast, and virtual machines announce AMX tiles that then kill the process. So a
-child process tries, once a machine, and the answer is kept.
+child process tries, once a machine, and the answer is kept. `tiles.py` has what can be done about the tiles.
 """
 
 from __future__ import annotations
@@ -14,18 +14,23 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
 import psutil
 
 from tunesmith.models.resolve import cache_folder
+from tunesmith.models.tiles import tell
 from tunesmith.progress import clock
 from tunesmith.runs import hash_json, versions, write_json
 
 BFLOAT16_MUST_GAIN = 1.3
+HERE = Path(__file__).parents[2]
 ISA = "ONEDNN_MAX_CPU_ISA"
+OUR_ISA = "TUNESMITH_MAX_CPU_ISA"  # what this or a parent process set ISA to, for processes that it starts
+NO_TILES = "AVX512_CORE_BF16"
+TELL = "import sys; from tunesmith.models.tiles import tell; tell() or sys.exit(1)"
 PROBE = """
 import json, time, torch
 def rate(dtype):
@@ -50,6 +55,7 @@ class Machine:
         precision: "bfloat16" or "float32", the faster one for matrix products.
         gflops: measured GFLOP/s of a matrix product, by precision.
         isa: a limit on oneDNN's instructions that must be set before torch starts, or None.
+        tiles: whether oneDNN must be told AMX's tiles instead, once torch is there. Other programs then need `isa`.
     """
 
     cpu: str
@@ -58,6 +64,7 @@ class Machine:
     precision: str
     gflops: dict[str, float]
     isa: str | None
+    tiles: bool = False
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self) | {"memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
@@ -83,14 +90,16 @@ def _flags() -> str:
 def machine() -> Machine:
     """This machine, probed at first use (about five seconds) and read from the cache after that.
 
-    Sets the limit on oneDNN's instructions for this process where one is needed, and how long OpenMP's
-    threads spin, so it must be called before torch is imported.
+    Sets the limit on oneDNN's instructions for this process where one is needed (or tells it AMX's tiles, which loads
+    torch), and how long OpenMP's threads spin, so it must be called before torch is imported.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    if os.environ.get(ISA) == os.environ.get(OUR_ISA):  # a parent's, for programs that don't look
+        os.environ.pop(ISA, None)
     seen = [os.environ.get(name) for name in (ISA, "CUDA_VISIBLE_DEVICES")]
-    mark = hash_json([cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
+    mark = hash_json(["tiles", cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
     file = cache_folder() / f"machine-{mark}.json"
     try:
         found = Machine(**json.loads(file.read_text()))
@@ -98,8 +107,10 @@ def machine() -> Machine:
         found = _probe(cores)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(found))
-    if found.isa and ISA not in os.environ:
-        os.environ[ISA] = found.isa
+    if found.tiles and not tell():  # the compiler's work is gone, say
+        found = replace(found, tiles=False, precision="float32")
+    if found.isa and ISA not in os.environ:  # with tiles: for the processes to come, this one's oneDNN has read it
+        os.environ[ISA] = os.environ[OUR_ISA] = found.isa
     if found.device == "cpu":  # DeepSpeed, where it is installed, else looks for a device and says so
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return found
@@ -107,12 +118,12 @@ def machine() -> Machine:
 
 def _probe(cores: int) -> Machine:
     found: dict[str, float] | None = None
-    isa = None
+    isa, tiles = None, False
     with clock("Measuring this machine", 10):
-        for limit in (None, "AVX512_CORE_BF16", "AVX512_CORE", "AVX2"):
-            found = _try(limit)
+        for limit, told in ((None, False), (None, True), (NO_TILES, False), ("AVX512_CORE", False), ("AVX2", False)):
+            found = _try(limit, told)
             if found:
-                isa = limit
+                isa, tiles = (NO_TILES, True) if told else (limit, False)
                 break
     found = found or {"float32": 0.0, "bfloat16": 0.0}
     cuda = bool(found.pop("cuda", False))
@@ -120,13 +131,17 @@ def _probe(cores: int) -> Machine:
     cuda_is_fast = bool(found.pop("cuda_bfloat16", False))
     fast = cuda_is_fast if cuda else gains
     rates = {name: round(rate, 1) for name, rate in found.items()}
-    return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rates, isa)
+    return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rates, isa, tiles)
 
 
-def _try(limit: str | None) -> dict[str, float] | None:
+def _try(limit: str | None, tiles: bool) -> dict[str, float] | None:
     """What a child process measured, or None where it died (of an instruction that this machine does not have)."""
+    if tiles and "amx_tile" not in _flags():
+        return None
     environment = dict(os.environ) | ({ISA: limit} if limit else {})
-    done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, text=True, check=False)
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command = [sys.executable, "-c", (TELL if tiles else "") + PROBE]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     try:
         rates: dict[str, float] = json.loads(done.stdout)
     except ValueError:

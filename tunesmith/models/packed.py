@@ -183,17 +183,22 @@ class _FrozenHeadLoss(torch.autograd.Function):
         want = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for h, target in zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True):
-            logits = F.linear(h, weight_VD, bias_V).float()
-            total = logits.logsumexp(-1, keepdim=True)
-            picked = logits.gather(1, target[:, None])
-            loss = (total - picked)[:, 0]
+            logits = F.linear(h, weight_VD, bias_V)
+            # Softmax computes in float32 inside; only where nothing is trained is its result worth twice the memory.
+            log_p = torch.log_softmax(logits if want else logits.float(), -1)
+            picked = log_p.gather(1, target[:, None]).float()
+            loss = -picked[:, 0]
             if smoothing:
-                loss = (1 - smoothing) * loss + smoothing * (total[:, 0] - logits.mean(-1))
+                loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1, dtype=torch.float32)
             losses.append(loss)
+            del log_p
             if want:
-                probability = logits.sub_(total).exp_().sub_(smoothing / logits.shape[1])
-                probability.scatter_add_(1, target[:, None], torch.full_like(picked, smoothing - 1.0))
-                gradients.append(probability.to(weight_VD.dtype) @ weight_VD)
+                p = torch.softmax(logits, -1)
+                at_target = torch.expm1(picked)  # p - 1, exact where p is close to 1
+                if smoothing:
+                    p.sub_(smoothing / p.shape[1])
+                    at_target += smoothing * (1 - 1 / p.shape[1])
+                gradients.append(p.scatter_(1, target[:, None], at_target.to(p.dtype)) @ weight_VD)
         if want:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
