@@ -20,7 +20,7 @@ import torch
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, tags
 from tunesmith.conversation.render import Renderer
-from tunesmith.errors import DataError, Interrupted, TrainingError
+from tunesmith.errors import DataError, Interrupted, ModelError, TrainingError
 from tunesmith.models.load import CLASSES, load_model, mark_base, refuse_anothers, whole_model
 from tunesmith.models.machine import Machine, peak_memory, reuse_buffers
 from tunesmith.models.packed import PackedForward
@@ -105,6 +105,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     section.method.suits(inputs.renderer)
     own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
     base, classes = _load(section, inputs, "float32" if own else state.precision, examples)
+    _know_tokens([*examples, *held_out], base, inputs)
     if own and ranks.world > 1:
         state.precision = "float32"  # masters beside rounded weights are one process's
     if own:
@@ -299,6 +300,20 @@ def _load(
     how = f" ({section.quantise})" if section.quantise else ""
     say(f"{parameter_count(base):,} weights in {weight_bytes(base) / 2**20:,.0f} MiB{how}")
     return base, classes
+
+
+def _know_tokens(examples: Sequence[Example], base: Any, inputs: TrainInputs) -> None:
+    """Raise where the tokenizer writes a token that the model has no embedding of."""
+    size = base.get_input_embeddings().weight.shape[0]
+    for example in examples:
+        highest = max(max(sequence.ids) for sequence in example.sequences + example.beside)
+        if highest >= size:
+            token = inputs.renderer.tokenizer.convert_ids_to_tokens(highest)
+            raise ModelError(
+                f"row {example.row} has '{token}', the tokenizer's number {highest}, and the model knows {size} tokens",
+                where=str(inputs.model.path),
+                fix="Put the tokenizer that belongs to the model there; it is another's, or tokens were added to it.",
+            )
 
 
 def _padding(renderer: Renderer, examples: Sequence[Example]) -> int | None:
