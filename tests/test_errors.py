@@ -307,6 +307,23 @@ def test_models(refuse: Any, tmp_path: Path) -> None:
     assert refuse("x.gguf", "can't be read as a model", change=model(str(tmp_path / "x.gguf")))
 
 
+def test_a_tokenizer_with_tokens_that_the_model_does_not_know(refuse: Any, tmp_path: Path) -> None:
+    from tests.conftest import make_tokenizer
+
+    folder, tokenizer = make_model(tmp_path / "other"), make_tokenizer()
+    size = len(tokenizer)
+    tokenizer.add_tokens(["colour"])
+    tokenizer.save_pretrained(folder)
+    parts = (
+        str(folder),
+        f"'colour', the tokenizer's number {size}",
+        "rows.jsonl:",
+        f"knows {size} tokens",
+        "belongs to the model",
+    )
+    assert refuse(*parts, change=lambda recipe: recipe.__setitem__("model", str(folder)))
+
+
 def test_no_room_on_disk(refuse: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 10, 0))

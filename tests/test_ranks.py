@@ -74,7 +74,7 @@ def uneven_rows(n: int = 45) -> list[dict[str, Any]]:
 def keys(folder: Path, model: Path) -> dict[str, Any]:
     """Steps of five rows and a last one of a single row, in packs of about two rows."""
     rows = uneven_rows()
-    write_jsonl(folder / "rows.jsonl", rows)
+    sources = [{"path": str(write_jsonl(folder / f"{i}.jsonl", rows[i::2])), "tag": str(i)} for i in range(2)]
     others = [row["completion"] for row in rows[1:] + rows[:1]]
     pairs = [
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": o} for r, o in zip(rows, others, strict=True)
@@ -84,7 +84,7 @@ def keys(folder: Path, model: Path) -> dict[str, Any]:
     return {
         "name": "tiny",
         "model": str(model),
-        "data": {"sources": [{"path": str(folder / "rows.jsonl")}], "split": {"validation": 3, "test": 6}},
+        "data": {"sources": sources, "split": {"validation": 4, "test": 5, "stratify": "tag"}},
         "train": {
             "epochs": 1,
             "batch_size": 5,

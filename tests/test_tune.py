@@ -99,3 +99,9 @@ def test_ray_tune_searches_too(tunesmith: Any, searched: Path, tmp_path: Path) -
     assert best["value"] == min(trial["value"] for trial in trials) and len(trials) == 2
     told = read_json(tmp_path / "runs/tiny-tune/trials" / best["trial"] / "train/manifest.json")["summary"]
     assert told["best_validation_loss"] == best["value"]
+    folder = tmp_path / "runs/tiny-tune"
+    assert tunesmith("train", folder / "best.yaml", "--json").code == 0
+    again = read_json(tmp_path / "runs/tiny-best/train/manifest.json")["summary"]
+    assert again["best_validation_loss"] == pytest.approx(best["value"], rel=1e-3)  # by another number of threads
+    said = tunesmith("tune", searched, "--set", "tune.engine=ray", "--set", "tune.trials=2", "--json")
+    assert said.code == 0 and said.json["best"] == best  # what was searched is not searched again

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -87,10 +88,13 @@ def scores(card: dict[str, Any], title: str, report: Path) -> None:
     table.add_column("metric")
     for column in ("baseline", "tuned", "difference", "95% interval"):
         table.add_column(column, justify="right")
-    for name, score in card["metrics"].items():
+    goal = card["goal_metric"]
+    rows = [(f"[bold]{name}[/bold] (goal)" if name == goal else name, score) for name, score in card["metrics"].items()]
+    rows += [(f"{goal}, {escape(tag)} ({own[goal]['n']})", own[goal]) for tag, own in card.get("tasks", {}).items()]
+    for name, score in rows:
         gap = score["difference"]
         table.add_row(
-            f"[bold]{name}[/bold] (goal)" if name == card["goal_metric"] else name,
+            name,
             number(score["baseline"]["value"]),
             number(score["tuned"]["value"]),
             f"{'+' if gap['value'] >= 0 else ''}{number(gap['value'])}",

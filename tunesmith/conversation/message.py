@@ -7,7 +7,7 @@ verdict, so whatever works on conversations works on them; a plain text has no m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -191,6 +191,15 @@ def row_from_dict(row: dict[str, Any]) -> Conversation:
     if "good" in row:
         return Rated(**common, good=row["good"])
     return Text(**common, text=row["text"]) if "text" in row else Conversation(**common)
+
+
+def tags(rows: Sequence[Conversation]) -> dict[str, list[int]]:
+    """The places of the rows of each tag, by tag: the tasks of a run. None where there are fewer than two tags."""
+    found: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        if row.metadata.get("tag") is not None:
+            found.setdefault(row.metadata["tag"], []).append(place)
+    return found if len(found) > 1 else {}
 
 
 def _changed(messages: tuple[Message, ...], change: Callable[[Message], str]) -> tuple[Message, ...]:

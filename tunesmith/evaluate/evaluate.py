@@ -19,7 +19,7 @@ from tunesmith.evaluate.junit import junit
 from tunesmith.evaluate.metrics import FITTING, Answers, Metric
 from tunesmith.evaluate.metrics.custom import custom
 from tunesmith.evaluate.section import EvaluateSection, GateSection
-from tunesmith.evaluate.slices import slices
+from tunesmith.evaluate.slices import by_task, slices
 from tunesmith.evaluate.statistics import compared, holm, verdict
 from tunesmith.inference.engine import Sampling
 from tunesmith.inference.subject import Ask, Kept, Reply
@@ -109,6 +109,7 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "rounds": {"seeds": section.seeds, "temperature": section.heat},
         "metrics": scores,
         "failures": {side: dict(sides[side].failures) for side in SIDES},
+        "tasks": by_task(rows, metrics, stats, inputs.seed),
         "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
     for probe in asked:

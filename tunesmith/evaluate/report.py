@@ -35,6 +35,7 @@ MEANS = {
     "perplexity": "e to the loss",
 }
 ANSWERS = {"json": "JSON objects", "label": "labels from a small set", "text": "free text"}
+OF_TASK = "validation_loss_"
 KEPT = {
     "keep_l2": "From the start: half the squared distance",
     "keep_ewc": "From the start, by Fisher information",
@@ -57,6 +58,7 @@ def write_report(run: Run) -> None:
             metrics=[_metric(name, score) for name, score in card["metrics"].items()],
             sections=sections(card),
             slices=card.get("slices", [])[:SLICES],
+            tasks=card.get("tasks"),
             classes=_classes(card),
             gate=card.get("gate"),
             rounds=card.get("rounds"),
@@ -265,6 +267,8 @@ def loss_curves(steps: Sequence[dict[str, Any]]) -> list[Markup]:
     ]
     small = [("Learning rate", "learning_rate"), ("Gradient norm, before clipping", "grad_norm")]
     small += [(title, key) for key, title in KEPT.items()]
+    tags = dict.fromkeys(key[len(OF_TASK) :] for row in steps for key in row if key.startswith(OF_TASK))
+    small += [(f"Validation loss, {tag}", OF_TASK + tag) for tag in tags]
     drawn = [charts.curves("Loss, nats per token", loss)]
     drawn += [
         charts.curves(title, [Series(title, "tuned", points(key))], (320, 148), "small", 4) for title, key in small

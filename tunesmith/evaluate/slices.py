@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.conversation.message import Conversation
+from tunesmith.conversation.message import Conversation, tags
 from tunesmith.evaluate.metrics.base import Floats, Metric
 from tunesmith.evaluate.statistics import compared
 
@@ -40,6 +40,19 @@ def slices(
         return sign * part["difference"]["value"], sign * part["tuned"]["value"]
 
     return sorted((p for p in found if np.isfinite(merit(p)).all()), key=merit)
+
+
+def by_task(
+    rows: Sequence[Conversation], metrics: Sequence[Metric], stats: dict[str, dict[str, Floats]], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Every metric on the rows of each tag alone, where there are two tags or more."""
+    return {
+        tag: {
+            metric.name: compared(metric, {side: x[places] for side, x in stats[metric.name].items()}, RESAMPLES, seed)
+            for metric in metrics
+        }
+        for tag, places in tags(rows).items()
+    }
 
 
 def columns(rows: Sequence[Conversation], kind: str) -> dict[str, list[str | None]]:

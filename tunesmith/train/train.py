@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation
+from tunesmith.conversation.message import Conversation, tags
 from tunesmith.conversation.render import Renderer
-from tunesmith.errors import DataError, Interrupted, TrainingError
+from tunesmith.errors import DataError, Interrupted, ModelError, TrainingError
 from tunesmith.models.load import CLASSES, load_model, mark_base, refuse_anothers, whole_model
 from tunesmith.models.machine import Machine, peak_memory, reuse_buffers
 from tunesmith.models.packed import PackedForward
@@ -105,6 +105,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     section.method.suits(inputs.renderer)
     own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
     base, classes = _load(section, inputs, "float32" if own else state.precision, examples)
+    _know_tokens([*examples, *held_out], base, inputs)
     if own and ranks.world > 1:
         state.precision = "float32"  # masters beside rounded weights are one process's
     if own:
@@ -147,6 +148,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         keep.at(step)()
         section.adapter.regularise(model)
 
+    tasks = {inputs.validation[i].id: tag for tag, places in tags(inputs.validation).items() for i in places}
     in_turns = hasattr(section.adapter, "trained_at")
     model.train()
     measured = None
@@ -227,7 +229,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             if held_out and (state.step % validate_every == 0 or last):
                 with learned.as_used(split.optimizer):
                     with follow.clock("validation"):
-                        found, told = _validate(section, split, held_out, known)
+                        found, told = _validate(section, split, held_out, known, tasks)
                     line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
                     if not math.isfinite(found):
                         raise _not_finite({"validation loss": found}, state, held_out[:5], run, ranks)
@@ -253,6 +255,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
 
     with learned.as_used(split.optimizer), learned.unrounded():
         _keep(section, state, split, inputs.model, classes, run)
+    last = (read_jsonl(run.metrics) or [{}])[-1]
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -272,7 +275,10 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "measured": measured.as_dict() if measured else None,
         "findings": read_jsonl(run.findings),
         "speed": used,
-        "keep": {k: v for k, v in (read_jsonl(run.metrics) or [{}])[-1].items() if k.startswith("keep_")},
+        "tasks": {
+            tag: last[name] for tag in dict.fromkeys(tasks.values()) if (name := f"validation_loss_{tag}") in last
+        },
+        "keep": {k: v for k, v in last.items() if k.startswith("keep_")},
     }
 
 
@@ -294,6 +300,20 @@ def _load(
     how = f" ({section.quantise})" if section.quantise else ""
     say(f"{parameter_count(base):,} weights in {weight_bytes(base) / 2**20:,.0f} MiB{how}")
     return base, classes
+
+
+def _know_tokens(examples: Sequence[Example], base: Any, inputs: TrainInputs) -> None:
+    """Raise where the tokenizer writes a token that the model has no embedding of."""
+    size = base.get_input_embeddings().weight.shape[0]
+    for example in examples:
+        highest = max(max(sequence.ids) for sequence in example.sequences + example.beside)
+        if highest >= size:
+            token = inputs.renderer.tokenizer.convert_ids_to_tokens(highest)
+            raise ModelError(
+                f"row {example.row} has '{token}', the tokenizer's number {highest}, and the model knows {size} tokens",
+                where=str(inputs.model.path),
+                fix="Put the tokenizer that belongs to the model there; it is another's, or tokens were added to it.",
+            )
 
 
 def _padding(renderer: Renderer, examples: Sequence[Example]) -> int | None:
@@ -429,26 +449,38 @@ def _takes(method: str) -> str:
 
 
 def _batches(
-    section: TrainSection, split: Alone, examples: Sequence[Example], known: Any
+    section: TrainSection,
+    split: Alone,
+    examples: Sequence[Example],
+    known: Any,
+    parts: Sequence[Sequence[Example]] = (),
 ) -> tuple[Counter[str], Iterator[tuple[Batch, Turn]]]:
-    """The sizes that the terms of these examples' loss are divided by, and this rank's examples in packs."""
+    """The sizes that the terms of these examples' loss are divided by, and this rank's examples in packs. `parts`: the
+    same examples in parts of which no pack holds two."""
     method: Method = section.method
-    sizes: Counter[str] = Counter()
-    for example in examples:
-        sizes.update(method.sizes(example))
 
-    def packed(sequences: list[tuple[Any, ...]], shared: bool) -> Iterator[tuple[list[Example], Any, Turn]]:
+    def packed(
+        chosen: Sequence[Example], sequences: list[tuple[Any, ...]], shared: bool
+    ) -> Iterator[tuple[list[Example], Any, Turn]]:
         for turn in split.turns(sequences, section.pack_tokens, shared):
             rows, counts = [s for i in turn.group for s in sequences[i]], [len(sequences[i]) for i in turn.group]
-            yield [examples[i] for i in turn.group], split.step.packed.pack(rows, counts), turn
+            yield [chosen[i] for i in turn.group], split.step.packed.pack(rows, counts), turn
 
     context = None
     if any(example.beside for example in examples):  # the whole step's, so every rank looks at all of them
         with torch.no_grad():
-            looked = packed([example.beside for example in examples], shared=False)
+            looked = packed(examples, [example.beside for example in examples], shared=False)
             context = method.look(split, ((group, pack) for group, pack, _ in looked))  # type: ignore[arg-type]
-    batches = packed([example.sequences for example in examples], shared=True)
-    return sizes, ((Batch(group, pack, known, context), turn) for group, pack, turn in batches)
+    batches = (made for part in parts or [examples] for made in packed(part, [e.sequences for e in part], shared=True))
+    return _sizes(method, examples), ((Batch(group, pack, known, context), turn) for group, pack, turn in batches)
+
+
+def _sizes(method: Method, examples: Sequence[Example]) -> Counter[str]:
+    """What each term of these examples' loss is divided by."""
+    sizes: Counter[str] = Counter()
+    for example in examples:
+        sizes.update(method.sizes(example))
+    return sizes
 
 
 def _gradients(
@@ -473,17 +505,19 @@ def _gradients(
             total += loss.item()
             told.add(found.told)
     also()
-    return *_added(split.ranks, total, told), split.clip(section.clip)
+    losses, figures = _added(split.ranks, {"loss": total}, told)
+    return losses["loss"], figures, split.clip(section.clip)
 
 
-def _added(ranks: Ranks, total: float, told: _Means) -> tuple[float, dict[str, float]]:
-    """The ranks' losses added up, and the means of their figures."""
+def _added(ranks: Ranks, losses: dict[str, float], told: _Means) -> tuple[dict[str, float], dict[str, float]]:
+    """The ranks' losses added up, by name, and the means of their figures."""
     if ranks.world == 1:
-        return total, told.values
-    found, means = ranks.all((total, told.sums)), _Means()
+        return losses, told.values
+    found, means = ranks.all((losses, told.sums)), _Means()
     for _, sums in found:
         means.add(sums)
-    return math.fsum(part for part, _ in found), means.values
+    names = sorted({name for mine, _ in found for name in mine})
+    return {name: math.fsum(mine.get(name, 0.0) for mine, _ in found) for name in names}, means.values
 
 
 class _Means:
@@ -510,21 +544,36 @@ def _update(split: Alone, rate: float) -> None:
 
 @torch.no_grad()
 def _validate(
-    section: TrainSection, split: Alone, examples: Sequence[Example], known: Any
+    section: TrainSection, split: Alone, examples: Sequence[Example], known: Any, tasks: Mapping[str, str] | None = None
 ) -> tuple[float, dict[str, float]]:
-    """The loss of the held-out rows as if they were one step, and the figures beside it."""
+    """The loss of the held-out rows as if they were one step, and the figures beside it.
+
+    Args:
+        tasks: the tags of rows, by their ids; then the loss of each tag's rows alone is among the figures (`loss_TAG`).
+    """
     split.run.eval()
-    total, told = 0.0, _Means()
-    sizes, batches = _batches(section, split, examples, known)
+    losses, told = {"loss": 0.0}, _Means()
+    parts: dict[str, list[Example]] = {}
+    for example in examples:
+        parts.setdefault(f"loss_{tasks[example.row]}" if tasks and example.row in tasks else "", []).append(example)
+    sizes = {name: _sizes(section.method, part) for name, part in parts.items()}
+    whole, batches = _batches(section, split, examples, known, list(parts.values()))
+    names = {id(example): name for name, part in parts.items() for example in part}
     with bar("Validating", len(examples) / split.ranks.world) as progress:
         for batch, turn in batches:
             found = split(batch)
             if turn.counts:
-                total += sum(term.item() / sizes[name] for name, term in found.terms.items())
+                name = names[id(batch.examples[0])]
+                terms = {term: value.item() for term, value in found.terms.items()}
+                losses["loss"] += sum(value / whole[term] for term, value in terms.items())
+                if name:
+                    mine = sum(value / sizes[name][term] for term, value in terms.items())
+                    losses[name] = losses.get(name, 0.0) + mine
                 told.add(found.told)
             progress.advance(len(batch.examples))
     split.run.train()
-    return _added(split.ranks, total, told)
+    losses, figures = _added(split.ranks, losses, told)
+    return losses.pop("loss"), figures | losses
 
 
 def _by_loss(section: TrainSection, split: Alone, examples: Sequence[Example], known: Any) -> list[str]:
