@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kto-lora": {"method": "kto"},
     "reward-lora": {"method": "reward"},
     "classify-lora": {"method": {"kind": "classify", "weights": "balanced"}},
-    "distill-lora": {"method": {"kind": "distill", "beta": 0.5, "teacher": "gpt2"}},
+    "distill-lora": {"method": {"kind": "distill", "beta": 0.5, "teacher": "gpt2", "precision": "float32"}},
 }
 FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {"head_dim": 8}, "gpt2": {}}
 

@@ -18,7 +18,6 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text
 from tunesmith.conversation.render import Rendered, Renderer
 from tunesmith.errors import ModelError
-from tunesmith.models.machine import machine
 from tunesmith.models.packed import PackedForward
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.objectives.text import chunks
@@ -263,11 +262,8 @@ def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_distill(models: Any, tmp_path: Path, beta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
     from trl.experimental.gkd import GKDTrainer
-
-    exact = replace(machine(), precision="float32")
-    monkeypatch.setattr("tunesmith.train.teacher.machine", lambda: exact)
 
     teacher, student = models
     teacher.save_pretrained(tmp_path)
@@ -288,7 +284,7 @@ def test_distill(models: Any, tmp_path: Path, beta: float, monkeypatch: pytest.M
         count += rendered.trained
     (total / count).backward()
     expected = ((total / count).item(), {name: p.grad for name, p in student.named_parameters()})
-    method = {"kind": "distill", "teacher": str(tmp_path), "beta": beta, "temperature": 2.0}
+    method = {"kind": "distill", "teacher": str(tmp_path), "beta": beta, "temperature": 2.0, "precision": "float32"}
     same(ours(method, rows, models), expected)
     student.zero_grad()
 

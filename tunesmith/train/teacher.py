@@ -18,26 +18,31 @@ from tunesmith.progress import bar
 from tunesmith.runs import hash_json, write_text
 
 
-def forward_of(teacher: ResolvedModel, rows: Sequence[Rendered]) -> PackedForward:
+def forward_of(teacher: ResolvedModel, rows: Sequence[Rendered], precision: str = "auto") -> PackedForward:
     """The teacher's packed forward, in evaluation mode and without gradients."""
-    here = machine()
-    model = load_model(teacher, getattr(torch, here.precision), here.device)
+    model = load_model(teacher, getattr(torch, _chosen(precision)), machine().device)
     return PackedForward(model.requires_grad_(False), rows)
 
 
-def answers(teacher: ResolvedModel, rows: Sequence[Conversation], max_new_tokens: int) -> list[str]:
+def _chosen(precision: str) -> str:
+    return machine().precision if precision == "auto" else precision
+
+
+def answers(
+    teacher: ResolvedModel, rows: Sequence[Conversation], max_new_tokens: int, precision: str = "auto"
+) -> list[str]:
     """The teacher's greedy answers to the rows' prompts, kept on disk for the next time."""
     renderer = load_renderer(teacher)
     prompts = [renderer.prompt(row.prompt, row.tools) for row in rows]
-    here = machine()
-    key = hash_json({"model": teacher.identity, "precision": here.precision, "limit": max_new_tokens, "rows": prompts})
+    chosen = _chosen(precision)
+    key = hash_json({"model": teacher.identity, "precision": chosen, "limit": max_new_tokens, "rows": prompts})
     kept = cache_folder() / "distilled" / f"{key[:32]}.json"
     try:
         found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):
         pass
-    engine = TransformersEngine(teacher, here)
+    engine = TransformersEngine(teacher, machine(), precision=chosen)
     with bar("Teacher's answers", len(rows)) as progress:
         ids = engine.generate(prompts, max_new_tokens, renderer.stop_ids, progress.advance)
     found = [renderer.decode(answer) for answer in ids]

@@ -39,12 +39,14 @@ class Distill(Sft):
     """Weight of the rows' own cross-entropy beside the divergence."""
     max_new_tokens: int = Field(512, ge=1)
     """Longest answer of the teacher, where its text is learnt."""
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the teacher's weights; auto: what this machine is faster at."""
 
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         if self.source == "text":
             from tunesmith.train.teacher import answers
 
-            found = answers(self._teacher(), rows, min(self.max_new_tokens, max_length))
+            found = answers(self._teacher(), rows, min(self.max_new_tokens, max_length), self.precision)
             rows = [
                 replace(row, messages=(*row.prompt, replace(row.messages[-1], content=answer)))
                 for row, answer in zip(rows, found, strict=True)
@@ -57,7 +59,7 @@ class Distill(Sft):
             return None
         from tunesmith.train.teacher import forward_of
 
-        return forward_of(self._teacher(), [example.sequences[0] for example in examples])
+        return forward_of(self._teacher(), [example.sequences[0] for example in examples], self.precision)
 
     def suits(self, renderer: Renderer) -> None:
         if self.source == "text":
