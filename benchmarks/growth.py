@@ -29,9 +29,11 @@ here = machine()
 import torch
 from tunesmith.models.packed import PackedForward
 from tunesmith.conversation.render import Rendered
-from tunesmith.train import train as loop
 from tunesmith.train.objectives.method import Example
+from tunesmith.train.parallel.alone import Alone, Step
+from tunesmith.train.ranks import Ranks
 from tunesmith.train.section import TrainSection
+from tunesmith.train.step import gradients
 from transformers import AutoConfig, AutoModelForCausalLM
 
 given = json.loads(sys.argv[1])
@@ -52,7 +54,9 @@ for i in range(count):
     half = len(ids) // 2
     rows.append(Example(str(i), (Rendered(ids, [0.0] * half + [1.0] * (len(ids) - half)),)))
 forward = PackedForward(adapted, [row.sequences[0] for row in rows])
-trained = [p for p in adapted.parameters() if p.requires_grad]
+weights = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+trained = list(weights.values())
+split = Alone(Ranks(), Step(adapted, forward, section.method), weights)
 optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 adapted.train()
 
@@ -75,7 +79,7 @@ times, rates = [], []
 for step in range(given["steps"] + 1):
     rates.append(rate())
     start = time.perf_counter()
-    loop._gradients(section, forward, rows, None)
+    gradients(section, split, rows, None, lambda: None)
     optimizer.step()
     optimizer.zero_grad()
     times.append(time.perf_counter() - start)

@@ -92,8 +92,9 @@ def tried(method: str, adapter: str, precision: str, model: Path, work: Path) ->
     from tunesmith.models.machine import machine
     from tunesmith.models.resolve import ResolvedModel
     from tunesmith.runs import Run
+    from tunesmith.train.inputs import TrainInputs
     from tunesmith.train.section import TrainSection
-    from tunesmith.train.train import TrainInputs, train
+    from tunesmith.train.train import train
 
     words = ("Zyxelith",) if adapter == "tokens" else ()
     base = ResolvedModel("tiny", model, "folder", "0" * 64, None, None, False, None, None, new_words=words)

@@ -19,13 +19,14 @@ from tunesmith.conversation.message import Conversation, Message, Preference, Ra
 from tunesmith.conversation.render import Rendered, Renderer
 from tunesmith.errors import ModelError
 from tunesmith.models.packed import PackedForward
+from tunesmith.train.encode import encode
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.objectives.text import chunks
 from tunesmith.train.parallel.alone import Alone, Step
 from tunesmith.train.ranks import Ranks
 from tunesmith.train.reference import with_reference
 from tunesmith.train.section import TrainSection
-from tunesmith.train.train import _batches, _Means, encode
+from tunesmith.train.step import Means, in_packs
 
 # Without the line break that ChatML has after a turn: TRL trains it, Tunesmith does not.
 TEMPLATE = (
@@ -72,8 +73,8 @@ def ours(method: dict[str, Any] | str, rows: list[Any], models: tuple[Any, Any],
     section.method.suits(renderer)
     known = section.method.start(examples)
     split = Alone(Ranks(), Step(now, forward, section.method), {})
-    sizes, batches = _batches(section, split, examples, known)
-    total, told = 0.0, _Means()
+    sizes, batches = in_packs(section, split, examples, known)
+    total, told = 0.0, Means()
     for batch, _ in batches:
         found = split(batch)
         loss = sum(term / sizes[name] for name, term in found.terms.items())
@@ -297,7 +298,15 @@ def test_a_teacher_of_another_vocabulary_is_refused_and_its_text_is_not(models: 
     rows = [Conversation((asked(i), answer(i)), f"r:{i}") for i in range(2)]
     with pytest.raises(ModelError, match="another vocabulary"):
         ours({"kind": "distill", "teacher": str(teacher)}, rows, models)
-    section = TrainSection(method={"kind": "distill", "teacher": str(teacher), "source": "text", "max_new_tokens": 4})
+    section = TrainSection(
+        method={
+            "kind": "distill",
+            "teacher": str(teacher),
+            "source": "text",
+            "max_new_tokens": 4,
+            "precision": "float32",
+        }
+    )
     renderer = Renderer(make_tokenizer(TEMPLATE))
     for example, row in zip(encode(section, rows, renderer), rows, strict=True):
         prompt = renderer.prompt(row.prompt)

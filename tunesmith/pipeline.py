@@ -406,7 +406,8 @@ class Journey:
 
     def _train(self, target: Path) -> dict[str, Any]:
         from tunesmith import plugins
-        from tunesmith.train.train import TrainInputs, train
+        from tunesmith.train.inputs import TrainInputs
+        from tunesmith.train.train import train
 
         by = self.recipe.train.best_by
         metric = plugins.load("metric", by)

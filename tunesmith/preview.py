@@ -64,7 +64,7 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
         ]
         cut = read_jsonl(Path(folder) / "cut.jsonl")
     error = too_many_rejected(journey.recipe.data.max_rejected, told["counts"]["read"], rejected)
-    from tunesmith.train.train import encode
+    from tunesmith.train.encode import encode
 
     renderer, shown = journey.renderer, []
     from tunesmith.train import auto
@@ -94,7 +94,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     with tempfile.TemporaryDirectory() as folder:
         prepare(journey.recipe.data, journey.data_inputs(), Path(folder))
         rows = load_rows(Path(folder) / "train.jsonl")
-    from tunesmith.train.train import encode
+    from tunesmith.train.encode import encode
 
     train, choices = auto.with_length(train, journey.model)
     examples = encode(train, rows, journey.renderer)

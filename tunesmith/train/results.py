@@ -1,0 +1,43 @@
+"""Where tuned weights go."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from pathlib import Path
+
+from tunesmith.models.load import CLASSES, mark_base
+from tunesmith.models.resolve import ResolvedModel
+from tunesmith.runs import Run, whole_folder, write_json
+from tunesmith.train.checkpoints import State
+from tunesmith.train.parallel.alone import Alone
+from tunesmith.train.section import TrainSection
+
+
+def save(section: TrainSection, split: Alone, target: Path) -> None:
+    """Write the tuned weights; every rank gives its part, the first one writes."""
+    with split.whole() as model:
+        if split.ranks.main:
+            with whole_folder(target) as folder:
+                section.adapter.save(model, folder)
+
+
+def keep_weights(
+    section: TrainSection, state: State, split: Alone, base: ResolvedModel, classes: list[str], run: Run
+) -> None:
+    """Write the best weights, or the last, to where the next stages look for them."""
+    target = run.stage("train") / ("model" if section.adapter.whole_model else "adapter")
+    best = run.stage("train") / "best" if section.keep_best and state.best_step is not None else None
+    with split.whole() if best is None else contextlib.nullcontext(split.model) as model:
+        if not split.ranks.main:
+            return
+        with whole_folder(target) as folder:
+            if best is None:
+                section.adapter.save(model, folder)
+            else:
+                shutil.copytree(best, folder, dirs_exist_ok=True)
+            if classes:
+                padding = split.model.config.pad_token_id
+                write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
+            if not section.adapter.whole_model:
+                mark_base(folder, base)
