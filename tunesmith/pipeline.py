@@ -278,6 +278,7 @@ class Journey:
         named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
         named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
         named += [suite.file for suite in evaluated.suites if suite.file]
+        named += [evaluated.judge.human] if evaluated.judge and evaluated.judge.human else []
         paths = [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
         return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
 
@@ -477,9 +478,37 @@ class Journey:
             self.recipe.gate,
             self.rows("train"),
             self.rows("validation"),
+            self.judge(),
         )
         card = evaluate(self.recipe.evaluate, inputs, target)
         return {"verdict": card["verdict"], "gate": card["gate"]["decision"]}
+
+    def judge(self) -> Kept | None:
+        """The model that `evaluate.judge` names, if it names one."""
+        from tunesmith.models.section import ModelSection
+
+        section = self.recipe.evaluate.judge
+        if section is None:
+            return None
+        asked = endpoint(section.model, self.run)
+        if asked is not None:
+            return asked
+        recipe = self.recipe.model_copy(update={"model": ModelSection(name=os.path.expandvars(section.model))})
+        return Journey(recipe, self.folder, self.run).kept(self.run, None, section.model)
+
+    def kept(self, there: Run, adapter: Path | None, name: str) -> Kept:
+        """The journey's model with an adapter, its answers kept in a run's folder."""
+        from tunesmith.inference.subject import Kept, Local
+
+        renderer, tokenizer = self.renderer, self.renderer.tokenizer
+        weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
+        state = [self.model.identity, renderer.hash, weights, self.machine.precision]
+        return Kept(
+            there.answers / f"model-{runs.hash_json(state)[:16]}.jsonl",
+            name,
+            lambda: Local(name, self.engine(adapter), renderer),
+            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        )
 
     def subject(self, adapter: Path | None) -> Kept:
         """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
@@ -591,6 +620,18 @@ def _finish(run: Run, recipe: Recipe) -> None:
             "versions": runs.versions(),
         },
     )
+
+
+def endpoint(name: str, there: Run) -> Kept | None:
+    """What lies behind an address as something to ask, its answers kept in a run's folder; None for another name."""
+    from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
+    from tunesmith.inference.subject import Kept
+
+    if not is_endpoint(os.path.expandvars(name)):
+        return None
+    found = Endpoint(name)
+    path = there.answers / f"endpoint-{runs.hash_json(found.name)[:16]}.jsonl"
+    return Kept(path, found.model, lambda: found, about_tokens, scores=False)
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

@@ -34,7 +34,7 @@ class EvaluateInputs:
     """Test rows, what their answers are, and the two models (each opened when its turn comes).
 
     `folder` is what the recipe's paths are relative to; `train` and `validation` are the rows that the tuned model
-    was trained on and watched with, where it is known.
+    was trained on and watched with, where it is known. `judge` is the model that the section's judge names.
     """
 
     rows: Sequence[Conversation]
@@ -46,6 +46,7 @@ class EvaluateInputs:
     gate: GateSection | None = None
     train: Sequence[Conversation] = field(default=())
     validation: Sequence[Conversation] = field(default=())
+    judge: Kept | None = None
 
 
 @dataclass(frozen=True)

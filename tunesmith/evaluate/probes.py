@@ -11,11 +11,13 @@ import numpy as np
 from tunesmith.conversation.message import Conversation
 from tunesmith.evaluate.bias import Bias
 from tunesmith.evaluate.forgetting import Forgetting
+from tunesmith.evaluate.judge import Judge
 from tunesmith.evaluate.memory import Memory
 from tunesmith.evaluate.metrics.base import Metric, mean, rows
 from tunesmith.evaluate.safety import Safety
 from tunesmith.evaluate.statistics import compared, quantile
 from tunesmith.evaluate.suites import Suites
+from tunesmith.inference.engine import Sampling
 from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
 
@@ -54,6 +56,11 @@ def asked(section: EvaluateSection, inputs: EvaluateInputs, test: Sequence[Conve
         found.append(Bias(section.bias, test, limit, inputs.folder, section.bootstrap, inputs.seed))
     if section.suites:
         found.append(Suites(section.suites, inputs.folder, limit, section.bootstrap, inputs.seed))
+    if section.judge and inputs.judge:
+        drawn = Sampling(section.heat, inputs.seed) if section.heat else None
+        found.append(
+            Judge(section.judge, inputs.judge, test, limit, drawn, inputs.folder, section.bootstrap, inputs.seed)
+        )
     return found
 
 

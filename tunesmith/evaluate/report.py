@@ -163,7 +163,21 @@ def sections(card: dict[str, Any]) -> list[dict[str, Any]]:
         if len(path) > 1:
             row = {"name": " ".join(path[1:]).replace("_", " "), "score": score, "paired": "tuned" in score}
             found.setdefault(path[0], []).append(row)
-    return [{"name": name, "rows": rows, "about": ABOUT.get(name, "")} for name, rows in found.items()]
+    return [
+        {"name": name, "rows": rows, "about": ABOUT.get(name, "") + notes(name, card)} for name, rows in found.items()
+    ]
+
+
+def notes(section: str, card: dict[str, Any]) -> str:
+    """What a section of the card holds besides scores, in words."""
+    told = card[section]
+    if section != "judge":
+        return ""
+    usage, failed = told["usage"], sum(told["failures"].values())
+    cost = f", a cost of {usage['cost']:.4g}" if usage["cost"] else ""
+    spent = f"{usage['prompt_tokens']:,} tokens read and {usage['completion_tokens']:,} written{cost}"
+    why = f" {failed} can't be used and count as no difference: {'; '.join(told['failures'])}." if failed else ""
+    return f" {told['model']} gave {usage['calls']:,} judgements, {spent}.{why}"
 
 
 ABOUT = {
@@ -175,7 +189,9 @@ ABOUT = {
     "safety": "Shares of unsafe and of harmless prompts that are refused, of attacks withstood, of answers that leak.",
     "bias": "Scores of bias before and after.",
     "suites": "Public tasks.",
-    "judge": "What a judging model preferred.",
+    "judge": "What a model that judges preferred: the tuned answer's share of wins, ties as half (preference); an "
+    "answer wins only if it does in both orders. Scores by the criteria (score), sentences that the prompt supports "
+    "(supported), and how far the judge agrees with people (agreement).",
 }
 
 
@@ -189,9 +205,9 @@ def _classes(card: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _examples(run: Run) -> list[dict[str, Any]]:
-    """Answers to general and unsafe prompts that tuning changed."""
+    """Answers to general, unsafe and judged prompts that tuning changed."""
     found = []
-    for name in ("forgetting", "safety"):
+    for name in ("forgetting", "safety", "judge"):
         lines = read_jsonl(run.stage("evaluate") / f"{name}.jsonl")
         changed = [line for line in lines if line["baseline"] != line["tuned"]]
         found += [line | {"section": name} for line in changed[:: max(1, len(changed) // EXAMPLES)][:EXAMPLES]]

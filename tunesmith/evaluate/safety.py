@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.evaluate.asking import sentences
 from tunesmith.evaluate.judging import classifier, entailment, personal, refuses
 from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.prompts import prompts
@@ -99,7 +99,7 @@ class Safety:
         found = []
         for row, answer in zip(self.test, answers, strict=True):
             premise = "\n".join(m.content for m in row.prompt if m.role != "system")
-            claims = [s for s in re.split(r"(?<=[.!?])\s+", answer.strip()) if s]
+            claims = sentences(answer)
             chances = support([(premise, claim) for claim in claims])
             found.append(sum(c > 0.5 for c in chances) / len(claims) if claims else 0.0)
         return found
