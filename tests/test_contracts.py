@@ -19,7 +19,7 @@ from tests.conftest import write_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
-VERBS = {"versus", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
+VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "section"},
     {"plugins", "progress"},
@@ -129,6 +129,7 @@ def test_the_command_line_is_frozen() -> None:
         "package": ["--force", *stage],
         "golden": ["--json", "--runs", "--suite"],
         "compare": ["--json", "--metric", "--runs"],
+        "review": ["--json", "--out", "--read", "--rows", "--runs"],
         "init": ["--force", "--json", "--out"],
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],

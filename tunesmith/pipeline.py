@@ -479,6 +479,7 @@ class Journey:
             self.rows("train"),
             self.rows("validation"),
             self.judge(),
+            self.run.review,
         )
         card = evaluate(self.recipe.evaluate, inputs, target)
         return {"verdict": card["verdict"], "gate": card["gate"]["decision"]}

@@ -53,7 +53,7 @@ def evaluate(
         }
         inputs = EvaluateInputs(
             rows, kind, settings.goal.metric, subjects, settings.seed, Path.cwd(), settings.gate,
-            judge=Journey(settings, Path.cwd(), there).judge(),
+            judge=Journey(settings, Path.cwd(), there).judge(), review=there.review,
         )  # fmt: skip
         runs.write_text(there.recipe, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         with runs.whole_folder(there.stage("evaluate")) as target:
