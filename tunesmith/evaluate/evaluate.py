@@ -16,7 +16,7 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import probes
 from tunesmith.evaluate.conditions import decide
 from tunesmith.evaluate.junit import junit
-from tunesmith.evaluate.metrics import FITTING, Answers, Metric
+from tunesmith.evaluate.metrics import FITTING, Answers, Floats, Metric
 from tunesmith.evaluate.metrics.custom import custom
 from tunesmith.evaluate.mistakes import mistakes
 from tunesmith.evaluate.people import reviewed
@@ -117,6 +117,8 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "tasks": by_task(rows, metrics, stats, inputs.seed),
         "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
+    if inputs.kind == "label" and not (decider.likelihood or decider.chooses):
+        card["constant"] = _constant(decider, sides["tuned"].answers, stats[goal]["tuned"], section, inputs.seed)
     for probe in asked:
         for name, told in probe.compare(found[probe.name]).items():
             examples = told.pop("examples", [])
@@ -132,6 +134,16 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
     write_text(target / "answers.jsonl", "".join(map(json_line, lines)))
     return card
+
+
+def _constant(decider: Metric, answers: Answers, tuned: Floats, section: EvaluateSection, seed: int) -> dict[str, Any]:
+    """The tuned model's score against that of giving the commonest label always: a model that does no better has
+    learnt nothing of the rows."""
+    label = Counter(answers.references).most_common(1)[0][0]
+    always = [label] * len(answers.references)
+    given = decider.measure(replace(answers, given=always, samples=[always] * len(answers.samples)))
+    score = compared(decider, {"baseline": given, "tuned": tuned}, section.bootstrap, seed)
+    return {"label": label, decider.name: score}
 
 
 def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Conversation]:

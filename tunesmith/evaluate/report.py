@@ -186,6 +186,7 @@ def notes(section: str, card: dict[str, Any]) -> str:
 
 
 ABOUT = {
+    "constant": "The tuned model against giving the commonest label always (in the baseline's place here).",
     "latency": "Rows asked one at a time, in seconds; how many answers differ from those given in batches.",
     "forgetting": "The base’s behaviour on general prompts: divergence in nats a token (kl), perplexity of its "
     "answers, share of answers that changed, and what the old and new ones share (ROUGE-L).",
