@@ -246,6 +246,10 @@ class Journey:
             raise DataError(
                 "no test rows to prove anything on", where="data.split.test", fix="Hold some out, such as test: 0.1."
             )
+        for path in self.named_files if "evaluate" in stages else ():
+            if not path.is_file():
+                fix = "Paths are relative to the recipe's folder; set the ${VARIABLES} that it uses."
+                raise DataError(f"no such file: {path}", where="evaluate", fix=fix)
         weights = sum(p.stat().st_size for p in self.model.path.glob("*.safetensors"))
         runs.need_room(self.run.path, weights * (4 if "package" in stages else 1), "The run")
 
@@ -274,13 +278,17 @@ class Journey:
     @cached_property
     def own_files(self) -> dict[str, str]:
         """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
+        return {path.name: runs.hash_file(path) for path in self.named_files if path.is_file()}
+
+    @property
+    def named_files(self) -> list[Path]:
+        """The files that `evaluate` names."""
         evaluated, metrics = self.recipe.evaluate, [self.recipe.goal.metric or ""]
         named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
         named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
         named += [suite.file for suite in evaluated.suites if suite.file]
         named += [evaluated.judge.human] if evaluated.judge and evaluated.judge.human else []
-        paths = [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
-        return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
+        return [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
 
     @cached_property
     def files(self) -> dict[str, list[Any]]:
