@@ -234,3 +234,23 @@ def test_peoples_judgements_in_mt_benchs_own_columns(tmp_path: Path) -> None:
     (tmp_path / "bad.csv").write_text("prompt,a,b,winner\nq,x,y,nobody\n")
     with pytest.raises(DataError, match=r"bad.csv:1"):
         human_labels("bad.csv", tmp_path)
+
+
+def test_mt_benchs_turns_are_answered_in_turn_and_scored(judged: Any, shared: Path, tunesmith: Any) -> None:
+    def judge(messages: list[dict[str, str]]) -> str:
+        text = messages[-1]["content"]
+        assert "1 (worst) to 10 (best)" in text
+        second = "assistant: red" in text or "assistant: seen" in text
+        return json.dumps({"score": 9 if second else 4, "reason": "x"})
+
+    suite = f"{{name: mt_bench, file: {shared / 'mt_bench/question.jsonl'}, kind: chat, rows: 6, max_new_tokens: 8}}"
+    card, third = judged(
+        lambda m: "no" if "<answer_a>" in m[-1]["content"] else judge(m),
+        f"evaluate.suites=[{suite}]", "evaluate.judge.scale=10", "evaluate.judge.rows=1",
+    )  # fmt: skip
+    score = card["judge"]["mt_bench"]["score"]
+    assert score["n"] == 6 and score["baseline"]["value"] == (4 + 9) / 2  # of the second, the first is part
+    asked = [b["messages"][-1]["content"] for b in third.asked if "<answer>" in b["messages"][-1]["content"]]
+    assert len(asked) == 6 * 2 * 2
+    said = tunesmith("check", "quickstart", "--set", f"evaluate.suites=[{suite}]", "--json")
+    assert said.code == 2 and "needs a judge" in said.json["error"]["what"]

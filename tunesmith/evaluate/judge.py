@@ -16,6 +16,7 @@ import numpy as np
 from tunesmith.conversation.message import Conversation
 from tunesmith.evaluate.agreement import kappa
 from tunesmith.evaluate.asking import Duel, duel_asks, question_of, read, rubric_ask, sentences, support_ask
+from tunesmith.evaluate.chat import Chat
 from tunesmith.evaluate.human import HumanDuel, HumanScore, human_labels
 from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.section import JudgeSection
@@ -25,6 +26,7 @@ from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
 
 SIDES = ("baseline", "tuned")
+SCORE = measured("score", mean)
 WORTH = {"baseline": 0.0, "tie": 0.5, "tuned": 1.0}
 
 
@@ -55,28 +57,31 @@ class Judge:
         picked = np.random.default_rng(seed).permutation(len(asking))[: section.rows or len(asking)]
         self.rows = [asking[i] for i in sorted(picked)]
         self.human = human_labels(section.human, folder) if section.human else None
+        self.chats: Sequence[Chat] = ()
         self.failures: Counter[str] = Counter()
         self.calls = self.prompt_tokens = self.completion_tokens = 0
 
     def ask(self, subject: Kept, side: str, baseline: Any) -> Any:
         asks = list(map(Ask.of, self.rows))
-        return [r.text for r in subject.replies(asks, self.limit, lambda _: None, self.sampling)]
+        given = [r.text for r in subject.replies(asks, self.limit, lambda _: None, self.sampling)]
+        return {"rows": given, "chats": [chat.answers(subject) for chat in self.chats]}
 
     def compare(self, found: dict[str, Any]) -> dict[str, Any]:
         told: dict[str, Any] = {"model": self.judge.name}
         references = [row.answer if self.section.reference else None for row in self.rows]
         questions = [question_of(row.prompt) for row in self.rows]
         lines: list[dict[str, Any]] = [
-            {"id": row.id, "kind": "judged", "prompt": question} | {side: found[side][i] for side in SIDES}
+            {"id": row.id, "kind": "judged", "prompt": question} | {side: found[side]["rows"][i] for side in SIDES}
             for i, (row, question) in enumerate(zip(self.rows, questions, strict=True))
         ]
         if "pairwise" in self.section.ways:
-            duels = list(map(Duel, questions, references, found["baseline"], found["tuned"]))
+            duels = list(map(Duel, questions, references, found["baseline"]["rows"], found["tuned"]["rows"]))
             self._pairwise(self.duels(duels, "Judging pairs"), lines, told)
         if "rubric" in self.section.ways:
             self._rubric(questions, references, found, lines, told)
         if "support" in self.section.ways:
             self._support(found, told)
+        self._chats(found, told)
         if self.human:
             told["agreement"] = self._agreement()
         told["failures"] = dict(self.failures)
@@ -125,19 +130,28 @@ class Judge:
         lines: list[dict[str, Any]],
         told: dict[str, Any],
     ) -> None:
-        scores: dict[str, list[tuple[int | None, str]]] = {}
-        for side in SIDES:
-            asked = list(zip(questions, references, found[side], strict=True))
-            scores[side] = self.scores(asked, f"Scoring answers, {side}")
+        scores = self._scored({s: list(zip(questions, references, found[s]["rows"], strict=True)) for s in SIDES})
         for i, line in enumerate(lines):
             given = {side: scores[side][i] for side in SIDES}
-            if any(score is None for score, _ in given.values()):  # no difference, at the worst score
-                given = {side: (1, why) for side, (_, why) in given.items()}
-                for side in SIDES:
-                    scores[side][i] = given[side]
             line["scores"] = {side: {"score": score, "reason": why} for side, (score, why) in given.items()}
-        stats = {side: rows([float(score or 1) for score, _ in scores[side]]) for side in SIDES}
-        told["score"] = compared(measured("score", mean), stats, self.bootstrap, self.seed)
+        stats = {side: rows([float(score) for score, _ in scores[side]]) for side in SIDES}
+        told["score"] = compared(SCORE, stats, self.bootstrap, self.seed)
+
+    def _chats(self, found: dict[str, Any], told: dict[str, Any]) -> None:
+        for place, chat in enumerate(self.chats):
+            scores = self._scored({side: chat.asked(found[side]["chats"][place]) for side in SIDES})
+            by_talk = {side: chat.by_talk([score for score, _ in scores[side]]) for side in SIDES}
+            stats = {side: rows(values) for side, values in by_talk.items()}
+            told[chat.suite.name] = {"score": compared(SCORE, stats, self.bootstrap, self.seed)}
+
+    def _scored(self, asked: dict[str, list[tuple[str, str | None, str]]]) -> dict[str, list[tuple[int, str]]]:
+        """Both sides' scores with reasons; where one has none, both have the worst."""
+        given = {side: self.scores(parts, f"Scoring answers, {side}") for side, parts in asked.items()}
+        lost = {i for scores in given.values() for i, (score, _) in enumerate(scores) if score is None}
+        return {
+            side: [(1 if i in lost or score is None else score, why) for i, (score, why) in enumerate(scores)]
+            for side, scores in given.items()
+        }
 
     def scores(self, asked: Sequence[tuple[str, str | None, str]], title: str) -> list[tuple[int | None, str]]:
         """A score and a reason for each (question, reference, answer); None where there is none."""
@@ -148,7 +162,7 @@ class Judge:
     def _support(self, found: dict[str, Any], told: dict[str, Any]) -> None:
         stats = {}
         for side in SIDES:
-            claims = [sentences(answer) for answer in found[side]]
+            claims = [sentences(answer) for answer in found[side]["rows"]]
             premises = [question_of([m for m in row.prompt if m.role != "system"]) for row in self.rows]
             asks = [support_ask(p, claim) for p, of_row in zip(premises, claims, strict=True) for claim in of_row]
             judged = iter(

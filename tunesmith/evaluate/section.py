@@ -93,9 +93,10 @@ class SuiteSection(Section):
     """Of the harness's task; of the score, for a file."""
     file: str | None = None
     """A local .jsonl file, in place of the harness's own data."""
-    kind: Literal["choice", "schema", "numeric", "code"] = "choice"
+    kind: Literal["choice", "schema", "numeric", "code", "chat"] = "choice"
     """Of a file: `choice` (query, choices, gold), `schema` (context_options, continuation, gold), `numeric` (question
-    or context, answer), `code` (HumanEval's prompt, test, entry_point)."""
+    or context, answer), `code` (HumanEval's prompt, test, entry_point), `chat` (MT-Bench's turns, and reference where
+    there is one: answered in turn, scored by `judge`)."""
     template: str | None = None
     """What is asked, with {column} for what a row holds."""
     rows: int | None = Field(None, ge=1)
@@ -188,6 +189,13 @@ class EvaluateSection(Section):
     @classmethod
     def _metrics(cls, value: list[str] | None) -> list[str] | None:
         return value if value is None else [_known(name) for name in value]
+
+    @model_validator(mode="after")
+    def _scored(self) -> EvaluateSection:
+        chat = next((suite for suite in self.suites if suite.kind == "chat"), None)
+        if chat and (not self.judge or not chat.file):
+            raise ValueError(f"'{chat.name}' is of kind chat, which needs {'a judge' if chat.file else 'a file'}")
+        return self
 
     @model_validator(mode="after")
     def _drawn(self) -> EvaluateSection:
