@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import colour_rows, write_jsonl
 from tests.fake_endpoint import FakeEndpoint
+from tests.test_review import fill
 from tunesmith.errors import DataError
 from tunesmith.evaluate.agreement import alpha, kappa
 from tunesmith.evaluate.asking import Duel, duel_asks, read
@@ -144,7 +145,7 @@ def judged(tunesmith: Any, tmp_path: Path) -> Any:
     return call
 
 
-def test_pairs_scores_and_support_in_a_scorecard(judged: Any, tmp_path: Path) -> None:
+def test_pairs_scores_and_support_in_a_scorecard(judged: Any, tunesmith: Any, tmp_path: Path) -> None:
     write_jsonl(
         tmp_path / "people.jsonl",
         [
@@ -178,6 +179,14 @@ def test_pairs_scores_and_support_in_a_scorecard(judged: Any, tmp_path: Path) ->
     assert lines[1]["scores"]["baseline"] == {"score": 2, "reason": "by the colour"}
     report = (tmp_path / "evaluation/report.html").read_text()
     assert "judge gave 134 judgements" in report and "it is green" in report
+
+    assert tunesmith("review", "evaluation", "--rows", "20").code == 0  # an evaluation can be reviewed as a run
+    sheet = fill(tmp_path / "evaluation/review/sheet.csv", tmp_path / "jo.csv", lambda line: "a")
+    told = tunesmith("review", "evaluation", "--read", sheet, "--json").json
+    assert told["judgements"] == 15 and told["same_answers"] == 5 and told["preference"]["n"] == 20
+    assert (
+        json.loads((tmp_path / "evaluation/scorecard.json").read_text())["review"]["preference"] == told["preference"]
+    )
 
     again, third = judged(fair, "evaluate.judge.rows=10")
     assert again["judge"]["preference"]["n"] == 10

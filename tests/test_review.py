@@ -107,6 +107,9 @@ def test_a_sheet_is_blind_and_what_people_say_decides(tunesmith: Any, tmp_path: 
     def lazy(line: dict[str, str]) -> str:
         return "" if line["prompt"].startswith("Question 3") else right(line) if "4" in line["prompt"] else "a"
 
+    said_of = {"kind": "judged", "prompt": "p", "baseline": "a", "tuned": "b", "winner": "tuned", "reasons": []}
+    judged = [said_of | {"id": told["row"]} for told in key.values()]
+    (run.stage("evaluate") / "judge.jsonl").write_text("".join(map(runs.json_line, judged)))
     files = [fill(folder / "sheet.csv", tmp_path / "jo.csv", right)]
     files.append(fill(folder / "sheet.csv", tmp_path / "x.csv", lazy, reviewer="ann"))
     said = tunesmith("review", "desk", *(part for f in files for part in ("--read", f)), "--json")
@@ -116,6 +119,7 @@ def test_a_sheet_is_blind_and_what_people_say_decides(tunesmith: Any, tmp_path: 
     assert told["preference"]["low"] > 0.5 and told["preference"]["n"] == 30
     assert told["strength"]["tuned"]["low"] > 0
     assert 0 < told["agreement"]["alpha"]["value"] < 1 and "kappa of ann and jo" in told["agreement"]
+    assert told["agreement"]["kappa of people and the judge"]["value"] == pytest.approx(0)  # it says always the same
     now = runs.read_json(run.scorecard)
     assert now["review"]["preference"] == told["preference"] and now["metrics"] == card["metrics"]
     assert run.complete("evaluate") and "What people preferred" in run.report.read_text()
