@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import colour_rows, write_jsonl, write_recipe
-from tunesmith.data.augment import endpoint
 from tunesmith.data.augment.base import Seen
-from tunesmith.errors import DataError
+from tunesmith.errors import DataError, ModelError
+from tunesmith.inference import endpoint
 
 
 class Writer:
@@ -148,14 +148,14 @@ def test_a_stopped_endpoint_goes_on_where_it_was(prepared: Any, tmp_path: Path, 
         return str(answers(text))
 
     writer.answer = failing
-    with pytest.raises(DataError, match=r"gave no answer, 3 tries \(status 503\)"):
+    with pytest.raises(DataError, match=r"gave no answer: status 503 \(3 times\)"):
         prepared(path, augment=[way])
     earlier = len(writer.asked)
     writer.fails, writer.answer = 0, answers
     made = prepared(path, augment=[way])
     assert len(writer.asked) == 12 and earlier >= 6 and len(made_rows(made)) == 12
     writer.fails, writer.status = 1, 401
-    with pytest.raises(DataError, match="OPENAI_API_KEY"):
+    with pytest.raises(ModelError, match="OPENAI_API_KEY"):
         prepared(path, augment=[way | {"temperature": 0.1}])
 
 

@@ -142,3 +142,27 @@ def test_the_code_holds_the_system_message(tmp_path: Path, system: str | None) -
     messages = eval(code.split("messages = ")[1].split("\ninputs")[0])
     assert [m["content"] for m in messages if m["role"] == "system"] == ([system] if system else [])
     assert hub_data(text).pipeline_tag == "text-generation"
+
+
+def test_gate_safety_and_forgetting_stand_in_the_card(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    path = run.stage("evaluate") / "scorecard.json"
+    scores = runs.read_json(path)
+    assert "By the default gate: **ship" in card(run, MODEL)
+    span = {"low": 0.1, "value": 0.2, "high": 0.3}
+    condition = {"condition": "forgetting.kl <= 0.05", "met": False, "state": "broken", "why": "0.2 | none of it"}
+    scores |= {
+        "gate": {"decision": "hold", "enforced": True, "conditions": [condition]},
+        "forgetting": {"kl": span | {"n": 204}},
+        "safety": {"over_refusal": {"baseline": span, "tuned": span, "difference": span, "n": 40}},
+        "judge": {"model": "m", "usage": {"calls": 3}, "agreement": {"kappa": span | {"n": 9}}},
+    }
+    runs.write_json(path, scores)
+    write_stage(run, "evaluate", {}, parents=("data", "train"), verdict=scores["verdict"])
+    text = card(run, MODEL)
+    assert "gate says **hold: a condition is broken**. It was packaged all the same, by force." in text
+    assert r"| `forgetting.kl <= 0.05` | broken | 0.2 \| none of it |" in text
+    assert "## Forgetting" in text and "| kl |  | 0.200 [0.100, 0.300] |  | 204 |" in text
+    assert "| over refusal | 0.200 [0.100, 0.300] | 0.200 [0.100, 0.300] | +0.200 | 40 |" in text
+    assert "| agreement kappa |" in text and "Bias was not measured" in text
+    assert "No safety evaluation" not in text and "may have suffered" not in text

@@ -104,3 +104,12 @@ def test_a_model_that_learnt_nothing_forgot_nothing(tunesmith: Any, measured: di
     assert card["forgetting"]["kl"]["value"] < 1e-4 and card["forgetting"]["changed"]["value"] == 0
     assert card["memory"]["exposure"]["difference"]["value"] == 0
     assert said.json["data"]["made"] == 18
+
+
+def test_labels_are_not_counted_as_memories() -> None:
+    from tunesmith.conversation.message import Conversation, Message
+    from tunesmith.evaluate.memory import Memory
+
+    told = ["a_long_label_of_many_tokens"] * 5 + [f"a note of patient {i}" for i in range(3)]
+    rows = [Conversation((Message("user", f"q{i}"), Message("assistant", text))) for i, text in enumerate(told)]
+    assert sorted(row.answer for row in Memory(rows, rows, 8, 100, 7).own) == told[5:]

@@ -117,3 +117,36 @@ def test_nothing_learnt_is_not_proven_and_harm_is_held(tunesmith: Any, recipe: d
     backwards = ("--model", recipe["model"], "--against", "good", "--data", rows)
     said = tunesmith("evaluate", good, *backwards, "--json")  # the base in place of what was learnt
     assert said.code == 3 and said.json["gate"]["decision"] == "hold", said.out
+
+
+def test_the_default_gate_holds_a_bad_fine_tune_and_finds_a_no_op_not_proven(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """A base that is right on three rows of four; then a rate of 0, and one label alone at a rate far too high."""
+
+    def rows(name: str, colours: str, n: int) -> str:
+        told = [{"prompt": f"Item {i}?", "completion": colours.split()[i % len(colours.split())]} for i in range(n)]
+        return str(write_jsonl(tmp_path / name, told))
+
+    test = rows("test.jsonl", "green green blue green", 24)
+    recipe["data"] = {"sources": [{"path": rows("green.jsonl", "green", 60)}], "split": {"validation": 4, "test": test}}
+    recipe["train"] |= {"max_steps": 60, "epochs": 10, "learning_rate": 0.005, "adapter": "full"}
+    recipe["evaluate"] = {"max_new_tokens": 6}
+    base = write_recipe(tmp_path, recipe | {"name": "base"}, "base.yaml")
+    said = tunesmith("run", base, "--json")
+    assert said.code == 0 and said.json["scorecard"]["metrics"]["accuracy"]["tuned"]["value"] == 0.75, said.out
+
+    recipe |= {"gate": True, "model": str(tmp_path / "runs/base/package/model")}
+    recipe["data"]["sources"] = [{"path": rows("red.jsonl", "red", 60)}]
+    path = write_recipe(tmp_path, recipe | {"name": "noop"}, "noop.yaml")
+    said = tunesmith("run", path, "--set", "train.learning_rate=0", "--set", "train.max_steps=3", "--json")
+    assert said.code == 4, said.out
+    gate = said.json["scorecard"]["gate"]
+    assert gate["decision"] == "not_proven" and gate["conditions"][0]["condition"] == "goal.difference > 0"
+
+    path = write_recipe(tmp_path, recipe | {"name": "bad"}, "bad.yaml")
+    said = tunesmith("run", path, "--set", "train.learning_rate=1", "--json")
+    assert said.code == 3, said.out
+    broken = [c["condition"] for c in said.json["scorecard"]["gate"]["conditions"] if c["state"] == "broken"]
+    assert {"goal.difference > 0", "constant.accuracy.difference > 0"} <= set(broken)
+    assert said.json["stages"]["package"] == "missing"

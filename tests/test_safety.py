@@ -142,3 +142,21 @@ def test_before_and_after_in_a_run(tunesmith: Any, recipe: dict[str, Any], share
     lines = [json.loads(x) for x in (tmp_path / "runs/tiny/evaluate/safety.jsonl").read_text().splitlines()]
     expected = np.mean([judging.refuses(line["tuned"]) for line in lines[:5]])
     assert safety["refusal"]["tuned"]["value"] == pytest.approx(expected)
+
+
+def test_toxic_answers_are_found_without_a_model_of_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from tunesmith.evaluate.safety import Safety
+    from tunesmith.evaluate.section import SafetySection
+
+    probe = Safety(SafetySection(prompts=2, attacked=0), [], 4, 200, 7)
+    kind = {"safe": ["The weather is fine.", "Tea is warm."], "attacked": [], "task": []}
+    found = {
+        "baseline": kind | {"unsafe": ["I can't help with that.", "No, sorry."]},
+        "tuned": kind | {"unsafe": ["You stupid fucking idiot, go to hell", "Sure, here it is."]},
+    }
+    toxic = probe.compare(found)["safety"]["toxic"]
+    assert toxic["n"] == 4 and toxic["baseline"]["value"] == 0 and toxic["tuned"]["value"] == 0.25
+    monkeypatch.setattr(judging, "embedded", lambda: None)
+    monkeypatch.setattr("tunesmith.evaluate.safety.embedded", lambda: None)
+    assert "toxic" not in probe.compare(found)["safety"]
+    assert "tunesmith[data]" in capsys.readouterr().err

@@ -18,8 +18,7 @@ from tunesmith.inference.subject import Ask, Kept, Reply
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint, "FIRST_WAIT", 0.01)
-    monkeypatch.setattr(endpoint.Endpoint.__init__, "__defaults__", (30.0, 0.01))
+    monkeypatch.setattr(endpoint, "WAITS", (0.01,) * 4)
 
 
 def colour_of(messages: list[dict[str, str]]) -> str:

@@ -233,6 +233,33 @@ def compare(
 
 
 @app.command()
+def review(
+    names: Annotated[list[str], typer.Argument(metavar="RUN...", help="One evaluated run, or several to compare.")],
+    read: Annotated[list[Path] | None, typer.Option("--read", help="A filled sheet, one for each reviewer.")] = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows in the sheet.")] = 50,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder; the run's, or ./review.")] = None,
+    runs: Runs = None,
+    as_json: Json = False,
+) -> None:
+    """Make a blind sheet of answers (CSV and HTML) for people; with --read, take in what they said."""
+    _hush(as_json)
+    from tunesmith import review as people
+    from tunesmith import show
+
+    if read:
+        found = people.read(names, read, out, runs)
+        if not _answer(found, as_json):
+            show.reviewed(found)
+        return
+    made = people.sheet(names, rows, out, runs)
+    if not _answer(made, as_json):
+        print(
+            f"Wrote {made['html']} and {made['csv']}: {made['pairs']} pairs of {', '.join(made['models'])}. "
+            f"Send one of them to reviewers.\nThen: tunesmith review {' '.join(names)} --read FILE --read FILE"
+        )
+
+
+@app.command()
 def package(
     recipe: RecipeName,
     force: Annotated[bool, typer.Option("--force", help="Package what the gate holds, too; it is recorded.")] = False,

@@ -246,6 +246,10 @@ class Journey:
             raise DataError(
                 "no test rows to prove anything on", where="data.split.test", fix="Hold some out, such as test: 0.1."
             )
+        for path in self.named_files if "evaluate" in stages else ():
+            if not path.is_file():
+                fix = "Paths are relative to the recipe's folder; set the ${VARIABLES} that it uses."
+                raise DataError(f"no such file: {path}", where="evaluate", fix=fix)
         weights = sum(p.stat().st_size for p in self.model.path.glob("*.safetensors"))
         runs.need_room(self.run.path, weights * (4 if "package" in stages else 1), "The run")
 
@@ -274,12 +278,17 @@ class Journey:
     @cached_property
     def own_files(self) -> dict[str, str]:
         """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
+        return {path.name: runs.hash_file(path) for path in self.named_files if path.is_file()}
+
+    @property
+    def named_files(self) -> list[Path]:
+        """The files that `evaluate` names."""
         evaluated, metrics = self.recipe.evaluate, [self.recipe.goal.metric or ""]
         named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
         named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
         named += [suite.file for suite in evaluated.suites if suite.file]
-        paths = [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
-        return {path.name: runs.hash_file(path) for path in paths if path.is_file()}
+        named += [evaluated.judge.human] if evaluated.judge and evaluated.judge.human else []
+        return [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
 
     @cached_property
     def files(self) -> dict[str, list[Any]]:
@@ -478,9 +487,38 @@ class Journey:
             self.recipe.gate,
             self.rows("train"),
             self.rows("validation"),
+            self.judge(),
+            self.run.review,
         )
         card = evaluate(self.recipe.evaluate, inputs, target)
         return {"verdict": card["verdict"], "gate": card["gate"]["decision"]}
+
+    def judge(self) -> Kept | None:
+        """The model that `evaluate.judge` names, if it names one."""
+        from tunesmith.models.section import ModelSection
+
+        section = self.recipe.evaluate.judge
+        if section is None:
+            return None
+        asked = endpoint(section.model, self.run)
+        if asked is not None:
+            return asked
+        recipe = self.recipe.model_copy(update={"model": ModelSection(name=os.path.expandvars(section.model))})
+        return Journey(recipe, self.folder, self.run).kept(self.run, None, section.model)
+
+    def kept(self, there: Run, adapter: Path | None, name: str) -> Kept:
+        """The journey's model with an adapter, its answers kept in a run's folder."""
+        from tunesmith.inference.subject import Kept, Local
+
+        renderer, tokenizer = self.renderer, self.renderer.tokenizer
+        weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
+        state = [self.model.identity, renderer.hash, weights, self.machine.precision]
+        return Kept(
+            there.answers / f"model-{runs.hash_json(state)[:16]}.jsonl",
+            name,
+            lambda: Local(name, self.engine(adapter), renderer),
+            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+        )
 
     def subject(self, adapter: Path | None) -> Kept:
         """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
@@ -592,6 +630,18 @@ def _finish(run: Run, recipe: Recipe) -> None:
             "versions": runs.versions(),
         },
     )
+
+
+def endpoint(name: str, there: Run) -> Kept | None:
+    """What lies behind an address as something to ask, its answers kept in a run's folder; None for another name."""
+    from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
+    from tunesmith.inference.subject import Kept
+
+    if not is_endpoint(os.path.expandvars(name)):
+        return None
+    found = Endpoint(name)
+    path = there.answers / f"endpoint-{runs.hash_json(found.name)[:16]}.jsonl"
+    return Kept(path, found.model, lambda: found, about_tokens, scores=False)
 
 
 def describe_counts(counts: dict[str, Any]) -> str:

@@ -174,6 +174,11 @@ class Run:
         return self.path / "answers"
 
     @property
+    def review(self) -> Path:
+        """Sheets for people, and what they said."""
+        return self.path / "review"
+
+    @property
     def origin(self) -> Path:
         return self.path / "origin.json"
 

@@ -131,6 +131,24 @@ def leaderboard(found: dict[str, Any]) -> None:
     _console().print(board)
 
 
+def reviewed(found: dict[str, Any]) -> None:
+    """What people prefer, and how far they agree."""
+    out = _console()
+    who = ", ".join(f"{name} ({n})" for name, n in found["reviewers"].items())
+    out.print(
+        f"{found['judgements']} judgements by {who}; {found['same_answers']} pairs are the same.", highlight=False
+    )
+    table = Table("score", "value", "n", title="What people prefer", title_justify="left")
+    scores = {"preference (the tuned model's share)": found["preference"]} if "preference" in found else {}
+    scores |= {f"strength of {model} (Bradley-Terry)": score for model, score in found["strength"].items()}
+    scores |= {f"agreement: {name}": score for name, score in found["agreement"].items()}
+    for name, score in scores.items():
+        table.add_row(name, Text(span(score)), str(score["n"]))
+    out.print(table)
+    if "gate" in found:
+        out.print(f"Gate: [bold]{found['gate'].replace('_', ' ')}[/bold]", highlight=False)
+
+
 def ending(result: Result) -> None:
     """The verdict, where the report lies, and what to try next."""
     out, run, card = _console(), result.run, result.scorecard

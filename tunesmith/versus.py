@@ -12,7 +12,7 @@ import yaml
 from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
-from tunesmith.pipeline import Journey
+from tunesmith.pipeline import Journey, endpoint
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
 
@@ -51,7 +51,10 @@ def evaluate(
             side: subject(name, settings, there, base, runs_folder)
             for side, name in (("baseline", against), ("tuned", model))
         }
-        inputs = EvaluateInputs(rows, kind, settings.goal.metric, subjects, settings.seed, Path.cwd(), settings.gate)
+        inputs = EvaluateInputs(
+            rows, kind, settings.goal.metric, subjects, settings.seed, Path.cwd(), settings.gate,
+            judge=Journey(settings, Path.cwd(), there).judge(), review=there.review,
+        )  # fmt: skip
         runs.write_text(there.recipe, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         with runs.whole_folder(there.stage("evaluate")) as target:
             card = compare_both(settings.evaluate, inputs, target)
@@ -75,20 +78,16 @@ def _settings(model: str, data: str, recipe: str | None, overrides: Sequence[str
 
 def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_folder: str | Path | None) -> Any:
     """A model by name, as something to ask; its answers are kept in `there`."""
-    from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
-    from tunesmith.inference.subject import Kept
-
-    if is_endpoint(name):
-        endpoint = Endpoint(name)
-        path = there.answers / f"endpoint-{hash_json(name)[:16]}.jsonl"
-        return Kept(path, endpoint.model, lambda: endpoint, about_tokens, scores=False)
+    behind = endpoint(name, there)
+    if behind is not None:
+        return behind
     run = _run_named(name, runs_folder)
     if run is not None:
         recipe, folder = recipes.load(run.recipe)
         journey = Journey(recipe, folder, run)
         if run.complete("train") is None:
             raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
-        return _kept(journey, there, run.tuned, run.name)
+        return journey.kept(there, run.tuned, run.name)
     folder = Path(name).expanduser()
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
@@ -98,7 +97,7 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
             raise ModelError("names no base model", where=str(adapter), fix="Give it: --base MODEL")
     keys = settings.model_dump(mode="json")
     recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}})
-    return _kept(Journey(recipe, Path.cwd(), there), there, adapter, name)
+    return Journey(recipe, Path.cwd(), there).kept(there, adapter, name)
 
 
 def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:
@@ -106,21 +105,6 @@ def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:
         return runs.get(name, runs_folder)
     except RunError:
         return None
-
-
-def _kept(journey: Journey, there: Run, adapter: Path | None, name: str) -> Any:
-    """The journey's model with an adapter, its answers kept in another folder than a run's."""
-    from tunesmith.inference.subject import Kept, Local
-
-    renderer, tokenizer = journey.renderer, journey.renderer.tokenizer
-    weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
-    state = [journey.model.identity, renderer.hash, weights, journey.machine.precision]
-    return Kept(
-        there.answers / f"model-{hash_json(state)[:16]}.jsonl",
-        name,
-        lambda: Local(name, journey.engine(adapter), renderer),
-        lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-    )
 
 
 def golden(model: str, suite: Path, out: Path, base: str | None = None, runs_folder: Any = None) -> dict[str, Any]:

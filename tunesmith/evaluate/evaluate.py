@@ -16,8 +16,10 @@ from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import probes
 from tunesmith.evaluate.conditions import decide
 from tunesmith.evaluate.junit import junit
-from tunesmith.evaluate.metrics import FITTING, Answers, Metric
+from tunesmith.evaluate.metrics import FITTING, Answers, Floats, Metric
 from tunesmith.evaluate.metrics.custom import custom
+from tunesmith.evaluate.mistakes import mistakes
+from tunesmith.evaluate.people import reviewed
 from tunesmith.evaluate.section import EvaluateSection, GateSection
 from tunesmith.evaluate.slices import by_task, slices
 from tunesmith.evaluate.statistics import compared, holm, verdict
@@ -34,7 +36,8 @@ class EvaluateInputs:
     """Test rows, what their answers are, and the two models (each opened when its turn comes).
 
     `folder` is what the recipe's paths are relative to; `train` and `validation` are the rows that the tuned model
-    was trained on and watched with, where it is known.
+    was trained on and watched with, where it is known. `judge` is the model that the section's judge names,
+    `review` the folder where people's judgements of earlier answers lie, which hold where the answers are the same.
     """
 
     rows: Sequence[Conversation]
@@ -46,6 +49,8 @@ class EvaluateInputs:
     gate: GateSection | None = None
     train: Sequence[Conversation] = field(default=())
     validation: Sequence[Conversation] = field(default=())
+    judge: Kept | None = None
+    review: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -112,17 +117,33 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "tasks": by_task(rows, metrics, stats, inputs.seed),
         "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
+    if inputs.kind == "label" and not (decider.likelihood or decider.chooses):
+        card["constant"] = _constant(decider, sides["tuned"].answers, stats[goal]["tuned"], section, inputs.seed)
     for probe in asked:
         for name, told in probe.compare(found[probe.name]).items():
             examples = told.pop("examples", [])
             card[name] = told
             if examples:  # what was asked and answered, a line each
                 write_text(target / f"{name}.jsonl", "".join(map(json_line, examples)))
+    lines = _lines(rows, sides, decider, stats[goal])
+    if inputs.review and (told := reviewed(inputs.review, lines, target / "judge.jsonl")):
+        card["review"] = told
+    card["errors"] = mistakes(lines, inputs.kind, decider.higher_is_better, inputs.seed)
     card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
     write_json(target / "scorecard.json", card)
     write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
-    _write_answers(target / "answers.jsonl", rows, sides, decider, stats[goal])
+    write_text(target / "answers.jsonl", "".join(map(json_line, lines)))
     return card
+
+
+def _constant(decider: Metric, answers: Answers, tuned: Floats, section: EvaluateSection, seed: int) -> dict[str, Any]:
+    """The tuned model's score against that of giving the commonest label always: a model that does no better has
+    learnt nothing of the rows."""
+    label = Counter(answers.references).most_common(1)[0][0]
+    always = [label] * len(answers.references)
+    given = decider.measure(replace(answers, given=always, samples=[always] * len(answers.samples)))
+    score = compared(decider, {"baseline": given, "tuned": tuned}, section.bootstrap, seed)
+    return {"label": label, decider.name: score}
 
 
 def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Conversation]:
@@ -212,9 +233,10 @@ def _answered(row: Conversation, text: str) -> Conversation:
     return replace(row, messages=(*row.prompt, Message("assistant", text)))
 
 
-def _write_answers(
-    path: Path, rows: Sequence[Conversation], sides: dict[str, Side], decider: Metric, stats: dict[str, Any]
-) -> None:
+def _lines(
+    rows: Sequence[Conversation], sides: dict[str, Side], decider: Metric, stats: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """What each row asked, and what both models answered."""
     by_row = {
         side: decider.row(stats[side]) if decider.name not in ("macro_f1",) else [None] * len(rows) for side in SIDES
     }
@@ -237,5 +259,5 @@ def _write_answers(
                 line[side]["samples"] = [r.text for r in reply]
             if any(r.failure for r in reply):
                 line[side]["failure"] = next(r.failure for r in reply if r.failure)
-        lines.append(json_line(line))
-    path.write_text("".join(lines), encoding="utf-8")
+        lines.append(line)
+    return lines

@@ -152,6 +152,16 @@ def classifier(name: str, kind: str | None = None) -> Classifier:
     return _guard(name, guard) if guard else _plain(name)
 
 
+def embedded() -> Classifier | None:
+    """The linear classifier of foul language and insults that alt-profanity-check ships (English), as a function of the
+    same kind; None where it is not installed."""
+    try:
+        from profanity_check import predict_prob
+    except ImportError:
+        return None
+    return lambda pairs: [float(p) for p in predict_prob([answer or " " for _, answer in pairs])] if pairs else []
+
+
 def guard_prompt(guard: str, prompt: str, answer: str) -> str:
     """What a guard model is asked about an answer."""
     parts = {"policy": POLICY, "prompt": prompt, "answer": answer}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,8 @@ class Memory:
         plain = [row for row in train if row.messages and not row.metadata.get("canary")]
         other = [row for row in unseen if row.messages]
         self.train = [plain[i] for i in random.permutation(len(plain))[:count]]
+        said = Counter(row.answer for row in plain)  # what many rows answer, such as a label, is the task, not a memory
+        self.own = [row for row in self.train if said[row.answer] == 1]
         self.unseen = [other[i] for i in random.permutation(len(other))[:count]]
         self.bootstrap, self.seed = bootstrap, seed
 
@@ -47,8 +50,8 @@ class Memory:
         with bar(f"Seen and unseen rows, {side}", len(self.train) + len(self.unseen)) as progress:
             scores = subject.likelihoods([*self.train, *self.unseen], progress.advance)
         losses = [s.nll / max(s.tokens, 1) for s in scores]
-        with bar(f"Recited rows, {side}", len(self.train)) as progress:
-            recited = subject.recited(self.train, SHORTEST, CONTINUED, progress.advance)
+        with bar(f"Recited rows, {side}", len(self.own)) as progress:
+            recited = subject.recited(self.own, SHORTEST, CONTINUED, progress.advance)
         found: dict[str, Any] = {
             "seen": losses[: len(self.train)],
             "unseen": losses[len(self.train) :],

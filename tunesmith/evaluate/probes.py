@@ -10,12 +10,15 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.evaluate.bias import Bias
+from tunesmith.evaluate.chat import Chat
 from tunesmith.evaluate.forgetting import Forgetting
+from tunesmith.evaluate.judge import Judge
 from tunesmith.evaluate.memory import Memory
 from tunesmith.evaluate.metrics.base import Metric, mean, rows
 from tunesmith.evaluate.safety import Safety
 from tunesmith.evaluate.statistics import compared, quantile
-from tunesmith.evaluate.suites import Suites
+from tunesmith.evaluate.suites import Suites, task_rows
+from tunesmith.inference.engine import Sampling
 from tunesmith.inference.subject import Ask, Kept
 from tunesmith.progress import bar
 
@@ -52,8 +55,15 @@ def asked(section: EvaluateSection, inputs: EvaluateInputs, test: Sequence[Conve
         found.append(Safety(section.safety, test, limit, section.bootstrap, inputs.seed))
     if section.bias:
         found.append(Bias(section.bias, test, limit, inputs.folder, section.bootstrap, inputs.seed))
-    if section.suites:
-        found.append(Suites(section.suites, inputs.folder, limit, section.bootstrap, inputs.seed))
+    chats = [suite for suite in section.suites if suite.kind == "chat"]
+    if len(chats) < len(section.suites):
+        plain = [suite for suite in section.suites if suite.kind != "chat"]
+        found.append(Suites(plain, inputs.folder, limit, section.bootstrap, inputs.seed))
+    if section.judge and inputs.judge:
+        drawn = Sampling(section.heat, inputs.seed) if section.heat else None
+        judge = Judge(section.judge, inputs.judge, test, limit, drawn, inputs.folder, section.bootstrap, inputs.seed)
+        judge.chats = [Chat(suite, task_rows(suite, inputs.folder, inputs.seed)) for suite in chats]
+        found.append(judge)
     return found
 
 

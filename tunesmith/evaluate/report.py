@@ -16,13 +16,13 @@ from markupsafe import Markup
 from tunesmith import charts
 from tunesmith.charts import Series
 from tunesmith.evaluate.conditions import scores_in
-from tunesmith.evaluate.metrics.base import parse, same
+from tunesmith.evaluate.metrics.base import same
+from tunesmith.evaluate.mistakes import gain
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
 
 SIDES = ("baseline", "tuned")
 BEST, WORST, RANDOM = 7, 7, 6
 SLICES, SHOWN_AT_MOST, EXAMPLES = 15, 2000, 12
-UNLIKELY = 2.0  # nats a token
 MEANS = {
     "exact_match": "share of answers equal to the reference",
     "accuracy": "share of answers equal to the reference",
@@ -47,9 +47,10 @@ def write_report(run: Run) -> None:
     """Write `run.report` from what the complete stages left. The evaluation must be among them."""
     card = read_json(run.scorecard)
     manifests = {stage: m for stage in STAGES if (m := run.complete(stage))}
-    steps = read_jsonl(run.metrics)
+    steps, lines = read_jsonl(run.metrics), read_jsonl(run.stage("evaluate") / "answers.jsonl")
+    higher = card["metrics"][card["goal_metric"]]["higher_is_better"]
     page = (
-        _environment()
+        environment()
         .get_template("report.html.jinja")
         .render(
             name=run.name,
@@ -64,11 +65,11 @@ def write_report(run: Run) -> None:
             rounds=card.get("rounds"),
             failures={side: n for side, n in card.get("failures", {}).items() if n},
             examples=_examples(run),
-            every=every_answer(read_jsonl(run.stage("evaluate") / "answers.jsonl")),
-            errors=error_groups(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card["answers"]),
-            suspects=suspects(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card["answers"]),
+            every=every_answer(lines, higher),
+            errors=card.get("errors"),
+            by_id={line["id"]: line for line in lines},
             curves=loss_curves(steps),
-            **_answers(read_jsonl(run.stage("evaluate") / "answers.jsonl"), card, manifests),
+            **_answers(lines, card, manifests),
             data=manifests.get("data"),
             answers_are=ANSWERS.get(card["answers"], card["answers"]),
             training=_training(manifests, steps),
@@ -84,7 +85,7 @@ def write_report(run: Run) -> None:
     write_text(run.report, page)
 
 
-def _environment() -> Environment:
+def environment() -> Environment:
     found = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -163,10 +164,29 @@ def sections(card: dict[str, Any]) -> list[dict[str, Any]]:
         if len(path) > 1:
             row = {"name": " ".join(path[1:]).replace("_", " "), "score": score, "paired": "tuned" in score}
             found.setdefault(path[0], []).append(row)
-    return [{"name": name, "rows": rows, "about": ABOUT.get(name, "")} for name, rows in found.items()]
+    return [
+        {"name": name, "rows": rows, "about": ABOUT.get(name, "") + notes(name, card)} for name, rows in found.items()
+    ]
+
+
+def notes(section: str, card: dict[str, Any]) -> str:
+    """What a section of the card holds besides scores, in words."""
+    told = card[section]
+    if section == "review":
+        return (
+            f" {told['judgements']} judgements by {len(told['reviewers'])}; {told['same_answers']} pairs are the same."
+        )
+    if section != "judge":
+        return ""
+    usage, failed = told["usage"], sum(told["failures"].values())
+    cost = f", a cost of {usage['cost']:.4g}" if usage["cost"] else ""
+    spent = f"{usage['prompt_tokens']:,} tokens read and {usage['completion_tokens']:,} written{cost}"
+    why = f" {failed} can't be used and count as no difference: {'; '.join(told['failures'])}." if failed else ""
+    return f" {told['model']} gave {usage['calls']:,} judgements, {spent}.{why}"
 
 
 ABOUT = {
+    "constant": "The tuned model against giving the commonest label always (in the baseline's place here).",
     "latency": "Rows asked one at a time, in seconds; how many answers differ from those given in batches.",
     "forgetting": "The base’s behaviour on general prompts: divergence in nats a token (kl), perplexity of its "
     "answers, share of answers that changed, and what the old and new ones share (ROUGE-L).",
@@ -175,7 +195,12 @@ ABOUT = {
     "safety": "Shares of unsafe and of harmless prompts that are refused, of attacks withstood, of answers that leak.",
     "bias": "Scores of bias before and after.",
     "suites": "Public tasks.",
-    "judge": "What a judging model preferred.",
+    "review": "What people preferred who did not know whose answer was whose: the tuned answer's share of wins, ties "
+    "as half (preference); its log-strength against the baseline (Bradley-Terry); how far reviewers agree (1: wholly, "
+    "0: as by chance).",
+    "judge": "What a model that judges preferred: the tuned answer's share of wins, ties as half (preference); an "
+    "answer wins only if it does in both orders. Scores by the criteria (score), sentences that the prompt supports "
+    "(supported), and how far the judge agrees with people (agreement).",
 }
 
 
@@ -189,69 +214,23 @@ def _classes(card: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _examples(run: Run) -> list[dict[str, Any]]:
-    """Answers to general and unsafe prompts that tuning changed."""
+    """Answers to general, unsafe and judged prompts that tuning changed."""
     found = []
-    for name in ("forgetting", "safety"):
+    for name in ("forgetting", "safety", "judge"):
         lines = read_jsonl(run.stage("evaluate") / f"{name}.jsonl")
         changed = [line for line in lines if line["baseline"] != line["tuned"]]
         found += [line | {"section": name} for line in changed[:: max(1, len(changed) // EXAMPLES)][:EXAMPLES]]
     return found
 
 
-def every_answer(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def every_answer(rows: list[dict[str, Any]], higher: bool) -> list[dict[str, Any]]:
     """All answers, those where the tuned model is worse first; the page's search looks through them."""
-
-    def lost(row: dict[str, Any]) -> float:
-        one, other = (row[side]["score"] if row[side]["score"] is not None else 0.0 for side in SIDES)
-        return other - one
-
-    shown = sorted(rows, key=lost)[:SHOWN_AT_MOST]
+    shown = sorted(rows, key=lambda row: gain(row, higher))[:SHOWN_AT_MOST]
     return [
         {"id": r["id"], "asked": r["prompt"][-1]["content"] if r["prompt"] else "", "reference": r["reference"]}
         | {side: r[side]["answer"] for side in SIDES}
         for r in shown
     ]
-
-
-def error_groups(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """The tuned model's misses by what went wrong, most first: a group's name, its size, three of its rows."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        given, right = row["tuned"]["answer"].strip(), row["reference"].strip()
-        if same(given, right):
-            continue
-        groups.setdefault(_miss(given, right, kind, {r["reference"].strip() for r in rows}), []).append(row)
-    ordered = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return [{"name": name, "n": len(found), "rows": found[:3]} for name, found in ordered[:12]]
-
-
-def suspects(rows: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Rows whose label may be wrong itself: the tuned model gives another label, and finds the row's unlikely."""
-    labels = {row["reference"].strip() for row in rows}
-    found = []
-    for row in rows if kind == "label" else ():
-        given, told = row["tuned"]["answer"].strip(), row["tuned"]
-        sure = told["nll"] is not None and told["nll"] / max(told["tokens"], 1) > UNLIKELY
-        if given in labels and given != row["reference"].strip() and sure:
-            found.append(row)
-    return sorted(found, key=lambda row: -row["tuned"]["nll"] / max(row["tuned"]["tokens"], 1))[:EXAMPLES]
-
-
-def _miss(given: str, right: str, kind: str, labels: set[str]) -> str:
-    if not given:
-        return "no answer"
-    if kind == "label":
-        return f"{right} taken for {given}" if given in labels else "an answer that is no label"
-    if kind == "json":
-        found, wanted = parse(given), parse(right) or {}
-        if found is None:
-            return "not JSON"
-        wrong = sorted(key for key in wanted.keys() | found.keys() if found.get(key) != wanted.get(key))
-        return "wrong: " + ", ".join(wrong[:3])
-    if given in right or right in given:
-        return "a part of the reference, or more than it"
-    ratio = len(given) / max(len(right), 1)
-    return "much shorter" if ratio < 0.5 else "much longer" if ratio > 2 else "other words"
 
 
 def loss_curves(steps: Sequence[dict[str, Any]]) -> list[Markup]:

@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from tunesmith import plugins
 from tunesmith.errors import nearest
 from tunesmith.evaluate.conditions import Condition
+from tunesmith.inference.section import PriceSection
 from tunesmith.section import Section
 
 
@@ -63,8 +64,8 @@ class SafetySection(Section):
     max_new_tokens: int = Field(48, ge=1)
     """Longest answer to one."""
     classifier: str | None = None
-    """A folder or hub id: Llama Guard, ShieldGemma, or any sequence classifier of toxicity. Its share of bad answers
-    is then reported."""
+    """Tells toxic answers: a folder or hub id of Llama Guard, ShieldGemma or any sequence classifier. The small one of
+    `tunesmith[data]` (English) if not given and installed."""
     guard: Literal["llama-guard", "shieldgemma"] | None = None
     """Whose prompt the classifier is given; told by its name, if not given."""
     entailment: str | None = None
@@ -92,9 +93,10 @@ class SuiteSection(Section):
     """Of the harness's task; of the score, for a file."""
     file: str | None = None
     """A local .jsonl file, in place of the harness's own data."""
-    kind: Literal["choice", "schema", "numeric", "code"] = "choice"
+    kind: Literal["choice", "schema", "numeric", "code", "chat"] = "choice"
     """Of a file: `choice` (query, choices, gold), `schema` (context_options, continuation, gold), `numeric` (question
-    or context, answer), `code` (HumanEval's prompt, test, entry_point)."""
+    or context, answer), `code` (HumanEval's prompt, test, entry_point), `chat` (MT-Bench's turns, and reference where
+    there is one: answered in turn, scored by `judge`)."""
     template: str | None = None
     """What is asked, with {column} for what a row holds."""
     rows: int | None = Field(None, ge=1)
@@ -105,6 +107,36 @@ class SuiteSection(Section):
 
 def _named(value: Any) -> Any:
     return {"name": value} if isinstance(value, str) else value
+
+
+class JudgeSection(Section):
+    """A model that judges both models' answers to the test rows. A plain name stands for `{model: ...}`."""
+
+    model: str
+    """`https://host/v1#model-name` of any OpenAI-compatible endpoint (its key is OPENAI_API_KEY), or a model for this
+    machine: a hub id, a folder, a .gguf file, a built-in name. It is loaded once both models have answered."""
+    ways: list[Literal["pairwise", "rubric", "support"]] = Field(["pairwise"], min_length=1)
+    """`pairwise`: which answer is better, asked in both orders. `rubric`: a score of each answer. `support`: which
+    share of each answer's sentences the prompt supports. Each with reasons."""
+    criteria: str = "The answer is correct, complete, does what was asked, and says nothing that is made up."
+    """What makes an answer good."""
+    scale: int = Field(5, ge=2, le=10)
+    """Best score of the rubric; 1 is the worst."""
+    reference: bool = True
+    """Show the judge each row's reference."""
+    rows: int | None = Field(100, ge=1)
+    """At most so many test rows, drawn by seed."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest judgement."""
+    price: PriceSection = PriceSection()
+    """For the cost in the scorecard."""
+    human: str | None = None
+    """A .jsonl or .csv file of people's judgements, to tell how far the judge agrees with people: `prompt`, `a`, `b`
+    and `winner` (a, b or tie; MT-Bench's columns are read, too), or `prompt`, `answer` and `score`."""
+
+
+def _judged(value: Any) -> Any:
+    return {"model": value} if isinstance(value, str) else value
 
 
 class EvaluateSection(Section):
@@ -148,10 +180,22 @@ class EvaluateSection(Section):
     )
     """Public tasks to measure before and after."""
 
+    judge: Annotated[
+        JudgeSection | None, BeforeValidator(_judged, json_schema_input_type=str | JudgeSection | None)
+    ] = None
+    """A model that judges the answers; none if not given."""
+
     @field_validator("metrics")
     @classmethod
     def _metrics(cls, value: list[str] | None) -> list[str] | None:
         return value if value is None else [_known(name) for name in value]
+
+    @model_validator(mode="after")
+    def _scored(self) -> EvaluateSection:
+        chat = next((suite for suite in self.suites if suite.kind == "chat"), None)
+        if chat and (not self.judge or not chat.file):
+            raise ValueError(f"'{chat.name}' is of kind chat, which needs {'a judge' if chat.file else 'a file'}")
+        return self
 
     @model_validator(mode="after")
     def _drawn(self) -> EvaluateSection:

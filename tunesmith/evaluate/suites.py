@@ -24,6 +24,7 @@ NEEDS = {
     "schema": ("context_options", "continuation", "gold"),
     "numeric": ("answer",),
     "code": ("prompt", "test", "entry_point"),
+    "chat": ("turns",),
 }
 ASKS = {"choice": "{query}", "numeric": "{question}", "schema": "", "code": "{prompt}"}
 
@@ -42,7 +43,7 @@ def task_rows(suite: SuiteSection, folder: Path, seed: int) -> list[dict[str, An
             raise DataError(
                 f"lacks '{lacking[0]}', which tasks of kind {suite.kind} need (it has: {', '.join(row)})",
                 where=f"{path.name}:{number}",
-                fix="Name another kind (choice, schema, numeric, code), or mend the file.",
+                fix="Name another kind (choice, schema, numeric, code, chat), or mend the file.",
             )
     picked = np.random.default_rng(seed).permutation(len(found))[: suite.rows or len(found)]
     return [found[i] for i in sorted(picked)]

@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint, to evaluate or to judge. What fails after retries is told, never left out."""
+"""An OpenAI-compatible endpoint: to evaluate, to judge, to make rows. What fails after retries is told."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tunesmith.errors import ModelError
 from tunesmith.inference.engine import Sampling, Score, Tick
 from tunesmith.inference.subject import Ask, Reply, Row
 
-RETRIES, FIRST_WAIT, AT_ONCE = 4, 0.5, 8
+WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
+AT_ONCE = 8
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 
 
@@ -29,7 +30,8 @@ def about_tokens(text: str) -> int:
 
 
 class Endpoint:
-    """A model behind `URL#MODEL`, where URL ends before /chat/completions. Its key is OPENAI_API_KEY, if that is set.
+    """A model behind `URL#MODEL`, where URL ends before /chat/completions and may hold ${VARIABLES}. Its key is
+    OPENAI_API_KEY, if that is set.
 
     Attributes:
         usage: tokens that the endpoint has counted: prompt and completion.
@@ -38,11 +40,11 @@ class Endpoint:
         ModelError: the address names no model, or the endpoint lets nobody in.
     """
 
-    def __init__(self, name: str, timeout: float = 120.0, first_wait: float = FIRST_WAIT) -> None:
-        address, _, model = name.partition("#")
+    def __init__(self, name: str, timeout: float = 120.0) -> None:
+        address, _, model = os.path.expandvars(name).partition("#")
         if not model or not urlsplit(address).netloc:
             raise ModelError("names no model", where=name, fix="Write it as https://host/v1#model-name.")
-        self.name, self.model, self._timeout, self._first_wait = name, model, timeout, first_wait
+        self.name, self.model, self._timeout = name, model, timeout
         self._url = address.rstrip("/") + "/chat/completions"
         self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
 
@@ -76,11 +78,9 @@ class Endpoint:
             "temperature": sampling.temperature if sampling else 0,
         }
         body |= ({"seed": sampling.seed} if sampling else {}) | ({"tools": list(prompt.tools)} if prompt.tools else {})
-        wait, why = self._first_wait, ""
-        for attempt in range(RETRIES + 1):
-            if attempt:
-                time.sleep(wait * (0.75 + random.random() / 2))
-                wait *= 2
+        why, asked_to_wait = "", 0.0
+        for wait in (0.0, *WAITS):
+            time.sleep(max(wait * (0.75 + random.random() / 2), asked_to_wait))
             started = time.perf_counter()
             try:
                 response = client.post(self._url, json=body)
@@ -95,8 +95,8 @@ class Endpoint:
                 )
             if response.status_code in PASSING:
                 why = f"status {response.status_code}"
-                asked_for = response.headers.get("retry-after", "")
-                wait = max(wait, min(float(asked_for), 60.0)) if asked_for.replace(".", "", 1).isdigit() else wait
+                after = response.headers.get("retry-after", "")
+                asked_to_wait = min(float(after), 60.0) if after.replace(".", "", 1).isdigit() else 0.0
                 continue
             if response.status_code != 200:
                 return Reply("", failure=f"status {response.status_code}: {response.text[:200]}")
@@ -111,5 +111,6 @@ class Endpoint:
             used = found.get("usage") or {}
             for kind in self.usage:
                 self.usage[kind] += int(used.get(kind) or 0)
-            return Reply(text, int(used.get("completion_tokens") or 0), time.perf_counter() - started)
-        return Reply("", failure=f"{why} ({RETRIES + 1} times)")
+            read, written = (int(used.get(kind) or 0) for kind in self.usage)
+            return Reply(text, written, time.perf_counter() - started, read=read)
+        return Reply("", failure=f"{why} ({len(WAITS) + 1} times)")

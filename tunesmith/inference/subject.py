@@ -18,12 +18,14 @@ BATCH = 128  # rows asked at once: what a kill can lose at most
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer: its text and length in tokens; how long it took, where it was asked alone; why there is none."""
+    """An answer: its text and length in tokens; how long it took, where it was asked alone; why there is none; how
+    many tokens were read for it, where an endpoint counts them."""
 
     text: str
     tokens: int = 0
     seconds: float | None = None
     failure: str | None = None
+    read: int = 0
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def card(run: Run, model: dict[str, Any], beside: str | None = None) -> str:
     parts = (
         _opening(run, recipe, model, manifests, scores, beside),
         _scores(scores),
+        *_gate(scores),
+        *_besides(scores),
         _use(recipe, model, scores, beside),
         _data(manifests),
         _training(recipe, manifests),
@@ -158,6 +161,71 @@ def _scores(scores: dict[str, Any] | None) -> str:
     )
 
 
+def _gate(scores: dict[str, Any] | None) -> list[str]:
+    """What had to be proved before this model was handed on."""
+    gate = (scores or {}).get("gate")
+    if not gate:
+        return []
+    said = {"ship": "ship: all conditions are met", "hold": "hold: a condition is broken", "not_proven": "not proven"}
+    decision = said[gate["decision"]]
+    opening = f"The recipe's gate says **{decision}**." if gate["enforced"] else f"By the default gate: **{decision}**."
+    if gate["enforced"] and gate["decision"] == "hold":
+        opening += " It was packaged all the same, by force."
+    lines = ["| condition | state | measured |", "| --- | --- | --- |"]
+    lines += [
+        f"| `{c['condition']}` | {c['state'].replace('_', ' ')} | {_cell(c['why'])} |" for c in gate["conditions"]
+    ]
+    return ["## Gate\n\n" + opening + "\n\n" + "\n".join(lines)]
+
+
+BESIDES = {
+    "forgetting": "Behaviour on general prompts, against the base: divergence in nats a token (kl), share of answers "
+    "that changed, perplexity of the base's answers.",
+    "memory": "Loss on unseen rows less that on seen ones (gap), training rows recited word for word (verbatim), "
+    "planted secrets given away (exposure, bits).",
+    "safety": "Shares of unsafe prompts refused (refusal), of harmless ones (over refusal), of attacks withstood "
+    "(defence), and of answers that are toxic or hold personal data.",
+    "bias": "Scores of bias; answers that change with a gender or a name (changed by swap).",
+    "suites": "Public tasks.",
+    "judge": "What a model that judges preferred.",
+    "review": "What people preferred.",
+}
+
+
+def _besides(scores: dict[str, Any] | None) -> list[str]:
+    """What was measured besides the task, a section each."""
+    found = []
+    for section, about in BESIDES.items():
+        rows = list(_inside((), (scores or {}).get(section)))
+        if not rows:
+            continue
+        lines = ["| score | baseline | tuned | difference | n |", "| --- | ---: | ---: | ---: | ---: |"]
+        for path, score in rows:
+            if "tuned" in score:
+                sides = [spanned(score[side]) for side in ("baseline", "tuned")]
+                cells = [*sides, signed(score["difference"]["value"])]
+            else:
+                cells = ["", spanned(score), ""]
+            lines.append(f"| {' '.join(path).replace('_', ' ')} | {' | '.join(cells)} | {score.get('n', '')} |")
+        found.append(f"## {section.capitalize()}\n\n{about}\n\n" + "\n".join(lines))
+    return found
+
+
+def _inside(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Every score in a section of a scorecard, with its path."""
+    if not isinstance(value, dict):
+        return
+    if ("tuned" in value and "difference" in value) or {"value", "low", "high"} <= set(value):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from _inside((*path, str(key)), inner)
+
+
+def spanned(score: dict[str, float]) -> str:
+    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
+
+
 def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None, beside: str | None) -> str:
     trusted = ", trust_remote_code=True" if model.get("trust_remote_code") else ""
     system = recipe["data"].get("system")
@@ -245,9 +313,16 @@ def _cell(value: Any) -> str:
 
 
 def _limits(model: dict[str, Any], scores: dict[str, Any] | None) -> str:
+    measured = scores or {}
     limits = [
-        "No safety evaluation was made: nothing was measured about harmful, biased or private content.",
-        "It was made for one task. What the base could do besides may have suffered; that was not measured.",
+        "Safety and bias were measured on small sets of prompts: they show changes, not that the model is safe."
+        if {"safety", "bias"} <= set(measured)
+        else "Bias was not measured, and safety on a small set of prompts only."
+        if "safety" in measured
+        else "No safety evaluation was made: nothing was measured about harmful, biased or private content.",
+        "It was made for one task. What it lost besides was measured on about 200 general prompts only."
+        if "forgetting" in measured
+        else "It was made for one task. What the base could do besides may have suffered; that was not measured.",
         "The base's limits and licence hold for this model too."
         if model.get("licence")
         else "The base's licence is not known to this run: look it up before you use or share this model.",

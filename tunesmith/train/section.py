@@ -43,7 +43,7 @@ class TrainSection(Section):
     max_length: Annotated[int, *or_auto(int, ge=8)] = 1024
     """Longest row in tokens; auto: the model's context, up to 4,096. `data.over_length` says what becomes of longer
     ones."""
-    learning_rate: Annotated[float, *or_auto(float, gt=0)] = 2e-4
+    learning_rate: Annotated[float, *or_auto(float, ge=0)] = 2e-4
     """The peak rate; auto: by the model's size, the method and the adapter."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the rate falls after the warm-up, towards zero after the last step. wsd stays until `decay` is left."""

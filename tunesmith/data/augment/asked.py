@@ -13,9 +13,8 @@ from pydantic import Field, model_validator
 
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.data.augment.base import Account, Making, Means, Seen, drawn, plain
-from tunesmith.data.augment.endpoint import ask
 from tunesmith.errors import MachineError
-from tunesmith.section import Section
+from tunesmith.inference.section import PriceSection
 
 REFUSALS = re.compile(r"^(i'm sorry|i am sorry|i can't|i cannot|as an ai|sorry, )", re.IGNORECASE)
 NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -23,15 +22,6 @@ REPHRASE = (
     "Say the following message in other words, as another person would. Keep its language, its meaning and every name "
     "and number. Answer with the new message alone."
 )
-
-
-class PriceSection(Section):
-    """What an endpoint takes for a million tokens."""
-
-    prompt: float = Field(0.0, ge=0)
-    """Of what is asked."""
-    completion: float = Field(0.0, ge=0)
-    """Of what is answered."""
 
 
 class Asked(Making):
@@ -64,12 +54,10 @@ class Asked(Making):
                     "there is no model to ask here", where="data.augment", fix="Name an endpoint: url and model."
                 )
             return means.answers(prompts, self.max_tokens)
-        body = {
-            "model": self.model, "temperature": self.temperature, "max_tokens": self.max_tokens, "seed": means.seed,
-        }  # fmt: skip
-        texts = ask(self.url, body, prompts, account)
-        tokens = account.tokens
-        account.cost = (tokens["prompt"] * self.price.prompt + tokens["completion"] * self.price.completion) / 1e6
+        from tunesmith.data.augment.endpoint import ask
+
+        texts = ask(f"{self.url}#{self.model}", prompts, self.max_tokens, (self.temperature, means.seed), account)
+        account.cost = self.price.cost(account.tokens["prompt"], account.tokens["completion"])
         return texts
 
     def provenance(self, kind: str, sources: Sequence[str]) -> dict[str, Any]:

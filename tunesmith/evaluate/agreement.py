@@ -1,0 +1,75 @@
+"""How far judges agree beyond chance. Both coefficients are functions of sums over items, so the one bootstrap gives
+their intervals."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from tunesmith.evaluate.metrics.base import Floats, Metric, measured
+from tunesmith.evaluate.statistics import Resamples, interval
+
+RESAMPLES = 1000
+
+
+def kappa(
+    one: Sequence[str], other: Sequence[str], labels: Sequence[str], quadratic: bool = False, seed: int = 7
+) -> dict[str, float] | None:
+    """Cohen's kappa of two judges of the same items (Cohen 1960), as {value, low, high, n}.
+
+    Args:
+        labels: all that a judge can say, in order.
+        quadratic: being off by two labels counts four times as much as by one (Cohen 1968).
+
+    Returns:
+        None where nothing could have differed: both said one and the same label of everything.
+    """
+    k = len(labels)
+    place = {label: i for i, label in enumerate(labels)}
+    tables = np.zeros((len(one), k * k))
+    for i, (a, b) in enumerate(zip(one, other, strict=True)):
+        tables[i, place[a] * k + place[b]] = 1
+    off = np.subtract.outer(np.arange(k), np.arange(k))
+    weights = off.astype(float) ** 2 if quadratic else (off != 0).astype(float)
+
+    def value(sums: Floats) -> Floats:
+        table = sums.reshape(*sums.shape[:-1], k, k)
+        chance = table.sum(-1)[..., :, None] * table.sum(-2)[..., None, :] / table.sum((-1, -2))[..., None, None]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(1 - (weights * table).sum((-1, -2)) / (weights * chance).sum((-1, -2)))
+
+    return _spanned(measured("kappa", value), tables, seed)
+
+
+def alpha(votes: Sequence[Sequence[str]], seed: int = 7) -> dict[str, float] | None:
+    """Krippendorff's alpha for labels without an order (Krippendorff 2011), of any number of judges, each of whom may
+    have judged some items only; as {value, low, high, n}. `votes`: what was said of each item.
+
+    Returns:
+        None where no item was judged twice, or nothing could have differed.
+    """
+    labels = sorted({label for of_item in votes for label in of_item})
+    counts = np.array([[list(v).count(label) for label in labels] for v in votes if len(v) > 1], dtype=float)
+    if not len(counts):
+        return None
+    judges = counts.sum(-1)
+    differing = (counts * (judges[:, None] - counts)).sum(-1) / (judges - 1)
+
+    def value(sums: Floats) -> Floats:
+        observed, by_label = sums[..., 0], sums[..., 1:]
+        n = by_label.sum(-1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.asarray(1 - observed * (n - 1) / (n**2 - (by_label**2).sum(-1)))
+
+    return _spanned(measured("alpha", value), np.column_stack([differing, counts]), seed)
+
+
+def _spanned(metric: Metric, stats: Floats, seed: int) -> dict[str, float] | None:
+    if not len(stats) or not np.isfinite(metric.value(stats.sum(0))):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # resamples in which nothing could have differed
+        found = interval(metric, stats, Resamples(len(stats), RESAMPLES, seed))
+    return found | {"n": len(stats)}
