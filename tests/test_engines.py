@@ -143,7 +143,8 @@ def test_an_error_of_the_rows_is_the_same_error(engine: Any, renderer: Any, tmp_
 def test_a_missing_engine_names_its_extra(renderer: Any, tmp_path: Path, monkeypatch: Any) -> None:
     file = str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}] * 30))
     for name, module in NEEDS.items():
-        monkeypatch.setitem(sys.modules, module, None)
+        for part in (module, f"{module}.errors"):
+            monkeypatch.setitem(sys.modules, part, None)
         with pytest.raises(MachineError, match=rf"data.engine: needs {module}") as error:
             outputs(renderer, tmp_path / name, name, file)
         assert f"tunesmith[{name}]" in str(error.value.fix)

@@ -59,7 +59,7 @@ class Measure:
 
     def __call__(self, item: tuple[int, Rows]) -> Measured:
         shard, rows = item
-        ledger, counting = Ledger(), Counting(self.fit.renderer)
+        ledger, counting = Ledger(self.shelf.folder), Counting(self.fit.renderer)
         fit = replace(self.fit, renderer=counting)
         places: list[int] = []
         lengths: list[tuple[int, int]] = []

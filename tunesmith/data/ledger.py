@@ -23,10 +23,10 @@ LISTS = ("rejected", "removed", "cut", "flagged")
 
 
 class Entries:
-    """What is told of rows, a mapping each, in order; on disk once it is more than a few megabytes."""
+    """What is told of rows, a mapping each, in order; in a file without a name once it is more than a few megabytes."""
 
-    def __init__(self) -> None:
-        self._file = SpooledTemporaryFile(IN_MEMORY)  # noqa: SIM115
+    def __init__(self, folder: Path | None = None) -> None:
+        self._file = SpooledTemporaryFile(IN_MEMORY, dir=str(folder) if folder else None)  # noqa: SIM115
         self._count = 0
 
     def append(self, entry: dict[str, Any]) -> None:
@@ -94,16 +94,17 @@ class Ledger:
     """Every row that was read, by what became of it.
 
     Attributes:
+        folder: where long lists go; the system's folder for such files if not given.
         steps: how many rows each step removed.
     """
 
+    folder: Path | None = None
     read: int = 0
     made: int = 0
     steps: Counter[str] = field(default_factory=Counter)
-    rejected: Entries = field(default_factory=Entries)
-    removed: Entries = field(default_factory=Entries)
-    cut: Entries = field(default_factory=Entries)
-    flagged: Entries = field(default_factory=Entries)
+
+    def __post_init__(self) -> None:
+        self.rejected, self.removed, self.cut, self.flagged = (Entries(self.folder) for _ in LISTS)
 
     def reject(self, where: str, reason: str, why: str, text: str) -> None:
         self.rejected.append({"row": where, "reason": reason, "why": why, "text": text})

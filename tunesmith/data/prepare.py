@@ -71,7 +71,7 @@ def prepare(section: DataSection, inputs: DataInputs, target: Path) -> dict[str,
 def _prepared(
     section: DataSection, inputs: DataInputs, files: Files, target: Path, shelf: Shelf, engine: Running
 ) -> dict[str, Any]:
-    ledger = Ledger()
+    ledger = Ledger(shelf.folder)
     cleaning = Cleaning(section.clean, usable, ledger, shelf)
 
     def stop_if_too_many() -> None:

@@ -45,13 +45,18 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+_strict = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+
+
 def load_json(text: str) -> Any:
     """A JSON value, strictly: no NaN or Infinity; an object with a key twice is marked (see `json_row`).
 
     Raises:
         ValueError, RecursionError: it is not JSON, or nested too deep.
     """
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+    if text.startswith("\ufeff"):
+        raise ValueError("a byte-order mark within the file")
+    return _strict.decode(text)
 
 
 def json_row(value: Any, text: str) -> Row | Broken:

@@ -50,7 +50,7 @@ class Read:
     shelf: Shelf
 
     def __call__(self, piece: Piece) -> tuple[Places, Saved]:
-        ledger = Ledger()
+        ledger = Ledger(self.shelf.folder)
         with self.shelf.writer(piece.shard) as writer:
             for row in _rows(piece, self.section, ledger):
                 writer.add(row)

@@ -10,12 +10,13 @@ can write one.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, BinaryIO, overload
 
 import numpy as np
 
@@ -34,6 +35,11 @@ Places = np.ndarray  # int64
 @lru_cache(OPEN)
 def _ends(path: Path) -> np.ndarray:
     return np.concatenate([np.zeros(1, dtype=np.int64), np.fromfile(path, dtype=np.int64)])
+
+
+@lru_cache(OPEN)
+def _file(path: Path) -> BinaryIO:
+    return path.open("rb", buffering=0)  # closed once it is forgotten
 
 
 def _encoded(row: Conversation) -> bytes:
@@ -110,16 +116,16 @@ class Shelf:
         for start, end in _together(places):
             shard, lines = int(places[start]) >> LINE_BITS, places[start:end] & ((1 << LINE_BITS) - 1)
             ends = _ends(self.folder / f"{shard:08}.ends")
-            with (self.folder / f"{shard:08}.rows").open("rb") as file:
-                at = 0
-                while at < len(lines):
-                    begin = int(ends[lines[at]])
-                    upto = max(int(np.searchsorted(ends[lines[at:] + 1], begin + BLOCK, "right")), 1) + at
-                    file.seek(begin)
-                    block = file.read(int(ends[lines[upto - 1] + 1]) - begin)
-                    for one in lines[at:upto].tolist():
-                        yield block[int(ends[one]) - begin : int(ends[one + 1]) - begin]
-                    at = upto
+            file, at = _file(self.folder / f"{shard:08}.rows"), 0
+            while at < len(lines):
+                begin = int(ends[lines[at]])
+                upto = max(int(np.searchsorted(ends[lines[at:] + 1], begin + BLOCK, "right")), 1) + at
+                some = lines[at:upto]
+                block = os.pread(file.fileno(), int(ends[some[-1] + 1]) - begin, begin)
+                stretches = zip((ends[some] - begin).tolist(), (ends[some + 1] - begin).tolist(), strict=True)
+                for first, last in stretches:
+                    yield block[first:last]
+                at = upto
 
 
 def _together(places: Places) -> Iterator[tuple[int, int]]:

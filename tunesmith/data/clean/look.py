@@ -39,8 +39,8 @@ class Done:
 class Tally:
     """Counts what a step does, row by row."""
 
-    def __init__(self, name: str) -> None:
-        self.name, self._ledger = name, Ledger()
+    def __init__(self, name: str, folder: Path) -> None:
+        self.name, self._ledger = name, Ledger(folder)
         self._rows = self._changed = self._removed = self._flagged = 0
         self._found: Counter[str] = Counter()
         self._touched = array("q")
@@ -84,7 +84,7 @@ class Look:
 
     def __call__(self, item: tuple[int, Rows]) -> tuple[Places, list[Done]]:
         shard, rows = item
-        tallies = [Tally(name) for name in self.steps]
+        tallies = [Tally(name, self.shelf.folder) for name in self.steps]
         steps = list(zip(self.steps.values(), tallies, strict=True))
         places = []
         with self.shelf.writer(shard) as writer:

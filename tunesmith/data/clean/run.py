@@ -143,8 +143,8 @@ class Cleaning:
         return joined((Rows(self._shelf, p) for p in places), self._shelf), told
 
     def _judged(self, names: list[str], rows: Rows, around: Around, advance: Advance) -> tuple[Rows, list[Part]]:
-        name, whys = names[0], Entries()
-        tally = Tally(name)
+        name, whys = names[0], Entries(self._shelf.folder)
+        tally = Tally(name, self._shelf.folder)
         places, shard, seen = rows.places.copy(), self._shelf.number(), 0
         with self._shelf.writer(shard) as writer:
             for number, given in enumerate(self.steps[name].apply(rows, around) if len(rows) else ()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,8 +41,8 @@ class LocalRunning:
         self._folder, self._wanted, self._started = folder, processes, False
 
     def map(self, work: Callable[[T], R], items: Sequence[T], rows: int) -> Iterator[R]:
-        processes = min(self._wanted or (len(os.sched_getaffinity(0)) if rows > ALONE else 1), len(items))
-        if processes < 2 or self._folder is None:
+        wanted = self._wanted or (None if rows > ALONE else 1)
+        if wanted == 1 or len(items) < 2 or self._folder is None:
             yield from map(work, items)
             return
         import joblib
@@ -52,7 +51,9 @@ class LocalRunning:
         path = saved(work, self._folder)
         self._started = True
         try:
-            with joblib.parallel_config("loky", n_jobs=processes, inner_max_num_threads=1):
+            with joblib.parallel_config(
+                "loky", n_jobs=min(wanted or joblib.cpu_count(), len(items)), inner_max_num_threads=1
+            ):
                 parallel = joblib.Parallel(return_as="generator", batch_size=1, pre_dispatch="2*n_jobs")
                 yield from results(parallel(joblib.delayed(call)(path, item) for item in items))
         except TerminatedWorkerError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import sys
@@ -57,6 +58,7 @@ class Ray(Engine):
                     where="data.engine",
                     fix="Check data.engine.address, or leave it out.",
                 ) from error
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         try:
@@ -73,7 +75,8 @@ class RayRunning:
     def map(self, work: Callable[[T], R], items: Sequence[T], rows: int) -> Iterator[R]:
         import ray.data
 
-        if not items:
+        if len(items) < 2:  # nothing to share out
+            yield from map(work, items)
             return
         path = saved(work, self._folder)
 

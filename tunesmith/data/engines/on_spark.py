@@ -72,7 +72,8 @@ class SparkRunning:
         self._folder, self._session = folder, session
 
     def map(self, work: Callable[[T], R], items: Sequence[T], rows: int) -> Iterator[R]:
-        if not items:
+        if len(items) < 2:  # nothing to share out
+            yield from map(work, items)
             return
         path = saved(work, self._folder)
         told = self._session.sparkContext.parallelize(list(items), len(items)).map(lambda item: call(path, item))
