@@ -1,8 +1,8 @@
 """Which rows say the same, of any number of rows: keys of each row are made by any process, lie on disk, and are joined
 by the engine.
 
-Of each row memory holds what groups are made of, about fifty bytes. Word runs and MinHash bands lie in files, one a
-piece of rows; runs are read again only for rows that share a band.
+Of each row memory holds what groups are made of, less than a hundred bytes. Word runs and MinHash bands lie in files,
+one a piece of rows; runs are read again only for rows that share a band.
 """
 
 from __future__ import annotations
