@@ -110,7 +110,7 @@ def rows_for(what: str, lines: list[str], folder: Path) -> Path:
     """The rows as they are; for pairs, each row's answer against the next row's."""
     head = folder / f"{what}.jsonl"
     if what == "dpo" and "rejected" not in json.loads(lines[0]):
-        from tunesmith.data.prepare import detect, read_rows
+        from tunesmith.data.reading import detect, read_rows
         from tunesmith.data.section import SourceSection
 
         plain = rows_for("plain", lines, folder)

@@ -6,6 +6,7 @@ import csv
 import json
 from itertools import combinations
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -13,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import write_jsonl
-from tunesmith.data.clean import minhash
+from tunesmith.conversation.message import Text
+from tunesmith.data.clean import minhash, near
+from tunesmith.data.engines.local import LocalRunning
+from tunesmith.data.groups import Groups
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import build
 
@@ -191,7 +195,7 @@ words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=12).m
 
 
 @settings(max_examples=80, deadline=None)
-@given(texts=st.lists(words, max_size=25), threshold=st.sampled_from([0.5, 0.8, 1.0]))
+@given(texts=st.lists(words, min_size=1, max_size=25), threshold=st.sampled_from([0.5, 0.8, 1.0]))
 def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: float) -> None:
     def runs(text: str) -> frozenset[tuple[str, ...]]:
         parts = text.split()
@@ -200,11 +204,14 @@ def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: 
         )
 
     sets = [runs(text) for text in texts]
-    groups = minhash.Groups(len(texts))
+    groups = Groups(len(texts))
     for i, j in combinations(range(len(texts)), 2):
         if sets[i] and len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j]):
             groups.join(i, j)
-    assert minhash.joined(minhash.shingles(texts), threshold).members() == groups.members()
+    rows = [Text((), text=text) for text in texts]
+    with TemporaryDirectory() as name:
+        keys = near.keys_of(rows, near.Sketch("both", 3, threshold, Path(name)), LocalRunning())
+        assert (near.nearly_same(keys, threshold, Path(name), LocalRunning()) == groups.leaders()).all()
 
 
 @settings(max_examples=100, deadline=None)

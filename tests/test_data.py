@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from tests.conftest import write_jsonl
 from tests.prepared import Prepared
 from tunesmith.conversation.render import Renderer
-from tunesmith.data.prepare import detect
+from tunesmith.data.reading import detect
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import DataError

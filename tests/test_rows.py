@@ -13,8 +13,9 @@ from tests.conftest import CHATML, make_tokenizer
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text, row_from_dict
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.layouts import Unusable
-from tunesmith.data.prepare import detect, read_rows
+from tunesmith.data.reading import detect
 from tunesmith.data.section import SourceSection
+from tunesmith.data.sources import read_rows
 
 ASKED, GOOD, BAD = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 PAIR = Preference((ASKED, GOOD), "f:1", rejected=(BAD,), shared=1)

@@ -17,7 +17,7 @@ from tests.prepared import PARTS
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.data.alike import pairs_alike
 from tunesmith.data.augment.base import runs
-from tunesmith.data.split import hold_out
+from tunesmith.data.split import drawn
 from tunesmith.errors import DataError
 
 SPLIT = {"validation": 0.2, "test": 0.2}
@@ -96,9 +96,9 @@ def test_near_duplicates_never_straddle(groups: list[int], wanted: int, seed: in
     def alike(rows: Any) -> list[list[int]]:
         return [[i for i, row in enumerate(rows) if groups[int(row.id[2:])] == g] for g in set(groups)]
 
-    kept, held = hold_out(made, wanted, seed, lambda row: "", None, lambda rows: [g for g in alike(rows) if g])
-    sides = [{groups[int(row.id[2:])] for row in side} for side in (kept, held)]
-    assert not sides[0] & sides[1] and len(kept) + len(held) == len(groups) and len(held) <= wanted
+    taken = drawn(made, wanted, seed, alike=lambda rows: [g for g in alike(rows) if g]).tolist()
+    sides = [{group for group, out in zip(groups, taken, strict=True) if out == held} for held in (False, True)]
+    assert not sides[0] & sides[1] and sum(taken) <= wanted
 
 
 @settings(max_examples=60, deadline=None)

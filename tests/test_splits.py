@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.conftest import colour_rows, write_jsonl
 from tests.prepared import PARTS
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.data.split import hold_out, same_question
+from tunesmith.data.split import drawn, same_question
 from tunesmith.errors import DataError
 
 
@@ -68,9 +68,11 @@ def test_pieces_of_a_row_stay_on_one_side() -> None:
     ]
     rows.append(Conversation((Message("user", "A 2"), Message("assistant", "a")), "f.jsonl:90"))
     for seed in range(20):
-        rest, held = hold_out(rows, 9, seed, lambda row: "")
-        sides = [{row.question[0].lower() for row in part} for part in (rest, held)]
-        assert held and not sides[0] & sides[1]
+        taken = drawn(rows, 9, seed)
+        sides = [
+            {row.question[0].lower() for row, out in zip(rows, taken, strict=True) if out == held} for held in (0, 1)
+        ]
+        assert sides[1] and not sides[0] & sides[1]
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

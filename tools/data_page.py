@@ -14,7 +14,7 @@ from typing import Any
 from tunesmith import plugins
 from tunesmith.data.layouts import Unusable
 from tunesmith.data.opening import Broken
-from tunesmith.data.prepare import detect
+from tunesmith.data.reading import detect, usable
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
 
@@ -84,7 +84,6 @@ def real_files(root: Path) -> str:
 
 def loaded(path: Path, columns: dict[str, str] | None) -> tuple[str, Counter[str]]:
     """A file's layout, and its rows by the reason why they can't be used ("" for those that can)."""
-    from tunesmith.data import prepare
 
     source = SourceSection.model_validate({"path": str(path), "columns": columns})
     layout = detect(source, path)
@@ -94,7 +93,7 @@ def loaded(path: Path, columns: dict[str, str] | None) -> tuple[str, Counter[str
             counts[row.reason] += 1
             continue
         try:
-            prepare._usable(layout.read(row, source, str(number)))
+            usable(layout.read(row, source, str(number)))
         except Unusable as error:
             counts[error.reason] += 1
         else:

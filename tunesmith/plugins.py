@@ -117,6 +117,12 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "text": "tunesmith.data.layouts:PlainText",
         "columns": "tunesmith.data.layouts:Columns",
     },
+    # Who works on rows: `data.engine`. An Engine (tunesmith/data/engines/engine.py) with start(folder).
+    "data_engine": {
+        "local": "tunesmith.data.engines.local:Local",
+        "ray": "tunesmith.data.engines.on_ray:Ray",
+        "spark": "tunesmith.data.engines.on_spark:Spark",
+    },
     # A cleaning step: a key of `data.clean`. A Step (tunesmith/data/clean/step.py) with apply(rows, around).
     "clean": {
         "unicode": "tunesmith.data.clean.unicode:Unicode",

@@ -271,8 +271,11 @@ class Run:
             lock.release()
 
 
+_line = json.JSONEncoder(ensure_ascii=False)
+
+
 def json_line(row: dict[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return _line.encode(row) + "\n"
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:

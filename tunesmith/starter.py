@@ -15,7 +15,8 @@ from tunesmith import recipe
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.layouts import Unusable
 from tunesmith.data.opening import Broken
-from tunesmith.data.prepare import DETECTION_ROWS, answers_kind, detect
+from tunesmith.data.prepare import answers_kind
+from tunesmith.data.reading import DETECTION_ROWS, detect
 from tunesmith.data.section import ColumnsSection, SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import DataError, RecipeError

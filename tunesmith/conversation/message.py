@@ -37,6 +37,8 @@ class Message:
 
     @classmethod
     def from_dict(cls, message: dict[str, Any]) -> Message:
+        if len(message) == 2:  # most messages
+            return cls(message["role"], message["content"])
         more = {k: v for k, v in message.items() if k not in ("role", "content", "weight")}
         return cls(message["role"], message["content"], message.get("weight", 1.0), more)
 
@@ -203,4 +205,4 @@ def tags(rows: Sequence[Conversation]) -> dict[str, list[int]]:
 
 
 def _changed(messages: tuple[Message, ...], change: Callable[[Message], str]) -> tuple[Message, ...]:
-    return tuple(replace(m, content=change(m)) for m in messages)
+    return tuple(m if (new := change(m)) == m.content else replace(m, content=new) for m in messages)

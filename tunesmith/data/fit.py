@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message, Preference
 from tunesmith.conversation.render import Renderer
+from tunesmith.data.engines.engine import Running
 from tunesmith.data.layouts import Unusable
-from tunesmith.data.ledger import Ledger, named
+from tunesmith.data.ledger import NAMED_AT_MOST, Ledger, Saved, named
+from tunesmith.data.shelf import Places, Rows, Shelf, joined
 from tunesmith.data.tokens import Counting
 from tunesmith.errors import DataError, ModelError
+from tunesmith.progress import bar
 
 
 @dataclass(frozen=True)
@@ -23,40 +28,160 @@ class Fit:
     max_length: int
 
 
-def fitting(
-    rows: Sequence[Conversation], policy: str, fit: Fit, ledger: Ledger, advance: Callable[[], None]
-) -> Iterator[Conversation]:
-    """Rows that fit, and what the policy (`data.over_length`) makes of those that don't."""
-    too_long: list[tuple[int, dict[str, str]]] = []
-    for row in rows:
-        advance()
-        try:
-            length = _measured(row, fit.renderer)
-        except Unusable as error:
-            ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
-            continue
-        if length <= fit.max_length:
-            yield row
-            continue
-        why = f"has {length} tokens, train.max_length is {fit.max_length}"
-        if policy == "error":
-            too_long.append((length, {"row": row.id, "why": why}))
-            continue
-        cuts = {"drop": _dropped, "truncate": _cut, "split": _dropped if isinstance(row, Preference) else _pieces}
-        kept = cuts[policy](row, fit)
-        if kept:
-            ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
-        else:
-            ledger.remove(row, row.id, "over_length", why)
-        ledger.made += max(len(kept) - 1, 0)
-        yield from kept
-    if too_long:
-        raise DataError(
-            f"{len(too_long)} of {len(rows)} rows are too long\n{named([told for _, told in too_long])}",
-            where=too_long[0][1]["row"],
-            fix=f"Raise train.max_length (the longest needs {max(length for length, _ in too_long)}), or say "
-            "what to do with such rows: --set data.over_length=drop, truncate or split.",
+@dataclass(frozen=True)
+class Measured:
+    """What was made of some rows.
+
+    Attributes:
+        places: of the rows that fit.
+        lengths: tokens, and tokens that carry loss, of each of their conversations; shape [conversations, 2].
+        conversations: how many each row has, shape [rows].
+        specials: special tokens in what users say.
+        too_long: of rows that are too long where that is an error: how many, the longest, and the first of them.
+    """
+
+    places: Places
+    lengths: np.ndarray
+    conversations: np.ndarray
+    specials: int
+    ledger: Saved
+    too_long: tuple[int, int, list[dict[str, str]]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """Holds rows against the model's length: what fits stays, the policy (`data.over_length`) says what becomes of the
+    others. The item is (a shard's number, rows)."""
+
+    shelf: Shelf
+    fit: Fit
+    policy: str
+
+    def __call__(self, item: tuple[int, Rows]) -> Measured:
+        shard, rows = item
+        ledger, counting = Ledger(self.shelf.folder), Counting(self.fit.renderer)
+        fit = replace(self.fit, renderer=counting)
+        places: list[int] = []
+        lengths: list[tuple[int, int]] = []
+        conversations: list[int] = []
+        specials, count, longest = 0, 0, 0
+        first: list[dict[str, str]] = []
+        with self.shelf.writer(shard) as writer:
+            for place, row in zip(rows.places.tolist(), rows, strict=True):
+                kept, over = _fitted(row, self.policy, fit, ledger)
+                if over:
+                    count, longest = count + 1, max(longest, over)
+                    if len(first) < NAMED_AT_MOST:
+                        first.append({"row": row.id, "why": _too_long(over, fit)})
+                for one in kept:
+                    places.append(place if one is row else writer.add(one))
+                    found = counting.lengths(one)
+                    lengths += found
+                    conversations.append(len(found))
+                    specials += self.fit.renderer.specials_in(one)
+                counting.forget()
+        saved = ledger.save(self.shelf.folder / f"fit-{shard}")
+        return Measured(
+            np.array(places, dtype=np.int64),
+            np.array(lengths, dtype=np.int32).reshape(-1, 2),
+            np.array(conversations, dtype=np.int32),
+            specials,
+            saved,
+            (count, longest, first),
         )
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of measured rows, to be found by their places."""
+
+    places: Places
+    starts: np.ndarray
+    lengths: np.ndarray
+
+    def of(self, rows: Rows, renderer: Renderer) -> np.ndarray:
+        """Of all these rows' conversations, shape [conversations, 2]; rows that were made since are measured now."""
+        at = np.searchsorted(self.places, rows.places)
+        at[at == len(self.places)] = 0
+        known = self.places[at] == rows.places if len(self.places) else np.zeros(len(rows), dtype=bool)
+        begins, ends = self.starts[at[known]], self.starts[at[known] + 1]
+        most = int((ends - begins).max()) if len(begins) else 0
+        taken = [self.lengths[(begins + i)[begins + i < ends]] for i in range(most)]
+        counting = Counting(renderer)
+        for row in rows[~known]:
+            taken.append(np.array(counting.lengths(row), dtype=np.int32).reshape(-1, 2))
+            counting.forget()
+        return np.concatenate([np.empty((0, 2), dtype=np.int32), *taken])
+
+
+def measured(
+    parts: dict[str, Rows], policy: str, fit: Fit, engine: Running, shelf: Shelf, ledger: Ledger
+) -> tuple[dict[str, Rows], Lengths, int]:
+    """Every part's rows that fit, their lengths, and how many special tokens users say in them.
+
+    Raises:
+        DataError: rows are too long, and the policy is to stop there.
+    """
+    every: list[Measured] = []
+    fitting: dict[str, Rows] = {}
+    with bar("Measuring rows", sum(map(len, parts.values()))) as progress:
+        for part, rows in parts.items():
+            items = [(shelf.number(), piece) for piece in rows.chunks()]
+            found: list[Measured] = []
+            for (_, piece), one in zip(items, engine.map(Measure(shelf, fit, policy), items, len(rows)), strict=True):
+                ledger.add(one.ledger)
+                found.append(one)
+                progress.advance(len(piece))
+            _raise_too_long([one.too_long for one in found], len(rows))
+            fitting[part] = joined((Rows(shelf, one.places) for one in found), shelf)
+            every += found
+    places = np.concatenate([np.empty(0, dtype=np.int64), *(one.places for one in every)])
+    lengths = np.concatenate([np.empty((0, 2), dtype=np.int32), *(one.lengths for one in every)])
+    counts = np.concatenate([np.empty(0, dtype=np.int32), *(one.conversations for one in every)])
+    order = np.argsort(places, kind="stable")
+    starts = np.concatenate([[0], np.cumsum(counts)])[:-1][order]
+    ends = np.concatenate([[0], np.cumsum(counts[order])])
+    lengths = lengths[np.repeat(starts - ends[:-1], counts[order]) + np.arange(ends[-1])]
+    return fitting, Lengths(places[order], ends, lengths), sum(one.specials for one in every)
+
+
+def _raise_too_long(found: Sequence[tuple[int, int, list[dict[str, str]]]], rows: int) -> None:
+    count = sum(n for n, _, _ in found)
+    if not count:
+        return
+    first = [told for _, _, some in found for told in some][:NAMED_AT_MOST]
+    raise DataError(
+        f"{count} of {rows} rows are too long\n{named(first, count)}",
+        where=first[0]["row"],
+        fix=f"Raise train.max_length (the longest needs {max(length for _, length, _ in found)}), or say "
+        "what to do with such rows: --set data.over_length=drop, truncate or split.",
+    )
+
+
+def _too_long(length: int, fit: Fit) -> str:
+    return f"has {length} tokens, train.max_length is {fit.max_length}"
+
+
+def _fitted(row: Conversation, policy: str, fit: Fit, ledger: Ledger) -> tuple[list[Conversation], int]:
+    """What stays of a row, and its length where that is an error."""
+    try:
+        length = _measured(row, fit.renderer)
+    except Unusable as error:
+        ledger.reject(row.id, error.reason, error.why, json.dumps(row.as_dict(), ensure_ascii=False))
+        return [], 0
+    if length <= fit.max_length:
+        return [row], 0
+    if policy == "error":
+        return [], length
+    why = _too_long(length, fit)
+    cuts = {"drop": _dropped, "truncate": _cut, "split": _dropped if isinstance(row, Preference) else _pieces}
+    kept = cuts[policy](row, fit)
+    if kept:
+        ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
+    else:
+        ledger.remove(row, row.id, "over_length", why)
+    ledger.made += max(len(kept) - 1, 0)
+    return kept, 0
 
 
 def fits(row: Conversation, fit: Fit) -> bool:

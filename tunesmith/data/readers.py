@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.opening import LONGEST_LINE, Broken, Row, Rows, lines, not_utf8, opened, shown
+from tunesmith.data.opening import LONGEST_LINE, Broken, Row, Rows, Span, lines, not_utf8, opened, shown
 from tunesmith.errors import DataError
 
 HALF = "holds half a character: an escape such as \\ud83d without its second half"
@@ -45,13 +45,18 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+_strict = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+
+
 def load_json(text: str) -> Any:
     """A JSON value, strictly: no NaN or Infinity; an object with a key twice is marked (see `json_row`).
 
     Raises:
         ValueError, RecursionError: it is not JSON, or nested too deep.
     """
-    return json.loads(text, parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+    if text.startswith("\ufeff"):
+        raise ValueError("a byte-order mark within the file")
+    return _strict.decode(text)
 
 
 def json_row(value: Any, text: str) -> Row | Broken:
@@ -82,10 +87,11 @@ def _half_characters(row: Row, text: str) -> bool:
     return False
 
 
-def read_jsonl(path: Path) -> Rows:
+def read_jsonl(path: Path, span: Span | None = None) -> Rows:
     """One JSON object a line; row numbers are line numbers. Blank lines are not rows."""
-    with opened(path) as file:
-        for number, line in enumerate(lines(path, file), 1):
+    first = span.first if span else 1
+    with opened(path, span) as file:
+        for number, line in enumerate(lines(path, file, first == 1), first):
             if isinstance(line, Broken):
                 yield number, line
             elif line.strip():

@@ -214,6 +214,8 @@ class DataSection(Section):
     """More training rows, each made in one way by `kind`: typos, case, noise, paraphrase, synthesise."""
     balance: BalanceSection | None = None
     """Class sizes of the training rows; as they are if not given."""
+    engine: plugins.field("data_engine") = "local"  # type: ignore[valid-type]
+    """Who does the work: local (this machine's processes), ray, spark; with settings as `{kind: ray, address: ...}`."""
     mix: dict[str, Annotated[float, Field(gt=0, le=1)]] = Field(default_factory=dict)
     """Shares of an epoch by tag, as {mine: 0.8, general: 0.2}. The largest share's rows are all there, once."""
 

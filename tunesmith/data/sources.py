@@ -10,7 +10,7 @@ from typing import Any
 
 from tunesmith import plugins
 from tunesmith.data.formats import format_of
-from tunesmith.data.opening import Broken, Row
+from tunesmith.data.opening import Broken, Row, Span, state_of
 from tunesmith.data.section import DataSection, SourceSection, is_url
 from tunesmith.errors import DataError
 
@@ -84,22 +84,18 @@ def lines_in(path: Path) -> int:
         return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
-def read_rows(source: SourceSection, path: Path) -> Iterator[tuple[int, Row | Broken]]:
-    """A file's rows as they are, by its format.
+def read_rows(source: SourceSection, path: Path, span: Span | None = None) -> Iterator[tuple[int, Row | Broken]]:
+    """A file's rows as they are, by its format; or those of a span of it.
 
     Raises:
         DataError: the file is of no known format, damaged, or changed while it was read.
     """
-    before = _state(path)
-    yield from plugins.load("reader", format_of(path, source.format))(path)
-    if _state(path) != before:
+    before = span.state if span else state_of(path)
+    read = plugins.load("reader", format_of(path, source.format))
+    yield from read(path, span) if span else read(path)
+    if state_of(path) != before:
         raise DataError(
             "changed while it was read",
             where=str(path),
             fix="Run again once nothing writes to it; a copy taken first is safe.",
         )
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns

@@ -3,6 +3,7 @@ near-duplicate on two sides."""
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -11,13 +12,15 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.alike import pairs_alike
+from tunesmith.data.groups import DIGEST, Groups, digest, same
 from tunesmith.data.marks import column
 from tunesmith.data.section import SplitSection
+from tunesmith.data.shelf import Rows
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
 
-Parts = dict[str, list[Conversation]]
+Parts = dict[str, Rows]
 # Groups of rows that say nearly the same, as lists of their places.
 Alike = Callable[[Sequence[Conversation]], Sequence[Sequence[int]]]
 
@@ -42,18 +45,18 @@ def split(section: SplitSection, parts: Parts, seed: int, by_label: bool, ledger
         if isinstance(share, str):
             continue
         wanted = max(round(share * total), 1 if share else 0) if share < 1 else int(share)
+        rows = parts["train"]
         if section.time is not None:
-            parts["train"], parts[part] = hold_newest(parts["train"], wanted, section.time)
+            taken = newest(rows, wanted, section.time)
         else:
-            parts["train"], parts[part] = hold_out(
-                parts["train"], wanted, seed, _stratum(section, by_label), section.by, alike
-            )
+            taken = drawn(rows, wanted, seed, _stratum(section, by_label), section.by, alike)
+        parts["train"], parts[part] = rows[~taken], rows[taken]
     return parts if section.time is None else _without_clashes(parts, section.by, ledger)
 
 
-def _stratum(section: SplitSection, by_label: bool) -> Callable[[Conversation], Hashable]:
+def _stratum(section: SplitSection, by_label: bool) -> Callable[[Conversation], Hashable] | None:
     if section.stratify == "none" or (section.stratify == "auto" and not by_label):
-        return lambda row: ""
+        return None
     if section.stratify in ("auto", "label"):
         return lambda row: row.answer
     return lambda row: str(column(row, section.stratify))
@@ -63,89 +66,103 @@ def _without_clashes(parts: Parts, by: str | None, ledger: Ledger) -> Parts:
     """What test has, validation has not, and what either has, training has not."""
     held = {part: {key for row in parts[part] for key in _keys(row, by)} for part in ("validation", "test")}
     for part, others in (("validation", ("test",)), ("train", ("test", "validation"))):
-        kept = []
-        for row in parts[part]:
+        if not any(held[other] for other in others):
+            continue
+        kept = np.ones(len(parts[part]), dtype=bool)
+        for i, row in enumerate(parts[part]):
             keys = _keys(row, by)
             clash = next((o for o in others if any(key in held[o] for key in keys)), None)
             if clash is None:
-                kept.append(row)
-            elif keys[0] in held[clash]:
+                continue
+            kept[i] = False
+            if keys[0] in held[clash]:
                 ledger.remove(row, row.id, f"in_{clash}", f"asks the same as a {clash} row")
             else:
                 ledger.remove(row, row.id, f"in_{clash}", f"has the same {by} as a {clash} row")
-        parts[part] = kept
+        parts[part] = parts[part][kept]
     return parts
 
 
-def _keys(row: Conversation, by: str | None) -> list[tuple[str, str]]:
-    """What no two sides may share of a row."""
+def _keys(row: Conversation, by: str | None) -> list[bytes]:
+    """What no two sides may share of a row, hashed: the question, and the group where there is one."""
     value = column(row, by) if by is not None else None
-    return [("asks", same_question(row)), *([("by", str(value))] if value is not None else [])]
+    return [digest(f"asks {same_question(row)}"), *([digest(f"by {value}")] if value is not None else [])]
 
 
-def hold_newest(rows: Sequence[Conversation], wanted: int, time: str) -> tuple[list[Conversation], list[Conversation]]:
-    """Split off the `wanted` newest rows by a column of times: (the rest, the part), both in the rows' order."""
-    order = sorted(range(len(rows)), key=lambda i: (column(rows[i], time), i))
-    taken = set(order[max(len(rows) - wanted, 0) :])
-    return [r for i, r in enumerate(rows) if i not in taken], [r for i, r in enumerate(rows) if i in taken]
+def newest(rows: Sequence[Conversation], wanted: int, time: str) -> np.ndarray:
+    """Whether each row is one of the `wanted` newest by a column of times."""
+    times = np.fromiter((column(row, time) for row in rows), dtype=np.float64, count=len(rows))
+    taken = np.zeros(len(rows), dtype=bool)
+    taken[np.argsort(times, kind="stable")[max(len(rows) - wanted, 0) :]] = True
+    return taken
 
 
-def hold_out(
+def drawn(
     rows: Sequence[Conversation],
     wanted: int,
     seed: int,
-    stratum: Callable[[Conversation], Hashable],
+    stratum: Callable[[Conversation], Hashable] | None = None,
     by: str | None = None,
     alike: Alike | None = None,
-) -> tuple[list[Conversation], list[Conversation]]:
-    """Split off `wanted` rows: (the rest, the part), both in the rows' order.
+) -> np.ndarray:
+    """Whether each row is one of `wanted` rows that are drawn to be held out.
 
     Rows that ask the same question go together, and so do those of a group (`by`), near-duplicates, and the
     pieces of a row that was too long. Each stratum's groups are spread evenly over the order in which groups are
     drawn (systematic sampling), so that every stratum gives its share.
     """
-    strata: dict[Hashable, list[list[int]]] = {}
-    for members in _together(rows, by, alike):
-        strata.setdefault(stratum(rows[members[0]]), []).append(members)
-
+    leaders, strata = _together(rows, by, alike, stratum)
+    first, group = np.unique(leaders, return_inverse=True)  # groups in the order of their first rows
+    sizes = np.bincount(group, minlength=len(first))
     random = np.random.default_rng([seed, len(rows)])
-    drawn: list[tuple[float, float, list[int]]] = []
-    for members_of_stratum in strata.values():
-        for place, which in enumerate(random.permutation(len(members_of_stratum))):
-            rank = (place + random.random()) / len(members_of_stratum)
-            drawn.append((rank, random.random(), members_of_stratum[which]))
-    taken: set[int] = set()
-    for _, _, members in sorted(drawn, key=lambda d: d[:2]):
-        if len(taken) + len(members) <= wanted:
-            taken.update(members)
-    return (
-        [row for i, row in enumerate(rows) if i not in taken],
-        [row for i, row in enumerate(rows) if i in taken],
-    )
+    ranks, ties, groups = [np.empty((0,))], [np.empty((0,))], [np.empty(0, dtype=np.int64)]
+    for members in _in_order(strata[first]):
+        order = random.permutation(len(members))
+        two = random.random(2 * len(members))
+        ranks.append((np.arange(len(members)) + two[0::2]) / len(members))
+        ties.append(two[1::2])
+        groups.append(members[order])
+    of = np.concatenate(groups)[np.lexsort((np.concatenate(ties), np.concatenate(ranks)))]
+    taken, count = np.zeros(len(first), dtype=bool), 0
+    for one, size in zip(of.tolist(), sizes[of].tolist(), strict=True):
+        if count + size <= wanted:
+            taken[one] = True
+            count += size
+            if count == wanted:
+                break
+    return taken[group] if len(rows) else np.zeros(0, dtype=bool)
 
 
-def _together(rows: Sequence[Conversation], by: str | None, alike: Alike | None) -> list[list[int]]:
-    """Indices of rows in groups that must not be split."""
-    parent = list(range(len(rows)))
+def _in_order(strata: np.ndarray) -> list[np.ndarray]:
+    """Indices of each stratum's groups; strata in the order in which they come."""
+    order = np.argsort(strata, kind="stable")
+    cuts = np.flatnonzero(np.diff(strata[order])) + 1
+    return sorted((part for part in np.split(order, cuts) if len(part)), key=lambda part: int(part[0]))
 
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
 
-    def join(i: int, j: int) -> None:
-        one, other = sorted((root(i), root(j)))
-        parent[other] = one
-
-    first: dict[tuple[str, str], int] = {}
+def _together(
+    rows: Sequence[Conversation],
+    by: str | None,
+    alike: Alike | None,
+    stratum: Callable[[Conversation], Hashable] | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first of those that must not be split from it, and the number of its stratum."""
+    known: dict[Hashable, int] = {}
+    strata = np.zeros(len(rows), dtype=np.int32)
+    keys, where = bytearray(), array("q")
     for i, row in enumerate(rows):
         origin, cut, _ = row.id.rpartition("#")
-        for key in [*_keys(row, by), *([("of", origin)] if cut else [])]:
-            join(first.setdefault(key, i), i)
+        for key in [*_keys(row, by), *([digest(f"of {origin}")] if cut else [])]:
+            keys += key
+            where.append(i)
+        if stratum is not None:
+            strata[i] = known.setdefault(stratum(row), len(known))
+    groups = Groups(len(rows))
+    places = np.array(where, dtype=np.int64)
+    leaders = places[same(np.frombuffer(keys, dtype=DIGEST))] if len(places) else places
+    for i in np.flatnonzero(leaders != places).tolist():
+        groups.join(int(leaders[i]), int(places[i]))
     for group in alike(rows) if alike is not None else ():
         for i in group:
-            join(group[0], i)
-    groups: dict[int, list[int]] = {}
-    for i in range(len(rows)):
-        groups.setdefault(root(i), []).append(i)
-    return list(groups.values())
+            groups.join(group[0], i)
+    return groups.leaders(), strata

@@ -130,7 +130,9 @@ def checks(parts: Mapping[str, list[Conversation]], draw: random.Random) -> dict
     found = {}
     for name, (step, rows) in looked.items():
         try:
-            verdicts = step.apply(rows, around) if rows else []
+            verdicts = [
+                v or Verdict(row) for row, v in zip(rows, step.apply(rows, around) if rows else (), strict=True)
+            ]
         except MachineError as error:
             found[name] = {"rows": 0, "looked at": 0, "found": {}, "such as": [], "not done": str(error.what)}
             continue

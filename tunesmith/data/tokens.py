@@ -17,7 +17,7 @@ QUANTILES = {"median": 0.5, "p90": 0.9, "p99": 0.99}
 class Counting:
     """A renderer that remembers the lengths of what it wrote, so that nothing is written twice to be counted."""
 
-    def __init__(self, renderer: Renderer) -> None:
+    def __init__(self, renderer: Renderer | Counting) -> None:
         self._renderer = renderer
         self._known: dict[int, tuple[Conversation, int, int]] = {}  # the row is kept, so that its id stays its own
 
@@ -35,19 +35,25 @@ class Counting:
             found.append(self._known[id(conversation)][1:])
         return found
 
+    def forget(self) -> None:
+        self._known.clear()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._renderer, name)
 
 
-def tokens(rows: Sequence[Conversation], counting: Counting, max_length: int) -> dict[str, Any] | None:
+def tokens(found: np.ndarray, max_length: int) -> dict[str, Any] | None:
     """Totals, a histogram (rows by length up to each power of two), and what packing makes of the rows.
 
     `packed` is the share of real tokens where rows are laid end to end into sequences of `max_length`, best fit first
     (Ding et al. 2024); `padded` where all were filled up to the longest. None of plain texts, which are cut anyway.
+
+    Args:
+        found: each conversation's tokens, and those that carry loss, shape [conversations, 2].
     """
-    found = np.array([pair for row in rows for pair in counting.lengths(row)], dtype=np.int64).reshape(-1, 2)
     if not len(found):
         return None
+    found = found.astype(np.int64)
     lengths, total = found[:, 0], int(found[:, 0].sum())
     edges = [2**n for n in range(4, 32) if 2**n < 2 * int(lengths.max())] or [16]
     upto = {str(edge): int(((lengths <= edge) & (lengths > edge // 2 * (edge > 16))).sum()) for edge in edges}

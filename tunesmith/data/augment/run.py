@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.augment.base import Account, Making, Means, Seen, plain
+from tunesmith.data.groups import digest
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
@@ -16,33 +17,33 @@ LIKE_HELD_OUT = 0.8
 
 def augmented(
     makings: Sequence[Making],
-    parts: dict[str, list[Conversation]],
+    parts: Mapping[str, Sequence[Conversation]],
     means: Means,
     fits: Callable[[Conversation], bool],
     ledger: Ledger,
 ) -> tuple[list[Conversation], list[dict[str, Any]]]:
-    """The training rows with those that were made of them, and what each way of making came to.
+    """Rows that were made of the training rows, and what each way of making came to.
 
     Every way starts from the rows that were read. What asks the same as a row that is there, is like one that is
     held out, or does not fit the model is left out and counted.
     """
-    rows = list(parts["train"])
+    rows: list[Conversation] = []
     told = []
-    held = [row for part in ("validation", "test") for row in parts[part]]
-    held_out, same = Seen(row.question for row in held), {plain(row.question) for row in held}
-    asked = {row.question for row in rows}
+    held = [row.question for part in ("validation", "test") for row in parts[part]]
+    held_out, same = Seen(held), {plain(question) for question in held}
+    asked = {digest(row.question) for row in parts["train"]}
     for making in makings:
         account = Account(str(getattr(making, "kind", "")))
         for row in making.make(parts["train"], means, account):
             wrong = (
-                "unchanged" if row.question in asked
+                "unchanged" if digest(row.question) in asked
                 else "held out" if plain(row.question) in same or held_out.like(row.question) >= LIKE_HELD_OUT
                 else "" if fits(row) else "too long"
             )  # fmt: skip
             if wrong:
                 account.filtered[wrong] += 1
                 continue
-            asked.add(row.question)
+            asked.add(digest(row.question))
             rows.append(row)
             account.made += 1
             ledger.made += 1

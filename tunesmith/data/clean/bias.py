@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import Field
@@ -186,39 +186,50 @@ class Bias(RowStep):
         text = "\n".join(texts(row, ("user", "assistant")))
         return Verdict(row, "", {name: 1 for name, pattern in self._patterns().items() if pattern.search(text)})
 
-    def tell(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        near = {name: self._near(rows, verdicts, name, pattern) for name, pattern in self._patterns().items()}
+    def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        patterns = self._patterns()
+        near: dict[str, Counter[str]] = {name: Counter() for name in patterns}
+        named: Counter[str] = Counter()
+        answers: Counter[str] = Counter()
+        answers_of: dict[str, Counter[str]] = {name: Counter() for name in patterns}
+        for row in rows:
+            labels = len(answers) <= LABELS_SHOWN
+            if labels:
+                answers[row.answer] += 1
+            for name in self.look(row).found:
+                named[name] += 1
+                self._count_near(row, patterns[name], near[name])
+                if labels:
+                    answers_of[name][row.answer] += 1
         every: Counter[str] = sum(near.values(), Counter())
         total = sum(every.values()) or 1
         groups = []
         for name, words in near.items():
-            of = [row for row, verdict in zip(rows, verdicts, strict=True) if name in verdict.found]
             own = sum(words.values()) or 1
             # How much more often than near all groups; smoothed, so that a word seen once says little.
             marked = {
                 w: (n + 0.5) / (own + 1) / ((every[w] + 0.5) / (total + 1)) for w, n in words.items() if n >= FEWEST
             }
             top = sorted(marked, key=lambda w: (-marked[w] * words[w] ** 0.5, w))[:WORDS_SHOWN]
-            if of:
-                share = f"{len(of) / len(rows):.1%}"
+            if named[name]:
+                share = f"{named[name] / len(rows):.1%}"
                 shown = ", ".join(f"{w} ({words[w]})" for w in top)
-                groups.append({"group": name, "rows": len(of), "share": share, "words near it": shown})
+                groups.append({"group": name, "rows": named[name], "share": share, "words near it": shown})
         return {
             "groups": sorted(groups, key=lambda g: -int(str(g["rows"]))),
-            "label rates": self._rates(rows, verdicts),
+            "label rates": self._rates(len(rows), answers, answers_of),
         }
 
-    def _rates(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    def _rates(self, rows: int, counts: Counter[str], counts_of: Mapping[str, Counter[str]]) -> list[dict[str, Any]]:
         """For labels: each group's share of each, where it is far from the share in all rows (z above 2)."""
-        counts = Counter(row.answer for row in rows)
-        if len(counts) > LABELS_SHOWN or any(len(label) > 80 for label in counts) or len(counts) * 2 > len(rows):
+        if len(counts) > LABELS_SHOWN or any(len(label) > 80 for label in counts) or len(counts) * 2 > rows:
             return []
         found = []
         for name in self.groups:
-            of = Counter(r.answer for r, v in zip(rows, verdicts, strict=True) if name in v.found)
+            of = counts_of[name]
             n = sum(of.values())
             for label in counts:
-                expected = counts[label] / len(rows)
+                expected = counts[label] / rows
                 spread = (expected * (1 - expected) / n) ** 0.5 if n else 0.0
                 z = (of[label] / n - expected) / spread if spread else 0.0
                 if abs(z) > 2 and n >= FEWEST:
@@ -226,19 +237,14 @@ class Bias(RowStep):
                     found.append({"group": name, "rows": n, "label": label, **rates, "z": round(z, 1)})
         return sorted(found, key=lambda f: -abs(f["z"]))
 
-    def _near(
-        self, rows: Sequence[Conversation], verdicts: Sequence[Verdict], name: str, pattern: re.Pattern[str]
-    ) -> Counter[str]:
-        """Words within five of a group's name."""
+    def _count_near(self, row: Conversation, pattern: re.Pattern[str], counted: Counter[str]) -> None:
+        """Count words within five of a group's name."""
         own = {w for words in self.groups.values() for phrase in words for w in phrase.casefold().split()}
-        counted: Counter[str] = Counter()
-        for row, verdict in zip(rows, verdicts, strict=True):
-            for text in texts(row, ("user", "assistant")) if name in verdict.found else ():
-                for match in pattern.finditer(text):
-                    before = WORD.findall(text[: match.start()][-80:])[-WINDOW:]
-                    after = WORD.findall(text[match.end() :][:80])[:WINDOW]
-                    counted.update(w for w in map(str.casefold, before + after) if w not in STOP and w not in own)
-        return counted
+        for text in texts(row, ("user", "assistant")):
+            for match in pattern.finditer(text):
+                before = WORD.findall(text[: match.start()][-80:])[-WINDOW:]
+                after = WORD.findall(text[match.end() :][:80])[:WINDOW]
+                counted.update(w for w in map(str.casefold, before + after) if w not in STOP and w not in own)
 
     def _patterns(self) -> dict[str, re.Pattern[str]]:
         return {

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import SIDES, map_texts, texts
+from tunesmith.data.groups import digest
 
 FEWEST_WORDS = 4
 FEWEST_ROWS = 5
@@ -38,26 +40,34 @@ class Boilerplate(Step):
     phrases: tuple[str, ...] = PHRASES
     """Phrases that make a row go, whatever their case."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
         common = self._common(rows)
         spoken = re.compile("|".join(map(re.escape, self.phrases)) or r"(?!)", re.IGNORECASE)
-        verdicts = []
         for row in rows:
             phrase = next((m.group() for text in texts(row, ("assistant",)) if (m := spoken.search(text))), None)
             if phrase is not None:
-                verdicts.append(Verdict(None, f"the answer says '{phrase}'", {phrase.lower(): 1}))
+                yield Verdict(None, f"the answer says '{phrase}'", {phrase.lower(): 1})
                 continue
             freed = map_texts(row, lambda text: _without(text, common), SIDES[self.on])
-            verdicts.append(Verdict(row) if freed is row else Verdict(freed, "shared lines taken out", {"lines": 1}))
-        return verdicts
+            yield None if freed is row else Verdict(freed, "shared lines taken out", {"lines": 1})
 
-    def tell(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
         common = self._common(rows)
         return {"shared lines": [{"line": line[:200], "rows": n} for line, n in common.most_common(20)]}
 
     def _common(self, rows: Sequence[Conversation]) -> Counter[str]:
-        counted = Counter(line for row in rows for line in {e for t in texts(row, SIDES[self.on]) for e in _ends(t)})
         fewest = max(FEWEST_ROWS, self.share * len(rows))
+
+        def lines() -> Iterator[str]:
+            return (line for row in rows for line in {e for t in texts(row, SIDES[self.on]) for e in _ends(t)})
+
+        # Counted by their hashes first: most lines are there once, and are not to be remembered.
+        hashes = np.fromiter((int.from_bytes(digest(line)[:8], "little") for line in lines()), dtype=np.uint64)
+        seen, counts = np.unique(hashes, return_counts=True)
+        often = set(seen[counts >= fewest].tolist())
+        if not often:
+            return Counter()
+        counted = Counter(line for line in lines() if int.from_bytes(digest(line)[:8], "little") in often)
         return Counter({line: n for line, n in counted.items() if n >= fewest})
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.minhash import normalised
 from tunesmith.data.clean.step import Around, Step, Verdict, need
 from tunesmith.data.clean.texts import text_of
+from tunesmith.data.groups import DIGEST, digest, equal, same
 
 
 class Conflicts(Step):
@@ -23,26 +25,35 @@ class Conflicts(Step):
     """report: list them for a person; drop: leave all of them out; majority: keep those with the most frequent answer,
     and none where two are as frequent."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        groups: dict[str, list[int]] = {}
-        for i, row in enumerate(rows):
-            asked = normalised(text_of(row, "prompt"))
-            if asked:
-                groups.setdefault(asked, []).append(i)
-        verdicts = [Verdict(row) for row in rows]
-        for group in groups.values():
-            answers = Counter(normalised(rows[i].answer) for i in group)
-            if len(answers) < 2:
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
+        asked, answers = self._hashed(rows)
+        other, kept = np.full(len(rows), -1, dtype=np.int64), np.zeros(len(rows), dtype=bool)
+        leaders = same(asked)
+        for group in equal(leaders):
+            said = answers[group].tolist()
+            counted = Counter(said)
+            if len(counted) < 2:
                 continue
-            (first, most), (_, second) = answers.most_common(2)
-            for i in group:
-                answer = normalised(rows[i].answer)
-                other = next(j for j in group if normalised(rows[j].answer) != answer)
-                why = f"asks the same as {rows[other].id} and is answered differently"
-                kept = self.action == "majority" and answer == first and most > second
-                if not kept:
-                    verdicts[i] = Verdict(rows[i] if self.action == "report" else None, why, {"conflict": 1})
-        return verdicts
+            (first, most), (_, second) = counted.most_common(2)
+            others = {answer: next(i for i, a in zip(group, said, strict=True) if a != answer) for answer in counted}
+            other[group] = [others[answer] for answer in said]
+            if self.action == "majority" and most > second:
+                kept[group] = [answer == first for answer in said]
+        for i, j in enumerate(other.tolist()):
+            if j < 0 or kept[i]:
+                yield None
+                continue
+            why = f"asks the same as {rows[j].id} and is answered differently"
+            yield Verdict(rows[i] if self.action == "report" else None, why, {"conflict": 1})
+
+    def _hashed(self, rows: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
+        """Digests of each row's prompt (zero where it says nothing) and answer."""
+        prompts, answers = bytearray(), bytearray()
+        for row in rows:
+            words = normalised(text_of(row, "prompt"))
+            prompts += digest(words) if words else bytes(DIGEST.itemsize)
+            answers += digest(normalised(row.answer))
+        return np.frombuffer(prompts, dtype=DIGEST), np.frombuffer(answers, dtype=DIGEST)
 
 
 class Labels(Step):
@@ -56,11 +67,9 @@ class Labels(Step):
     folds: int = Field(5, ge=2)
     """How many classifiers are trained, each on the other folds."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        import numpy as np
-
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
         rank = need("cleanlab.filter", "labels").find_label_issues
-        verdicts = [Verdict(row) for row in rows]
+        verdicts: list[Verdict | None] = [None] * len(rows)
         answers = [row.answer.strip() for row in rows]
         counted = Counter(answers)
         # A label that some fold would not see can't be judged; nor can answers that are no labels.

@@ -13,8 +13,10 @@ from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import minhash
 from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import text_of, texts
+from tunesmith.data.groups import digest
 from tunesmith.data.readers import Broken
 from tunesmith.data.section import SourceSection
+from tunesmith.data.shelf import in_chunks
 from tunesmith.data.sources import matching, read_rows
 
 HELD = ("test", "validation")
@@ -42,32 +44,22 @@ class Contamination(Step):
     def files(self, folder: Path) -> list[Path]:
         return [path for name in self.against if name not in HELD for path in matching(name, folder, KEY)]
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        verdicts = [Verdict(row) for row in rows]
-        prompts = [text_of(row, "prompt") for row in rows]
-        whole = ["\n".join(texts(row, ("user", "assistant", "tool"))) for row in rows]
-        for name, tests in self._tests(around).items():
-            where = [id for id, _ in tests]
-            asked = [text for _, text in tests]
-            same = {minhash.normalised(text): id for id, text in reversed(tests)}
-            runs = _first_with(minhash.shingles(asked, self.words))
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
+        tests = {name: Tested(found, self.words, self.threshold) for name, found in self._tests(around).items()}
+        for piece in in_chunks(rows):
+            verdicts: list[Verdict | None] = [None] * len(piece)
+            some = list(piece)
+            prompts = [text_of(row, "prompt") for row in some]
+            whole = ["\n".join(texts(row, ("user", "assistant", "tool"))) for row in some]
             long = [minhash.shingles(side, self.words) for side in (whole, prompts)]
-            near = minhash.near_pairs(minhash.shingles(prompts), minhash.shingles(asked), self.threshold)
-            for i in range(len(rows)):
-                if verdicts[i].row is None:
-                    continue
-                words = minhash.normalised(prompts[i])
-                shared = [runs[run] for side in long for run in side[i].tolist() if run in runs]
-                if words and words in same:
-                    why = f"asks the same as {name} row {same[words]}"
-                elif shared:
-                    why = f"shares {self.words} words in a row with {name} row {where[min(shared)]}"
-                elif i in near:
-                    why = f"is nearly the same as {name} row {where[near[i]]}"
-                else:
-                    continue
-                verdicts[i] = Verdict(None, why, {name: 1})
-        return verdicts
+            runs = minhash.shingles(prompts)
+            for name, tested in tests.items():
+                near = tested.near.like(runs)
+                for i, asked in enumerate(prompts):
+                    if verdicts[i] is None:
+                        why = tested.why(name, minhash.normalised(asked), [side[i] for side in long], near.get(i))
+                        verdicts[i] = Verdict(None, why, {name: 1}) if why else None
+            yield from verdicts
 
     def _tests(self, around: Around) -> dict[str, list[tuple[str, str]]]:
         """What is tested, by name: (id, the question's text) of each row."""
@@ -106,10 +98,37 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def _first_with(sets: Sequence[np.ndarray]) -> dict[int, int]:
-    """Which set holds a shingle first."""
-    found: dict[int, int] = {}
-    for i, one in enumerate(sets):
-        for run in one.tolist():
-            found.setdefault(run, i)
-    return found
+class Tested:
+    """What a test asks, to hold rows against."""
+
+    def __init__(self, tests: Sequence[tuple[str, str]], words: int, threshold: float) -> None:
+        """Args:
+        tests: (id, text) of each.
+        words: how long a shared run must be.
+        threshold: of near-duplicates.
+        """
+        asked = [text for _, text in tests]
+        self.near = minhash.Index(minhash.shingles(asked), threshold)
+        self._words, self._ids = words, [id for id, _ in tests]
+        self._same = {digest(minhash.normalised(text)): i for i, text in reversed(list(enumerate(asked)))}
+        sets = minhash.shingles(asked, words)
+        runs = np.concatenate([np.empty(0, dtype=np.uint64), *sets])
+        where = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
+        self._runs, first = np.unique(runs, return_index=True)
+        self._where = where[first]  # of the first test that has the run
+
+    def why(self, name: str, words: str, sides: Sequence[np.ndarray], near: int | None) -> str:
+        """Why a row whose prompt has these words, and these runs on its sides, is not to be trained on; or nothing."""
+        if words and (same := self._same.get(digest(words))) is not None:
+            return f"asks the same as {name} row {self._ids[same]}"
+        shared = [found for side in sides if len(found := self._holding(side))]
+        if shared:
+            return f"shares {self._words} words in a row with {name} row {self._ids[min(int(s.min()) for s in shared)]}"
+        return "" if near is None else f"is nearly the same as {name} row {self._ids[near]}"
+
+    def _holding(self, runs: np.ndarray) -> np.ndarray:
+        """Which tests hold one of these runs."""
+        if not len(self._runs):
+            return self._where
+        at = np.minimum(np.searchsorted(self._runs, runs), len(self._runs) - 1)
+        return self._where[at[self._runs[at] == runs]]

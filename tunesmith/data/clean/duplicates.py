@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import nsmallest
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean import minhash
+from tunesmith.data.clean import near
 from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import text_of
+from tunesmith.data.groups import same
+
+SAME = "says the same as "
 
 
 class Duplicates(Step):
@@ -39,34 +47,47 @@ class Duplicates(Step):
             raise ValueError("kind semantic needs `model`, and only that kind does")
         return self
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        texts = [text_of(row, self.on) for row in rows]
-        verdicts = [Verdict(row) for row in rows]
-        for group in self._groups(texts).members():
-            kept = max(group, key=lambda i: len(texts[i])) if self.keep == "longest" else group[0]
-            for i in group:
-                if i != kept:
-                    verdicts[i] = Verdict(None, f"says the same as {rows[kept].id}", {self.kind: 1})
-        return verdicts
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
+        leaders, lengths = self._groups(rows, around)
+        for i, kept in enumerate(_kept(leaders, lengths, self.keep == "longest").tolist()):
+            yield None if i == kept else Verdict(None, f"{SAME}{rows[kept].id}", {self.kind: 1})
 
-    def _groups(self, texts: Sequence[str]) -> minhash.Groups:
-        if self.kind == "near":
-            return minhash.joined(minhash.shingles(texts, self.words), self.threshold or 0.8)
+    def _groups(self, rows: Sequence[Conversation], around: Around) -> tuple[np.ndarray, np.ndarray]:
+        """For each row the first of its group, and how long its text is."""
         if self.kind == "semantic":
             from tunesmith.data.clean.embedding import joined
 
-            return joined(texts, self.model or "", self.threshold or 0.95)
-        groups = minhash.Groups(len(texts))
-        first: dict[str, int] = {}
-        for i, text in enumerate(texts):
-            words = minhash.normalised(text)
-            groups.join(i, first.setdefault(words or text, i))
-        return groups
+            texts = [text_of(row, self.on) for row in rows]
+            groups = joined(texts, self.model or "", self.threshold or 0.95)
+            return groups.leaders(), np.array([len(text) for text in texts])
+        if self.kind == "exact":
+            keys = near.keys_of(rows, near.Exact(self.on), around.engine)
+            leaders = same(np.concatenate([k.digests for k in keys]))
+            return leaders, np.concatenate([k.lengths for k in keys])
+        with TemporaryDirectory(dir=around.scratch) as name:
+            folder, threshold = Path(name), self.threshold or 0.8
+            keys = near.keys_of(rows, near.Sketch(self.on, self.words, threshold, folder), around.engine)
+            leaders = near.nearly_same(keys, threshold, folder, around.engine)
+        return leaders, np.concatenate([k.lengths for k in keys])
 
-    def tell(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        kept: dict[str, list[str]] = {}
-        for row, verdict in zip(rows, verdicts, strict=True):
-            if verdict.row is None:
-                kept.setdefault(verdict.why.removeprefix("says the same as "), []).append(row.id)
-        largest = sorted(kept.items(), key=lambda g: (-len(g[1]), g[0]))[:10]
-        return {"groups": [{"kept": one, "removed": len(others), "such as": others[0]} for one, others in largest]}
+    def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        counted: Counter[str] = Counter()
+        first: dict[str, str] = {}
+        for id, why in removed:
+            kept = why.removeprefix(SAME)
+            counted[kept] += 1
+            first.setdefault(kept, id)
+        largest = nsmallest(10, counted.items(), key=lambda g: (-g[1], g[0]))
+        return {"groups": [{"kept": one, "removed": n, "such as": first[one]} for one, n in largest]}
+
+
+def _kept(leaders: np.ndarray, lengths: np.ndarray, longest: bool) -> np.ndarray:
+    """For each row the one of its group that stays: the first, or the first of the longest."""
+    if not longest:
+        return leaders
+    order = np.lexsort((np.arange(len(leaders)), -lengths, leaders))
+    ordered = leaders[order]
+    starts = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    kept = np.empty(len(leaders), dtype=np.int64)
+    kept[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    return kept

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.data.clean.minhash import Groups
+from tunesmith.data.groups import Groups
 from tunesmith.errors import ModelError, first_line
 from tunesmith.progress import bar
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from tunesmith.conversation.message import Conversation
@@ -35,30 +35,35 @@ class Length(Step):
     action: Literal["drop", "report"] = "drop"
     """Leave such rows out, or list them for a person."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        verdicts = [Verdict(row) for row in rows]
-        for side in SIDES:
-            lengths = [len(text_of(row, side)) for row in rows]
-            middle, spread = _middle([math.log(n + 1) for n in lengths])
-            for i, n in enumerate(lengths):
-                why = kind = ""
-                away = (math.log(n + 1) - middle) / spread if spread else 0.0
-                if n < self.shortest:
-                    why, kind = f"the {side} has {n} characters, the fewest allowed are {self.shortest}", "too short"
-                elif self.longest is not None and n > self.longest:
-                    why, kind = f"the {side} has {n} characters, the most allowed are {self.longest}", "too long"
-                elif self.outliers is not None and len(rows) >= FEWEST and abs(away) > self.outliers:
-                    why = f"the {side} has {n} characters, {abs(away):.1f} deviations from the median"
-                    kind = "outlier"
-                if why and not verdicts[i].why:
-                    verdicts[i] = Verdict(None if self.action == "drop" else rows[i], why, {f"{side} {kind}": 1})
-        return verdicts
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
+        measured = np.empty((len(rows), len(SIDES)), dtype=np.int64)
+        for i, row in enumerate(rows):
+            measured[i] = [len(text_of(row, side)) for side in SIDES]
+        usual = [_middle(lengths) for lengths in measured.T]
+        for i, lengths in enumerate(measured.tolist()):
+            told = (self._odd(*one, len(rows)) for one in zip(SIDES, lengths, usual, strict=True))
+            why, kind = next((one for one in told if one), ("", ""))
+            yield Verdict(None if self.action == "drop" else rows[i], why, {kind: 1}) if why else None
+
+    def _odd(self, side: str, n: int, usual: tuple[float, float], rows: int) -> tuple[str, str] | None:
+        """What is odd about a side of `n` characters, and what that is called."""
+        middle, spread = usual
+        away = (math.log(n + 1) - middle) / spread if spread else 0.0
+        if n < self.shortest:
+            return f"the {side} has {n} characters, the fewest allowed are {self.shortest}", f"{side} too short"
+        if self.longest is not None and n > self.longest:
+            return f"the {side} has {n} characters, the most allowed are {self.longest}", f"{side} too long"
+        if self.outliers is not None and rows >= FEWEST and abs(away) > self.outliers:
+            return f"the {side} has {n} characters, {abs(away):.1f} deviations from the median", f"{side} outlier"
+        return None
 
 
-def _middle(values: Sequence[float]) -> tuple[float, float]:
-    """Median and robust standard deviation; the deviation is 0 where half of the values are the same."""
-    middle = statistics.median(values)
-    return middle, MAD * statistics.median(abs(v - middle) for v in values)
+def _middle(lengths: np.ndarray) -> tuple[float, float]:
+    """Median and robust standard deviation of the lengths' logarithms; the deviation is 0 where half of them are the
+    same."""
+    values = np.log(lengths + 1.0)
+    middle = float(np.median(values))
+    return middle, MAD * float(np.median(np.abs(values - middle)))
 
 
 class Repetition(RowStep):

@@ -2,14 +2,14 @@
 
 A text becomes the set of its runs of `words` words, hashed to 64 bits. MinHash signatures (Broder 1997), cut into
 bands, give keys: texts that share none are not compared. Those that share one are compared by the true Jaccard
-similarity of their sets, so a chance key costs time and never a row. All but `joined` is a function of one text.
+similarity of their sets, so a chance key costs time and never a row. Who brings together what shares a key: near.py.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
@@ -17,6 +17,8 @@ import numpy as np
 PERMUTATIONS = 128
 MISSED_AT_MOST = 1e-4
 CHUNK = 4096
+WORDS_KEPT = 500_000
+ONE = np.ones(1, dtype=bool)
 SEED = 20_250_601
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 NOT_WORDS = re.compile(r"[\W_]+")
@@ -46,23 +48,37 @@ def shingles(texts: Sequence[str], words: int = 3) -> list[Shingles]:
     return found
 
 
-def _chunk(tokens: list[list[str]], words: int) -> list[Shingles]:
-    import rensa
+class _Hashes(dict[str, int]):
+    """Words' hashes, each computed once for as long as there are not too many."""
 
-    hashed = rensa.RMinHash.hash_token_sets(tokens)
-    lengths = np.array([len(t) for t in hashed], dtype=np.int64)
-    flat = np.fromiter(chain.from_iterable(hashed), dtype=np.uint64, count=int(lengths.sum()))
+    def __missing__(self, word: str) -> int:
+        import rensa
+
+        if len(self) >= WORDS_KEPT:
+            self.clear()
+        value = self[word] = int(rensa.RMinHash.hash_token_sets([[word]])[0][0])
+        return value
+
+
+_hashes = _Hashes()
+
+
+def _chunk(tokens: list[list[str]], words: int) -> list[Shingles]:
+    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
+    each = map(_hashes.__getitem__, chain.from_iterable(tokens))
+    flat = np.fromiter(each, dtype=np.uint64, count=int(lengths.sum()))
     ends = np.cumsum(lengths)
     with np.errstate(over="ignore"):
         mixed = _mixed(flat, words)
         found = []
-        for end, length in zip(ends, lengths, strict=True):
+        for end, length in zip(ends.tolist(), lengths.tolist(), strict=True):
             begin = end - length
             if length >= words:
                 runs = mixed[begin : end - words + 1]
             else:  # a short text is one run, told apart from other lengths
-                runs = _mixed(flat[begin:end], int(length))[:1] if length else flat[:0]
-            found.append(np.unique(runs))
+                runs = _mixed(flat[begin:end], length)[:1] if length else flat[:0]
+            runs = np.sort(runs)
+            found.append(runs if len(runs) < 2 else runs[np.concatenate([ONE, runs[1:] != runs[:-1]])])
     return found
 
 
@@ -95,7 +111,8 @@ def band_keys(sets: Sequence[Shingles], threshold: float) -> np.ndarray:
         flat = np.concatenate(part) if part else np.empty(0, dtype=np.uint64)
         offsets = np.concatenate([[0], np.cumsum([len(s) for s in part])]).astype(np.uint64)
         digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(flat, offsets, bands * rows, SEED)
-        signatures = np.array(digests.to_rows(), dtype=np.uint64).reshape(len(part), bands, rows)
+        each = chain.from_iterable(digests.to_rows())
+        signatures = np.fromiter(each, np.uint64, len(part) * bands * rows).reshape(len(part), bands, rows)
         key = np.zeros((len(part), bands), dtype=np.uint64)
         with np.errstate(over="ignore"):
             for i in range(rows):
@@ -119,69 +136,26 @@ def alike(one: Shingles, other: Shingles, threshold: float) -> bool:
     return few >= threshold * many and jaccard(one, other) >= threshold - 1e-12
 
 
-class Groups:
-    """Things joined into groups, each led by the first of its members."""
+class Index:
+    """Sets, to be asked which of them is like another: the first that is."""
 
-    def __init__(self, size: int) -> None:
-        self._parent = list(range(size))
+    def __init__(self, sets: Sequence[Shingles], threshold: float) -> None:
+        self._sets, self._threshold = sets, threshold
+        columns = band_keys(sets, threshold).T
+        self._orders = [np.argsort(column, kind="stable") for column in columns]
+        self._keys = [column[order] for column, order in zip(columns, self._orders, strict=True)]
 
-    def leader(self, i: int) -> int:
-        parent = self._parent
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    def join(self, i: int, j: int) -> None:
-        first, second = sorted((self.leader(i), self.leader(j)))
-        self._parent[second] = first
-
-    def members(self) -> list[list[int]]:
-        """Groups of two and more, in the order of their leaders."""
-        found: dict[int, list[int]] = {}
-        for i in range(len(self._parent)):
-            found.setdefault(self.leader(i), []).append(i)
-        return [group for group in found.values() if len(group) > 1]
-
-
-def shared_keys(keys: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
-    """Indices of sets that share a key, a group at a time, for each column of keys."""
-    for column in keys:
-        order = np.argsort(column, kind="stable")
-        ordered = column[order]
-        cuts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-        starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(order)]])
-        for start, end in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
-            yield order[start:end]
-
-
-def joined(sets: Sequence[Shingles], threshold: float) -> Groups:
-    """Sets joined where they are alike, directly or through others. Sets without a shingle stay alone."""
-    groups = Groups(len(sets))
-    distinct: dict[bytes, int] = {}
-    for i, one in enumerate(sets):  # equal sets need no comparison, however many there are
-        if len(one):
-            groups.join(i, distinct.setdefault(one.tobytes(), i))
-    kept = sorted(distinct.values())
-    for bucket in shared_keys(band_keys([sets[i] for i in kept], threshold).T):
-        members = [kept[i] for i in bucket]
-        for place, i in enumerate(members):
-            for j in members[place + 1 :]:
-                if groups.leader(i) != groups.leader(j) and alike(sets[i], sets[j], threshold):
-                    groups.join(i, j)
-    return groups
-
-
-def near_pairs(rows: Sequence[Shingles], others: Sequence[Shingles], threshold: float) -> dict[int, int]:
-    """For each row that is like one of `others`, the first such: {index of row: index of other}."""
-    both = [*rows, *others]
-    found: dict[int, int] = {}
-    if not len(rows) or not len(others):
+    def like(self, sets: Sequence[Shingles]) -> dict[int, int]:
+        """For each of `sets` that is like one of ours, the first such: {its number: the number of ours}."""
+        found: dict[int, int] = {}
+        if not len(self._sets) or not len(sets):
+            return found
+        for keys, ordered, order in zip(band_keys(sets, self._threshold).T, self._keys, self._orders, strict=True):
+            starts, ends = np.searchsorted(ordered, keys, "left"), np.searchsorted(ordered, keys, "right")
+            for i in np.flatnonzero(ends > starts).tolist():
+                for j in order[starts[i] : ends[i]].tolist():  # rising
+                    if j >= found.get(i, math.inf):
+                        break
+                    if alike(sets[i], self._sets[j], self._threshold):
+                        found[i] = j
         return found
-    for bucket in shared_keys(band_keys(both, threshold).T):
-        ours, theirs = bucket[bucket < len(rows)], bucket[bucket >= len(rows)]
-        for i in ours.tolist():
-            for j in theirs.tolist():
-                other = j - len(rows)
-                if other < found.get(i, math.inf) and alike(both[i], both[j], threshold):
-                    found[i] = other
-    return found

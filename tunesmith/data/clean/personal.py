@@ -72,7 +72,7 @@ class Personal(RowStep):
     def hide(self, text: str) -> str:
         return text if self.action == "report" else self._replaced(text, _masked)
 
-    def tell(self, rows: Any, verdicts: Any) -> dict[str, Any]:
+    def tell(self, rows: Any, removed: Any) -> dict[str, Any]:
         looks = "looked for" if self.finder.names is not None else "not looked for: no model of names is installed"
         return {"names": [{"names of people": looks}]}
 

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
+
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean.step import Around, Step, Verdict
+from tunesmith.data.clean.look import Done, Look, Tally, Usable, checked
+from tunesmith.data.clean.step import Around, RowStep, Step, Verdict
 from tunesmith.data.clean.texts import texts
-from tunesmith.data.layouts import Unusable
-from tunesmith.data.ledger import Ledger
+from tunesmith.data.ledger import Entries, Ledger
+from tunesmith.data.shelf import CHUNK, Rows, Shelf, joined
+from tunesmith.progress import bar
+
+Advance = Callable[[int], None]
 
 EXAMPLES = 10
 SHOWN = 300
@@ -44,29 +51,39 @@ class Account:
         return dict(self.__dict__) | {"found": dict(self.found.most_common())}
 
 
+@dataclass(frozen=True)
+class Part:
+    """What became of a part's rows in one step.
+
+    Attributes:
+        rows: those that it was given.
+        did: what each process that worked on it tells.
+        example: the row that it touched as the how manieth, as the step was given it, and its verdict.
+    """
+
+    rows: Rows
+    did: Sequence[Done]
+    example: Callable[[int], tuple[Conversation, Verdict]]
+
+
 class Cleaning:
     """The steps of a recipe, and their accounts in the recipe's order."""
 
-    def __init__(self, steps: Mapping[str, Step], usable: Callable[[Conversation], None], ledger: Ledger) -> None:
+    def __init__(self, steps: Mapping[str, Step], usable: Usable, ledger: Ledger, shelf: Shelf) -> None:
         """Args:
         usable: raises Unusable for a row that can't be learnt from; asked of every row that a step changed.
         """
-        self.steps, self._usable, self._ledger = steps, usable, ledger
+        self.steps, self._usable, self._ledger, self._shelf = steps, usable, ledger, shelf
         self.accounts = {name: Account(name, step.model_dump(mode="json")) for name, step in steps.items()}
 
-    def before_split(self, parts: dict[str, list[Conversation]], around: Around) -> dict[str, list[Conversation]]:
+    def before_split(self, parts: dict[str, Rows], around: Around) -> dict[str, Rows]:
         """Each part's rows, cleaned on their own."""
-        for name, step in self.steps.items():
-            if not step.after_split:
-                parts = {part: self._through(name, step, rows, around) for part, rows in parts.items()}
-        return parts
+        return self._through([name for name, step in self.steps.items() if not step.after_split], parts, around)
 
-    def after_split(self, rows: list[Conversation], around: Around) -> list[Conversation]:
+    def after_split(self, rows: Rows, around: Around) -> Rows:
         """The training rows, held against those that are held out."""
-        for name, step in self.steps.items():
-            if step.after_split:
-                rows = self._through(name, step, rows, around)
-        return rows
+        names = [name for name, step in self.steps.items() if step.after_split]
+        return self._through(names, {"train": rows}, around)["train"]
 
     def hide(self, text: str) -> str:
         """A text as it may be written beside the rows: without what the recipe wants nobody to read."""
@@ -74,38 +91,117 @@ class Cleaning:
             text = step.hide(text)
         return text
 
-    def _through(self, name: str, step: Step, rows: Sequence[Conversation], around: Around) -> list[Conversation]:
-        account = self.accounts[name]
-        verdicts = [self._checked(v) for v in step.apply(rows, around)] if rows else []
-        kept, touched = [], []
-        for row, verdict in zip(rows, verdicts, strict=True):
-            account.found.update(verdict.found)
-            if verdict.row is None:
-                self._ledger.remove(row, row.id, name, verdict.why)
-            else:
-                kept.append(verdict.row)
-                if verdict.row is row and verdict.why:
-                    self._ledger.flag(row, name, verdict.why)
-            if verdict.row is not row or verdict.why:
-                touched.append((row, verdict))
-        account.rows = max(account.rows, len(rows)) if step.after_split else account.rows + len(rows)
-        account.removed += len(rows) - len(kept)
-        account.changed += sum(v.row is not None and v.row is not row for row, v in touched)
-        account.flagged += sum(v.row is row for row, v in touched)
-        wanted = min(EXAMPLES - len(account.examples), len(touched))
-        drawn = [touched[i * len(touched) // wanted] for i in range(wanted)]
-        account.examples += [_example(row, verdict, self.hide) for row, verdict in drawn]
-        for title, table in step.tell(rows, verdicts).items():
-            account.tables.setdefault(title, []).extend(table)
-        return kept
+    def _through(self, names: Sequence[str], parts: dict[str, Rows], around: Around) -> dict[str, Rows]:
+        for group in self._groups(names):
+            told: list[list[Part]] = []
+            left = {}
+            do = self._looked if isinstance(self.steps[group[0]], RowStep) else self._judged
+            with bar(f"Cleaning: {', '.join(group)}", sum(map(len, parts.values()))) as progress:
+                for part, rows in parts.items():
+                    left[part], steps = do(group, rows, around, progress.advance)
+                    told.append(steps)
+            for name, did in zip(group, zip(*told, strict=True), strict=True):  # step by step, as in the recipe
+                for one in did:
+                    self._tell(name, one)
+            parts = left
+        return parts
 
-    def _checked(self, verdict: Verdict) -> Verdict:
-        if verdict.row is not None and verdict.why:
-            try:
-                self._usable(verdict.row)
-            except Unusable as error:
-                return Verdict(None, f"{verdict.why}; then {error.why}", verdict.found)
-        return verdict
+    def _groups(self, names: Sequence[str]) -> list[list[str]]:
+        """Steps that look at each row alone are done together, so that rows are read once for all of them."""
+        groups: list[list[str]] = []
+        for name in names:
+            step = self.steps[name]
+            alone = isinstance(step, RowStep) and type(step).tell is Step.tell
+            if alone and groups and isinstance(self.steps[groups[-1][-1]], RowStep):
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+        return groups
+
+    def _looked(self, names: list[str], rows: Rows, around: Around, advance: Advance) -> tuple[Rows, list[Part]]:
+        steps: dict[str, Any] = {name: self.steps[name] for name in names}
+        pieces = rows.chunks()
+        items = [(self._shelf.number(), piece) for piece in pieces]
+        places: list[np.ndarray] = []
+        did: list[list[Done]] = [[] for _ in names]
+        start = 0
+        work = Look(steps, self._usable, self._shelf)
+        for piece, (left, done) in zip(pieces, around.engine.map(work, items, len(rows)), strict=True):
+            places.append(left)
+            for known, one in zip(did, done, strict=True):
+                known.append(replace(one, touched=one.touched + start))
+            start += len(piece)
+            advance(len(piece))
+
+        def example(place: int, which: int) -> tuple[Conversation, Verdict]:
+            row = rows[_at([one.touched for one in did[place]], which)]
+            for step in list(steps.values())[:place]:  # a look at a row is the same whenever it is taken
+                row = checked(step.look(row), self._usable).row or row
+            return row, checked(list(steps.values())[place].look(row), self._usable)
+
+        told = [Part(rows, did[place], partial(example, place)) for place in range(len(names))]
+        return joined((Rows(self._shelf, p) for p in places), self._shelf), told
+
+    def _judged(self, names: list[str], rows: Rows, around: Around, advance: Advance) -> tuple[Rows, list[Part]]:
+        name, whys = names[0], Entries(self._shelf.folder)
+        tally = Tally(name, self._shelf.folder)
+        places, shard, seen = rows.places.copy(), self._shelf.number(), 0
+        with self._shelf.writer(shard) as writer:
+            for number, given in enumerate(self.steps[name].apply(rows, around) if len(rows) else ()):
+                seen += 1
+                if seen % CHUNK == 0:
+                    advance(CHUNK)
+                if given is None:
+                    tally.keep(1)
+                    continue
+                row = rows[number]
+                same = given.row is not None and given.row == row  # the step may have read the row anew
+                verdict = checked(replace(given, row=row) if same else given, self._usable)
+                left = tally.add(number, row, verdict)
+                if verdict.why or left is not row:
+                    whys.append({"why": verdict.why})
+                if left is not row:
+                    places[number] = -1 if left is None else writer.add(left)
+        assert seen == len(rows), f"{name} gave {seen} verdicts on {len(rows)} rows"
+        done = tally.done(self._shelf.folder / f"judge-{shard}")
+
+        def example(which: int) -> tuple[Conversation, Verdict]:
+            number = int(done.touched[which])
+            row, place = rows[number], int(places[number])
+            left = None if place < 0 else row if place == rows.places[number] else self._shelf.row(place)
+            return row, Verdict(left, whys[which]["why"])
+
+        return Rows(self._shelf, places[places >= 0]), [Part(rows, [done], example)]
+
+    def _tell(self, name: str, part: Part) -> None:
+        step, account = self.steps[name], self.accounts[name]
+        account.rows = (
+            max(account.rows, len(part.rows)) if step.after_split else account.rows + sum(d.rows for d in part.did)
+        )
+        before = len(self._ledger.removed)
+        touched = 0
+        for did in part.did:
+            account.changed += did.changed
+            account.removed += did.removed
+            account.flagged += did.flagged
+            account.found.update(did.found)
+            touched += len(did.touched)
+            self._ledger.add(did.ledger)
+        wanted = min(EXAMPLES - len(account.examples), touched)
+        drawn = [part.example(i * touched // wanted) for i in range(wanted)]
+        account.examples += [_example(row, verdict, self.hide) for row, verdict in drawn]
+        removed = ((entry["row"], entry["why"]) for entry in self._ledger.removed.after(before))
+        for title, table in step.tell(part.rows, removed).items():
+            account.tables.setdefault(title, []).extend(table)
+
+
+def _at(arrays: Sequence[np.ndarray], which: int) -> int:
+    """An element of arrays that lie one after the other."""
+    for one in arrays:
+        if which < len(one):
+            return int(one[which])
+        which -= len(one)
+    raise IndexError(which)
 
 
 def _example(row: Conversation, verdict: Verdict, hide: Callable[[str], str]) -> dict[str, str]:

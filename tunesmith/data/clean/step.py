@@ -8,13 +8,15 @@ only what shares a key is brought together (`minhash.py`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.data.engines.engine import Running
+from tunesmith.data.engines.local import LocalRunning
 from tunesmith.errors import MachineError
 from tunesmith.section import Section
 
@@ -36,11 +38,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Around:
-    """What a step may know besides the rows: where paths begin, the seed, and the rows held out so far."""
+    """What a step may know besides the rows: where paths begin, the seed, the rows held out so far, who works for it,
+    and a folder for files that are needed for a while (a new one if not given)."""
 
     folder: Path = Path()
     seed: int = 0
     held: Mapping[str, Sequence[Conversation]] = field(default_factory=dict)
+    engine: Running = field(default_factory=LocalRunning)
+    scratch: Path | None = None
 
 
 class Step(Section):
@@ -52,8 +57,11 @@ class Step(Section):
     """Runs on the training rows once the others are held out."""
 
     @abstractmethod
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        """A verdict for each row, in the rows' order."""
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
+        """A verdict for each row, in the rows' order; None for one that stays as it is, with nothing to tell of it.
+
+        The rows may lie on disk: go through them as often as it takes, and keep little of each.
+        """
 
     def hide(self, text: str) -> str:
         """The text as it may be written beside the rows: without what this step takes out of them."""
@@ -63,8 +71,13 @@ class Step(Section):
         """Files whose content the result depends on."""
         return []
 
-    def tell(self, rows: Sequence[Conversation], verdicts: Sequence[Verdict]) -> dict[str, Any]:
-        """What the report shows besides the counts: tables by name, each a list of rows as mappings."""
+    def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
+        """What the report shows besides the counts: tables by name, each a list of rows as mappings.
+
+        Args:
+            rows: those that were looked at.
+            removed: of each that was removed, its id and why.
+        """
         return {}
 
 
@@ -75,8 +88,8 @@ class RowStep(Step):
     def look(self, row: Conversation) -> Verdict:
         """The verdict on a row: the same whenever and wherever it is asked for."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        return [self.look(row) for row in rows]
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
+        return map(self.look, rows)
 
 
 def need(module: str, step: str, extra: str = "data") -> Any:

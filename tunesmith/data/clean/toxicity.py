@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -40,16 +40,16 @@ class Toxicity(Step):
     def _one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> list[Verdict]:
-        said = [(i, text) for i, row in enumerate(rows) for text in texts(row, SIDES[self.on]) if text.strip()]
-        worst = [0.0] * len(rows)
-        with bar("Judging texts", len(said)) as progress:
-            for start in range(0, len(said), CHUNK):
-                chunk = said[start : start + CHUNK]
-                for (i, _), score in zip(chunk, self.scores([text for _, text in chunk]), strict=True):
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
+        with bar("Judging texts", len(rows)) as progress:
+            for start in range(0, len(rows), CHUNK):
+                some = list(rows[start : start + CHUNK])
+                said = [(i, text) for i, row in enumerate(some) for text in texts(row, SIDES[self.on]) if text.strip()]
+                worst = [0.0] * len(some)
+                for (i, _), score in zip(said, self.scores([text for _, text in said]) if said else (), strict=True):
                     worst[i] = max(worst[i], score)
-                progress.advance(len(chunk))
-        return [self._verdict(row, score) for row, score in zip(rows, worst, strict=True)]
+                yield from map(self._verdict, some, worst)
+                progress.advance(len(some))
 
     def scores(self, batch: Sequence[str]) -> list[float]:
         """For each text, how probable it is that it offends."""

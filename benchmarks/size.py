@@ -1,31 +1,39 @@
 """Rows per second and peak memory: read, clean and take out exact and near duplicates, beside other tools.
 
-    python benchmarks/duplicates.py [--rows 1000000] [--sides ours,datasketch,pandas,datasets] [--grow 10000,100000]
+    python benchmarks/size.py [--rows 1000000] [--sides ours,datasketch,...] [--grow 10000,100000,10000000]
+    python benchmarks/size.py --rows 20000 --grow 5000,10000       # a small run
+    python benchmarks/size.py --rows 100000 --sides ours,ray,spark
 
-First: pip install -c constraints.txt 'tunesmith[bench]'. The rows are made (seeded): sentences of a made-up language
-in support tickets, of which a tenth repeat another exactly and a tenth with a word changed. Every side runs in a
-process of its own and reads the same JSONL file.
+First: pip install -c constraints.txt 'tunesmith[bench]'; for ray and spark also 'tunesmith[ray,spark]', and Java 17.
+The rows are made (seeded): words of a made-up language; a tenth of the rows repeat another exactly, a tenth with a word
+changed. Every side runs in a process of its own and reads the same JSONL file. Memory is the largest sum of what the
+process and its children hold (PSS where the system tells it), looked at ten times a second.
 
-ours        data.clean: unicode, duplicates exact, then near (MinHash of 125 permutations, true Jaccard of 0.8)
+ours        data.clean: unicode, exact and near duplicates (MinHash of 125 permutations, then true Jaccard), all cores
+one         the same in one process
+ray, spark  the same on these engines, with starting them
 datasketch  the same words' runs in datasketch's MinHashLSH of 125 permutations in 25 bands, rows inserted and queried
 plain       ours without the near step: what pandas and datasets do
 pandas      read, the same Unicode mending, drop_duplicates
-datasets    load, map with the same mending, duplicates by a set of hashes
+datasets    load, map with the same mending on all cores, duplicates by a set of hashes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 SIDES = ("ours", "datasketch", "plain", "pandas", "datasets")
+ENGINES = {"one": {"kind": "local", "processes": 1}, "ray": "ray", "spark": "spark"}
 
 
 def make(path: Path, rows: int) -> None:
@@ -48,25 +56,25 @@ def make(path: Path, rows: int) -> None:
             file.write(json.dumps({"prompt": " ".join(asked), "completion": " ".join(answered)}) + "\n")
 
 
-def ours(path: Path, near: bool = True) -> int:
+def ours(path: Path, near: bool = True, engine: Any = "local") -> int:
     from tunesmith.data.clean.duplicates import Duplicates
     from tunesmith.data.clean.run import Cleaning
     from tunesmith.data.clean.step import Around
     from tunesmith.data.clean.unicode import Unicode
     from tunesmith.data.ledger import Ledger
-    from tunesmith.data.prepare import detect
-    from tunesmith.data.section import SourceSection
-    from tunesmith.data.sources import read_rows
+    from tunesmith.data.reading import read_parts, usable
+    from tunesmith.data.section import DataSection
+    from tunesmith.data.shelf import Shelf
+    from tunesmith.data.sources import source_files
 
-    source = SourceSection(path=str(path))
-    layout = detect(source, path)
-    rows = [layout.read(row, source, f"{path.name}:{n}") for n, row in read_rows(source, path)]
-    steps = {"unicode": Unicode(), "duplicates": Duplicates(kind="exact")}
-    parts = Cleaning(steps, lambda row: None, Ledger()).before_split({"train": rows}, Around())
-    if near:
-        again = Cleaning({"duplicates": Duplicates(kind="near")}, lambda row: None, Ledger())
-        parts = again.before_split(parts, Around())
-    return len(parts["train"])
+    section = DataSection(sources=[str(path)], engine=engine)
+    steps = {"unicode": Unicode(), "exact": Duplicates(kind="exact")}
+    steps |= {"near": Duplicates(kind="near")} if near else {}
+    with tempfile.TemporaryDirectory(dir=path.parent) as name, section.engine.start(Path(name)) as running:
+        shelf, ledger = Shelf(Path(name)), Ledger()
+        parts = read_parts(section, source_files(section, path.parent), running, shelf, ledger)
+        around = Around(engine=running, scratch=shelf.folder)
+        return len(Cleaning(steps, usable, ledger, shelf).before_split(parts, around)["train"])
 
 
 def datasketch(path: Path) -> int:
@@ -117,9 +125,10 @@ def datasets(path: Path) -> int:
 
     disable_progress_bars()
     mend = Unicode().mend
-    with tempfile.TemporaryDirectory() as cache:
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory(dir=path.parent) as cache:
         rows = load_dataset("json", data_files=str(path), split="train", cache_dir=cache)
-        rows = rows.map(lambda row: {k: mend(v) for k, v in row.items()})
+        rows = rows.map(lambda row: {k: mend(v) for k, v in row.items()}, num_proc=cores)
         seen: set[tuple[str, str]] = set()
 
         def first(row: dict[str, str]) -> bool:
@@ -129,16 +138,47 @@ def datasets(path: Path) -> int:
         return len(rows.filter(first))
 
 
+class Peak:
+    """The largest memory that this process and its children have held, in MiB."""
+
+    def __init__(self) -> None:
+        self.mib, self._through = 0.0, threading.Event()
+        self._watch = threading.Thread(target=self._look, daemon=True)
+
+    def __enter__(self) -> Peak:
+        self._watch.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._through.set()
+        self._watch.join()
+
+    def _look(self) -> None:
+        import psutil
+
+        this = psutil.Process()
+        while not self._through.wait(0.1):
+            held = 0
+            for process in [this, *this.children(recursive=True)]:
+                try:
+                    info = process.memory_full_info()
+                    held += getattr(info, "pss", info.uss)
+                except psutil.Error:
+                    continue  # it has ended meanwhile
+            self.mib = max(self.mib, held / 2**20)
+
+
 def run(side: str, path: Path) -> dict[str, float]:
     """One side, in this process: rows kept, seconds and peak memory in MiB, its libraries' loading left out."""
-    before = {"ours": "rensa, ftfy", "plain": "rensa, ftfy"}.get(side, f"{side}, ftfy")
-    exec(f"import {before}")
-    for module in ("tunesmith.data.prepare", "tunesmith.data.clean.run"):
-        __import__(module)
-    start = time.perf_counter()
-    kept = {"plain": lambda p: ours(p, near=False)}.get(side, globals().get(side))(path)
-    taken = time.perf_counter() - start
-    return {"kept": kept, "seconds": taken, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+    module = {"datasketch": "datasketch", "pandas": "pandas", "datasets": "datasets"}.get(side, "rensa")
+    for name in (module, "ftfy", "joblib", "tunesmith.data.prepare", "tunesmith.data.clean.run"):
+        __import__(name)
+    tools = {"datasketch": datasketch, "pandas": pandas, "datasets": datasets}
+    with Peak() as peak:
+        start = time.perf_counter()
+        kept = tools[side](path) if side in tools else ours(path, side != "plain", ENGINES.get(side, "local"))
+        taken = time.perf_counter() - start
+    return {"kept": kept, "seconds": taken, "mib": peak.mib}
 
 
 def main() -> None:
@@ -146,6 +186,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--grow", default="", help="further numbers of rows, for ours alone: 10000,100000,10000000")
+    parser.add_argument("--folder", help="where the rows and what is made of them lie; about six times their size")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -154,7 +195,7 @@ def main() -> None:
     sizes = [(options.rows, side) for side in options.sides.split(",")]
     sizes += [(int(n), "ours") for n in options.grow.split(",") if n]
     print("| side | rows | kept | seconds | rows a second | peak MiB |\n" + "| --- " * 6 + "|")
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for rows, side in sizes:
             path = Path(folder) / f"{rows}.jsonl"
             if not path.exists():
