@@ -101,7 +101,7 @@ def test_a_model_that_learnt_nothing_forgot_nothing(tunesmith: Any, measured: di
     said = tunesmith("run", path, "--set", "train.learning_rate=1e-30", "--set", "gate=true", "--json")
     assert said.code == 4, said.out
     card = said.json["scorecard"]
-    assert card["forgetting"]["kl"]["value"] < 1e-4 and card["forgetting"]["changed"]["value"] == 0
+    assert card["forgetting"]["kl"]["value"] < 1e-3 and card["forgetting"]["changed"]["value"] == 0
     assert card["memory"]["exposure"]["difference"]["value"] == 0
     assert said.json["data"]["made"] == 18
 
