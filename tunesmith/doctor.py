@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     rates = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in there.gflops.items())
     notes = []
     if there.tiles:
-        notes.append("this machine hides the sizes of its AMX tiles; oneDNN is told them, which makes bfloat16 fast")
+        notes.append("this machine hides the sizes of its AMX tiles; oneDNN is told them (train.precision: bfloat16)")
     elif there.isa:
         notes.append(f"oneDNN is held to {there.isa}: this machine names instructions that end the process")
     return {
