@@ -158,7 +158,7 @@ def main() -> None:
     options.add_argument("--count", type=int, default=512, help="how many rows of the file")
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--steps", type=int, default=6, help="optimizer steps of 8 rows, TRL's default batch")
-    options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="ours")
+    options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights")
     given = options.parse_args()
 
     from tunesmith.models.machine import ISA, machine
@@ -167,6 +167,7 @@ def main() -> None:
     from tunesmith.models.tiles import compiled
 
     here = machine()
+    precision = here.precision if given.precision == "auto" else given.precision
     environment = dict(os.environ) | ALLOCATOR
     if here.tiles:  # peers are told them too
         environment |= {"TILES": str(compiled())}
@@ -196,7 +197,7 @@ def main() -> None:
                 for name in names:
                     peer = PEERS[name]
                     script = [str(pythons[name]), str(HERE / "peers" / peer.script), str(model), str(rows)]
-                    theirs = run([*script, what, peer.mode, str(given.steps), here.precision], environment)
+                    theirs = run([*script, what, peer.mode, str(given.steps), precision], environment)
                     rounds[name].append((ours, theirs))
                     print(f"{what}, {name} {number}: ours {told(ours)}; theirs {told(theirs)}", flush=True)
             for name in names:
