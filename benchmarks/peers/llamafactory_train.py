@@ -52,7 +52,7 @@ settings = {
     "max_steps": steps,
     "learning_rate": 1e-4,
     "disable_gradient_checkpointing": True,
-    "pure_bf16": what == "lora" and precision == "bfloat16",
+    "bf16": what == "lora" and precision == "bfloat16",  # its pure_bf16 refuses a CPU
     "report_to": "none",
     "save_strategy": "no",
     "logging_steps": 1,
