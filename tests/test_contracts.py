@@ -21,7 +21,7 @@ PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
 VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
-    {"charts", "errors", "section"},
+    {"charts", "errors", "scores", "section"},
     {"plugins", "progress"},
     {"runs"},
     {"conversation"},
@@ -30,6 +30,7 @@ LEVELS = [
     {"data", "train", "evaluate", "package"},
     {"recipe"},
     {"claims"},
+    {"journey"},
     {"pipeline"},
     {"tune"},
     VERBS,

@@ -19,7 +19,7 @@ GOOD = [json.dumps(row) for row in colour_rows(20)]
 ENDLESS = CHATML.replace("<|im_end|>", "")  # a template that never writes the token that ends an answer
 
 
-def refused(said: Any, *parts: str) -> dict[str, Any]:
+def assert_refused(said: Any, *parts: str) -> dict[str, Any]:
     """The error of a command that was given --json, after checking its form and that it says `parts`."""
     assert said.code == 2, said
     assert "Traceback" not in said.out + said.err
@@ -43,7 +43,7 @@ def refuse(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> Callable[.
         if change:
             change(recipe)
         path = write_recipe(tmp_path, recipe)
-        error = refused(tunesmith(verb, path, *flags, "--json"), *parts)
+        error = assert_refused(tunesmith(verb, path, *flags, "--json"), *parts)
         people = tunesmith(verb, path, *flags)
         assert people.code == 2 and "Traceback" not in people.err and (verb == "check" or not people.out)
         assert error["what"].splitlines()[0] in people.err and error["fix"] in people.err
@@ -88,7 +88,7 @@ def refuse(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> Callable[.
 def test_recipe_keys(tunesmith: Any, recipe: Any, tmp_path: Path, sets: list[str], parts: list[str]) -> None:
     path = write_recipe(tmp_path, recipe)
     flags = [f"--set={s}" for s in sets]
-    assert refused(tunesmith("check", path, *flags, "--json"), *parts)
+    assert_refused(tunesmith("check", path, *flags, "--json"), *parts)
     assert not (tmp_path / "runs").exists()
 
 
@@ -110,14 +110,14 @@ def test_recipe_keys(tunesmith: Any, recipe: Any, tmp_path: Path, sets: list[str
 )
 def test_recipe_files(tunesmith: Any, tmp_path: Path, content: bytes, parts: list[str]) -> None:
     (tmp_path / "bad.yaml").write_bytes(content)
-    assert refused(tunesmith("check", "bad.yaml", "--json"), *parts)
+    assert_refused(tunesmith("check", "bad.yaml", "--json"), *parts)
 
 
 def test_recipe_names(tunesmith: Any, tmp_path: Path) -> None:
-    assert refused(tunesmith("check", tmp_path, "--json"), str(tmp_path), "is a folder", ".yaml")
+    assert_refused(tunesmith("check", tmp_path, "--json"), str(tmp_path), "is a folder", ".yaml")
     error = tunesmith("check", "quikstart", "--json").json["error"]
     assert "did you mean 'quickstart'?" in error["what"] and "tunesmith init" in error["fix"]
-    assert refused(tunesmith("runs", "show", "nothing", "--json"), "no run is called 'nothing'", "tunesmith run")
+    assert_refused(tunesmith("runs", "show", "nothing", "--json"), "no run is called 'nothing'", "tunesmith run")
 
 
 @pytest.mark.parametrize(
@@ -185,7 +185,7 @@ def test_rejected_rows_that_are_allowed_are_kept_aside(tunesmith: Any, recipe: A
     aside = read_jsonl(tmp_path / "runs/tiny/data/rejected.jsonl")
     assert [row["text"] for row in aside] == rows[20:]
     checked = tunesmith("check", path, "--set=data.max_rejected=0.05", "--json")
-    assert refused(checked, "2 of 22 rows", "rows.jsonl:21")
+    assert_refused(checked, "2 of 22 rows", "rows.jsonl:21")
     assert len(checked.json["left_out"]) == 2 and checked.json["counts"]["accepted"] == 20
 
 
@@ -337,7 +337,7 @@ def test_a_run_of_another_recipe(tunesmith: Any, recipe: Any, tmp_path: Path) ->
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
     recipe["train"]["max_steps"] = 3
     other = write_recipe(tmp_path, recipe, "other.yaml")
-    assert refused(
+    assert_refused(
         tunesmith("train", other, "--json"),
         "run 'tiny' was made by another recipe", "tiny.yaml", "differs in: train", "--set name=",
     )  # fmt: skip

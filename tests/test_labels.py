@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_jsonl
-from tests.test_errors import refused
+from tests.test_errors import assert_refused
 from tests.test_sources import task
 from tunesmith.data.labels.agreement import adjudicate, agreement
 from tunesmith.data.labels.judgements import Judgement, read_judgements
@@ -115,10 +115,10 @@ def test_what_agreement_refuses(tunesmith: Any, tmp_path: Path) -> None:
         (["--item", "itm"], "did you mean 'item'"), (["--level", "ordnal"], "did you mean 'ordinal'"),
         (["--adjudicate", "vote"], "majority"), (["--label", "annotator", "--level", "interval"], "compares numbers"),
     ):  # fmt: skip
-        assert refused(tunesmith("data", "agreement", path, *arguments, "--json"), told)
+        assert_refused(tunesmith("data", "agreement", path, *arguments, "--json"), told)
     write_jsonl(tmp_path / "b.jsonl", EXAMPLE[:3])
-    assert refused(tunesmith("data", "agreement", tmp_path / "b.jsonl", "--json"), "no item was judged by two people")
-    assert refused(tunesmith("data", "agreement", tmp_path / "absent", "--json"), "no such file")
+    assert_refused(tunesmith("data", "agreement", tmp_path / "b.jsonl", "--json"), "no item was judged by two people")
+    assert_refused(tunesmith("data", "agreement", tmp_path / "absent", "--json"), "no such file")
 
 
 RULES = """
@@ -189,4 +189,4 @@ def test_few_rules_vote_by_majority(tunesmith: Any, tmp_path: Path) -> None:
     wrong = {"x = 1": "defines no function", "def a(row): return None": "no rule has an opinion", "1/0": "ZeroDivision"}
     for text, told in wrong.items():
         (tmp_path / "rules.py").write_text(text)
-        assert refused(tunesmith("data", "label", tmp_path / "rules.py", path, "--json"), told)
+        assert_refused(tunesmith("data", "label", tmp_path / "rules.py", path, "--json"), told)

@@ -124,7 +124,7 @@ def pairs() -> list[dict[str, Any]]:
     ]
 
 
-def same(found: Any, expected: Any) -> None:
+def assert_same(found: Any, expected: Any) -> None:
     assert found[0] == pytest.approx(expected[0], rel=1e-4, abs=1e-5)
     for name, gradient in expected[1].items():
         if gradient is not None:
@@ -148,7 +148,8 @@ def test_dpo(tmp_path: Path, models: Any, mine: dict[str, Any], trl: dict[str, A
     from trl import DPOConfig, DPOTrainer
 
     found = ours({"kind": "dpo", "beta": 0.3} | mine, PAIRS, models)
-    same(found, theirs(DPOTrainer, config(DPOConfig, tmp_path, beta=0.3, **trl), pairs(), models, reference=True))
+    expected = theirs(DPOTrainer, config(DPOConfig, tmp_path, beta=0.3, **trl), pairs(), models, reference=True)
+    assert_same(found, expected)
     assert 0 <= found[2]["rewards_accuracy"] <= 1
 
 
@@ -170,7 +171,7 @@ CPO = {
 def test_cpo_and_simpo(tmp_path: Path, models: Any, mine: dict[str, Any], trl: dict[str, Any]) -> None:
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
-    same(ours(mine, PAIRS, models), theirs(CPOTrainer, config(CPOConfig, tmp_path, **trl), pairs(), models))
+    assert_same(ours(mine, PAIRS, models), theirs(CPOTrainer, config(CPOConfig, tmp_path, **trl), pairs(), models))
 
 
 def test_orpo(models: Any) -> None:
@@ -196,7 +197,7 @@ def test_orpo(models: Any) -> None:
     expected = -(scores[0] * counts).sum() / counts.sum() - losses.mean()
     expected.backward()
     found = ours({"kind": "orpo", "beta": 0.4}, PAIRS, models)
-    same(found, (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
+    assert_same(found, (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
     model.zero_grad()
 
 
@@ -206,7 +207,7 @@ def test_kto(tmp_path: Path, models: Any) -> None:
     rows = [{"prompt": turns(*r.prompt), "completion": turns(r.messages[-1]), "label": r.good} for r in RATED]
     trl = config(KTOConfig, tmp_path, beta=0.3, desirable_weight=1.2, train_sampling_strategy="sequential")
     found = ours({"kind": "kto", "beta": 0.3, "good_weight": 1.2}, RATED, models)
-    same(found, theirs(KTOTrainer, trl, rows, models, reference=True))
+    assert_same(found, theirs(KTOTrainer, trl, rows, models, reference=True))
     assert found[2]["kl"] >= 0
 
 
@@ -238,7 +239,7 @@ def test_reward(tmp_path: Path, models: Any, scorers: Any, center: float) -> Non
     model = scorers(["reward"])
     trl = config(RewardConfig, tmp_path, center_rewards_coefficient=center or None)
     found = ours({"kind": "reward", "center": center}, rows, (None, model))
-    same(found, theirs(RewardTrainer, trl, told, (None, model)))
+    assert_same(found, theirs(RewardTrainer, trl, told, (None, model)))
 
 
 def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
@@ -258,7 +259,7 @@ def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
     loss.backward()
     expected = (loss.item(), {name: p.grad for name, p in model.named_parameters()})
     found = ours({"kind": "classify", "weights": "balanced"}, rows, (None, scorers(classes)))
-    same(found, expected)
+    assert_same(found, expected)
     assert 0 <= found[2]["accuracy"] <= 1
 
 
@@ -286,7 +287,7 @@ def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
     (total / count).backward()
     expected = ((total / count).item(), {name: p.grad for name, p in student.named_parameters()})
     method = {"kind": "distill", "teacher": str(tmp_path), "beta": beta, "temperature": 2.0, "precision": "float32"}
-    same(ours(method, rows, models), expected)
+    assert_same(ours(method, rows, models), expected)
     student.zero_grad()
 
 
@@ -320,7 +321,7 @@ def test_a_teacher_of_another_vocabulary_is_refused_and_its_text_is_not(models: 
 def test_packing_changes_nothing(models: Any, method: str) -> None:
     rows = RATED if method == "kto" else PAIRS
     whole, apart = (ours(method, rows, models, capacity) for capacity in (4096, 1))
-    same(apart, whole)
+    assert_same(apart, whole)
     assert apart[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-4)
 
 
@@ -359,7 +360,7 @@ def test_text_is_plain_language_modelling(models: Any) -> None:
         count += ids.shape[1] - 1
     (total / count).backward()  # type: ignore[attr-defined]
     expected = (float((total / count).detach()), {name: p.grad for name, p in model.named_parameters()})
-    same(ours("text", rows, models), expected)
+    assert_same(ours("text", rows, models), expected)
     model.zero_grad()
 
 

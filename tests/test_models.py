@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, write_recipe
 from tests.fake_hub import COMMIT, FakeHub
-from tests.test_errors import refused
+from tests.test_errors import assert_refused
 from tunesmith.errors import ModelError
 from tunesmith.models.resolve import ResolvedModel, resolve
 from tunesmith.models.section import ModelSection
@@ -68,7 +68,7 @@ def test_a_folder_beside_the_recipe_goes_before_the_hub(tunesmith: Any, recipe: 
 def test_pickles_are_refused_with_how_to_convert_them(tunesmith: Any, recipe: Any, copy: Path) -> None:
     recipe["model"] = str(to_pickle(copy))
     path = write_recipe(copy.parent, recipe)
-    error = refused(
+    error = assert_refused(
         tunesmith("check", path, "--json"), "only has pickle weights (pytorch_model.bin)", "never loaded", str(copy)
     )
     command = error["fix"].split('python -c "')[1].split('"')[0]
@@ -90,7 +90,7 @@ def test_remote_code_only_runs_when_the_recipe_says_so(tunesmith: Any, recipe: A
     recipe["model"] = str(copy)
     path = write_recipe(copy.parent, recipe)
     for verb in ("check", "plan", "train"):
-        refused(
+        assert_refused(
             tunesmith(verb, path, "--json"),
             "model.trust_remote_code", "brings its own Python code", f"Read the code in {copy}",
         )  # fmt: skip
@@ -112,14 +112,14 @@ def test_damaged_models(tunesmith: Any, recipe: Any, copy: Path) -> None:
     weights = load_file(copy / "model.safetensors")
 
     save_file({k: v for k, v in weights.items() if "layers.1.mlp.up" not in k}, copy / "model.safetensors")
-    refused(tunesmith("train", path, "--json"), str(copy), "lacks 1 of its weights", "layers.1.mlp.up_proj")
+    assert_refused(tunesmith("train", path, "--json"), str(copy), "lacks 1 of its weights", "layers.1.mlp.up_proj")
     save_file(weights | {"model.norm.weight": torch.ones(7)}, copy / "model.safetensors")
-    refused(tunesmith("train", path, "--json"), str(copy), "can't be loaded as a causal language model")
+    assert_refused(tunesmith("train", path, "--json"), str(copy), "can't be loaded as a causal language model")
     save_file(weights, copy / "model.safetensors")
     for length in (0, 4, 100, -100):
         whole = (copy / "model.safetensors").read_bytes()
         (copy / "model.safetensors").write_bytes(whole[:length])
-        refused(tunesmith("train", path, "--json"), str(copy), "can't be loaded as a causal language model")
+        assert_refused(tunesmith("train", path, "--json"), str(copy), "can't be loaded as a causal language model")
         (copy / "model.safetensors").write_bytes(whole)
 
     for file, told in (
@@ -131,12 +131,12 @@ def test_damaged_models(tunesmith: Any, recipe: Any, copy: Path) -> None:
         whole = (copy / file).read_bytes()
         for damage in (whole[: len(whole) // 2], b"[]", b"\xff\xfe"):
             (copy / file).write_bytes(damage)
-            refused(tunesmith("check", path, "--json"), str(copy), told)
+            assert_refused(tunesmith("check", path, "--json"), str(copy), told)
         (copy / file).write_bytes(whole)
     (copy / "config.json").write_text(json.dumps({"model_type": "no_such_architecture"}))
-    refused(tunesmith("train", path, "--json"), str(copy), "no_such_architecture")
+    assert_refused(tunesmith("train", path, "--json"), str(copy), "no_such_architecture")
     (copy / "config.json").unlink()
-    refused(tunesmith("check", path, "--json"), str(copy), "no config.json")
+    assert_refused(tunesmith("check", path, "--json"), str(copy), "no config.json")
 
 
 @pytest.fixture

@@ -139,7 +139,7 @@ def went_on(runs: Path, name: str) -> None:
     assert started == [0, 4]
 
 
-def close(runs: Path, one: str, other: str) -> None:
+def assert_close(runs: Path, one: str, other: str) -> None:
     a, b = weights(runs, one), weights(runs, other)
     assert set(a) == set(b)
     for name, tensor in a.items():
@@ -151,9 +151,9 @@ def needs_zero(name: str) -> None:
         pytest.skip("DeepSpeed is not installed (the extra 'zero')")
 
 
-def same_curve(runs: Path, one: str, other: str) -> None:
+def assert_same_curve(runs: Path, one: str, other: str) -> None:
     """The same figures each step, and the same weights after the last."""
-    close(runs, one, other)
+    assert_close(runs, one, other)
     alone, shared = (read_jsonl(runs / name / "tiny/metrics.jsonl") for name in (one, other))
     assert [line["step"] for line in shared] == list(range(1, STEPS + 1))
     for a, b in zip(alone, shared, strict=True):
@@ -165,7 +165,7 @@ def same_curve(runs: Path, one: str, other: str) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "zero-2", "zero-3"])
 def test_two_ranks_train_what_one_trains(trained: Path, kind: str) -> None:
     needs_zero(kind)
-    same_curve(trained, "one", kind)
+    assert_same_curve(trained, "one", kind)
     summary = json.loads((trained / kind / "tiny/train/manifest.json").read_text())["summary"]
     assert summary["ranks"] == 2 and summary["parallel"] == kind.partition("-")[0]
     assert "fused" in summary["forward"]
@@ -173,7 +173,7 @@ def test_two_ranks_train_what_one_trains(trained: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("what", ["full", *METHODS])
 def test_all_weights_and_other_methods_are_trained_alike_too(trained: Path, what: str) -> None:
-    same_curve(trained, f"one-{what}", f"fsdp-{what}")
+    assert_same_curve(trained, f"one-{what}", f"fsdp-{what}")
 
 
 @pytest.mark.parametrize("kind", ["ddp-dropout", "fsdp", "zero-2", "zero-3"])
@@ -186,7 +186,7 @@ def test_a_run_of_two_ranks_goes_on_bit_for_bit(trained: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("name", ["fsdp-from-one", "one-from-fsdp"])
 def test_a_checkpoint_is_the_same_at_any_number_of_ranks(trained: Path, name: str) -> None:
-    close(trained, "one", name)
+    assert_close(trained, "one", name)
     went_on(trained, name)
 
 
@@ -195,12 +195,12 @@ def test_every_way_trains_all_that_one_trains(trained_long: Path) -> None:
     for name, _, origin in LONG_SHARED:
         kind, _, what = name.rpartition("-")
         if what in ("full", *METHODS):
-            same_curve(trained_long, f"one-{what}", name)
+            assert_same_curve(trained_long, f"one-{what}", name)
         elif what == "again":
             files = [trained_long / n / "tiny/train/adapter/adapter_model.safetensors" for n in (kind, name)]
             assert files[0].read_bytes() == files[1].read_bytes()
         else:
-            close(trained_long, origin or "one", name)
+            assert_close(trained_long, origin or "one", name)
         if origin:
             went_on(trained_long, name)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, RunError
-from tunesmith.pipeline import Journey, adapter_of
+from tunesmith.journey import Journey, adapter_of
 from tunesmith.recipe import load
 from tunesmith.runs import get, read_json
 

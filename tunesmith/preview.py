@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.pipeline import Journey, open_recipe
+from tunesmith.journey import Journey
+from tunesmith.pipeline import open_recipe
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, read_jsonl

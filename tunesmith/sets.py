@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith import pipeline, runs
 from tunesmith import recipe as recipes
 from tunesmith.errors import RunError
-from tunesmith.pipeline import Journey
+from tunesmith.journey import Journey
 from tunesmith.runs import Run
 
 

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder
+from tunesmith.scores import number, spanned
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -31,14 +32,6 @@ LISTED_AT_MOST = 20
 
 def _console() -> Console:
     return Console()
-
-
-def number(value: float) -> str:
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def span(score: dict[str, float]) -> str:
-    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
 
 
 def summary(result: Result) -> dict[str, Any]:
@@ -123,8 +116,8 @@ def leaderboard(found: dict[str, Any]) -> None:
         gap = row.get("difference")
         board.add_row(
             row["run"],
-            Text(span(row["score"])),
-            Text(span(gap) if gap else ""),
+            Text(spanned(row["score"])),
+            Text(spanned(gap) if gap else ""),
             f"{gap['p_holm']:.3f}" if gap else "",
             row.get("verdict", ""),
         )
@@ -143,7 +136,7 @@ def reviewed(found: dict[str, Any]) -> None:
     scores |= {f"strength of {model} (Bradley-Terry)": score for model, score in found["strength"].items()}
     scores |= {f"agreement: {name}": score for name, score in found["agreement"].items()}
     for name, score in scores.items():
-        table.add_row(name, Text(span(score)), str(score["n"]))
+        table.add_row(name, Text(spanned(score)), str(score["n"]))
     out.print(table)
     if "gate" in found:
         out.print(f"Gate: [bold]{found['gate'].replace('_', ' ')}[/bold]", highlight=False)
@@ -182,7 +175,7 @@ def program() -> str:
 
 def check(found: Check) -> None:
     """Counts, what was left out and why, and three rows with their loss coloured."""
-    from tunesmith.pipeline import describe_counts
+    from tunesmith.journey import describe_counts
 
     out = _console()
     out.print(describe_counts(found.counts), highlight=False)
@@ -246,8 +239,8 @@ def line(run: Run) -> dict[str, Any]:
         "stages": " ".join(s for s in STAGES if run.complete(s)) or "none finished",
         "verdict": card["verdict"] if card else "-",
         "goal": card["goal_metric"] if card else "-",
-        "baseline": span(goal["baseline"]) if goal else "-",
-        "tuned": span(goal["tuned"]) if goal else "-",
+        "baseline": spanned(goal["baseline"]) if goal else "-",
+        "tuned": spanned(goal["tuned"]) if goal else "-",
     }
 
 
@@ -262,7 +255,7 @@ def differences(one: Run, other: Run) -> list[dict[str, str]]:
         flat |= {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
         card = run.scores
         if card:
-            flat |= {"verdict": card["verdict"]} | {m: span(s["tuned"]) for m, s in card["metrics"].items()}
+            flat |= {"verdict": card["verdict"]} | {m: spanned(s["tuned"]) for m, s in card["metrics"].items()}
         sides.append(flat)
     first, second = sides
     keys = [k for k in dict.fromkeys([*first, *second]) if k != "name" and first.get(k) != second.get(k)]
@@ -351,7 +344,7 @@ def search(found: dict[str, Any]) -> None:
 
 def prepared(found: Prepared) -> None:
     """Counts, the version, and where the rows lie."""
-    from tunesmith.pipeline import describe_counts
+    from tunesmith.journey import describe_counts
 
     out = _console()
     out.print(describe_counts(found.manifest["counts"]), highlight=False)
@@ -364,8 +357,8 @@ def prepared(found: Prepared) -> None:
 def data_report(page: Path, found: dict[str, Any]) -> None:
     """What to fix first, and where the page lies."""
     out = _console()
-    for number, one in enumerate(found["fix first"], 1):
-        out.print(f"{number}. {one['what']}. {one['do']}", markup=False, highlight=False, soft_wrap=True)
+    for place, one in enumerate(found["fix first"], 1):
+        out.print(f"{place}. {one['what']}. {one['do']}", markup=False, highlight=False, soft_wrap=True)
     if not found["fix first"]:
         out.print("Nothing stands out.")
     out.print(f"Report: {page}", highlight=False, soft_wrap=True)

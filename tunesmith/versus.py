@@ -12,7 +12,7 @@ import yaml
 from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
-from tunesmith.pipeline import Journey, endpoint
+from tunesmith.journey import Journey, endpoint
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
 

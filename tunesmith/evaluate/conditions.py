@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.scores import within
+
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 SIDES = ("tuned", "baseline", "difference", "drop", "rise")
 BOUNDS = ("low", "high", "value")
@@ -108,17 +110,7 @@ def scores_in(card: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str,
     for name, score in card["metrics"].items():
         yield (name,), score
     for section in SECTIONS:
-        yield from _inside((section,), card.get(section))
-
-
-def _inside(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    if not isinstance(value, dict):
-        return
-    if ("tuned" in value and "difference" in value) or {"value", "low", "high"} <= set(value):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _inside((*path, str(key)), inner)
+        yield from within(card.get(section), (section,))
 
 
 def default_conditions(card: dict[str, Any]) -> list[str]:

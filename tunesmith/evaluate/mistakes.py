@@ -25,7 +25,7 @@ def mistakes(lines: Sequence[Line], kind: str, higher: bool, seed: int) -> dict[
     """
     worse = [line for line in lines if gain(line, higher) < 0]
     ids = {line["id"] for line in worse}
-    missed = sorted((x for x in lines if is_miss(x, lines, kind, higher)), key=lambda line: gain(line, higher))
+    missed = sorted(misses(lines, kind, higher), key=lambda line: gain(line, higher))
     return {
         "misses": len(missed),
         "worse": {"n": len(worse), "rows": [x["id"] for x in sorted(worse, key=lambda x: gain(x, higher))[:LISTED]]},
@@ -45,14 +45,14 @@ def gain(line: Line, higher: bool) -> float:
     return other - one if higher or unscored else one - other
 
 
-def is_miss(line: Line, lines: Sequence[Line], kind: str, higher: bool) -> bool:
-    """Whether the tuned model's answer counts as wrong."""
-    scores = {x["tuned"]["score"] for x in lines}
+def misses(lines: Sequence[Line], kind: str, higher: bool) -> list[Line]:
+    """The rows whose answer by the tuned model counts as wrong."""
+    scores = {line["tuned"]["score"] for line in lines}
     if kind in ("label", "json") or scores <= {None}:
-        return not same(line["tuned"]["answer"], line["reference"])
+        return [line for line in lines if not same(line["tuned"]["answer"], line["reference"])]
     if scores <= {0.0, 1.0} and higher:
-        return bool(line["tuned"]["score"] == 0.0)
-    return gain(line, higher) < 0
+        return [line for line in lines if line["tuned"]["score"] == 0.0]
+    return [line for line in lines if gain(line, higher) < 0]
 
 
 def by_kind(missed: Sequence[Line], lines: Sequence[Line], kind: str) -> list[dict[str, Any]]:

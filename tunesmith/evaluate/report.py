@@ -19,6 +19,7 @@ from tunesmith.evaluate.conditions import scores_in
 from tunesmith.evaluate.metrics.base import same
 from tunesmith.evaluate.mistakes import gain
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
+from tunesmith.scores import number, signed
 
 SIDES = ("baseline", "tuned")
 BEST, WORST, RANDOM = 7, 7, 6
@@ -101,19 +102,6 @@ def environment() -> Environment:
         "duration": duration,
     }
     return found
-
-
-def number(value: float | None) -> str:
-    """Three digits behind the point; two that count where that would hide a small value."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
-
-
-def signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + number(value)
 
 
 def p_value(value: float) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tunesmith.runs import Run, digest, versions
+from tunesmith.scores import number, signed, spanned, within
 
 # The hub's own names, where it has one for a metric of ours.
 HUB_METRICS = {"macro_f1": "f1", "rouge_l": "rouge"}
@@ -124,16 +124,6 @@ def verdict_in_words(scores: dict[str, Any] | None) -> str:
     return said[scores["verdict"]]
 
 
-def number(value: float) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
-
-
-def signed(value: float) -> str:
-    return ("+" if value >= 0 else "") + number(value)
-
-
 def _scores(scores: dict[str, Any] | None) -> str:
     if scores is None:
         return "## Scores\n\nNone yet: the run was packaged before it was evaluated."
@@ -196,7 +186,7 @@ def _besides(scores: dict[str, Any] | None) -> list[str]:
     """What was measured besides the task, a section each."""
     found = []
     for section, about in BESIDES.items():
-        rows = list(_inside((), (scores or {}).get(section)))
+        rows = list(within((scores or {}).get(section)))
         if not rows:
             continue
         lines = ["| score | baseline | tuned | difference | n |", "| --- | ---: | ---: | ---: | ---: |"]
@@ -209,21 +199,6 @@ def _besides(scores: dict[str, Any] | None) -> list[str]:
             lines.append(f"| {' '.join(path).replace('_', ' ')} | {' | '.join(cells)} | {score.get('n', '')} |")
         found.append(f"## {section.capitalize()}\n\n{about}\n\n" + "\n".join(lines))
     return found
-
-
-def _inside(path: tuple[str, ...], value: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
-    """Every score in a section of a scorecard, with its path."""
-    if not isinstance(value, dict):
-        return
-    if ("tuned" in value and "difference" in value) or {"value", "low", "high"} <= set(value):
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from _inside((*path, str(key)), inner)
-
-
-def spanned(score: dict[str, float]) -> str:
-    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
 
 
 def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] | None, beside: str | None) -> str:

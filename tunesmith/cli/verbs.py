@@ -1,18 +1,17 @@
-"""The command line: a short function per verb. Each imports what it needs inside, so that help answers at once."""
+"""The verbs of the command line, a short function each, which imports what it needs inside."""
 
 from __future__ import annotations
 
-import io
 import json
 import sys
-import traceback
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
 from tunesmith import __version__
-from tunesmith.errors import RunError, TunesmithError, first_line
+from tunesmith.cli.options import Json, Nproc, RecipeName, RunName, Runs, Sets, answer, hush, main_rank
+from tunesmith.errors import RunError
 
 app = typer.Typer(
     name="tunesmith",
@@ -22,88 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-runs_app = typer.Typer(help="Look at runs, compare them, remove them.", no_args_is_help=True)
-app.add_typer(runs_app, name="runs")
-data_app = typer.Typer(
-    help="Prepare data without training, report on it, compare it, label it; see how far annotators agree.",
-    no_args_is_help=True,
-)
-app.add_typer(data_app, name="data")
-
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a key, as train.epochs=1.")]
-Runs = Annotated[Path | None, typer.Option("--runs", help="Where runs lie; TUNESMITH_RUNS or ./runs if not given.")]
-Nproc = Annotated[int, typer.Option("--nproc", min=1, help="Processes that train together; train.parallel says how.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer with JSON, for programs.")]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="A run's name or folder.")]
-
-
-def main() -> None:
-    """Run the command line; an error of ours is a sentence and an exit code, never a traceback."""
-    debug = "--debug" in sys.argv
-    arguments = [a for a in sys.argv[1:] if a != "--debug"]
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a row's text must not fail on a narrow terminal
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        code = app(args=arguments, prog_name="tunesmith", standalone_mode=False)
-    except TunesmithError as error:
-        _fail(error, "--json" in arguments, debug)
-    except (KeyboardInterrupt, typer.Abort):
-        code = 130
-    except OSError as error:
-        told = TunesmithError(
-            f"{error.strerror or error}", where=str(error.filename or "system"), fix="--debug shows where."
-        )
-        _fail(told, "--json" in arguments, debug)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # the command line itself was wrong
-            error.show()
-            sys.exit(error.exit_code)
-        what = f"something went wrong that should not have ({type(error).__name__}: {first_line(error)})"
-        fault = TunesmithError(what, fix="--debug shows where. Please report it.")
-        fault.exit_code = 1
-        _fail(fault, "--json" in arguments, debug)
-    if code == 130 and _main_rank():
-        print("Stopped. The same command does what is left.", file=sys.stderr)
-    sys.exit(code or 0)
-
-
-def _fail(error: TunesmithError, as_json: bool, debug: bool) -> NoReturn:
-    if debug:
-        traceback.print_exc()
-    from tunesmith.train.launch import hand_up
-
-    if hand_up(error):
-        sys.exit(error.exit_code)
-    if as_json:
-        print(json.dumps({"error": error.as_dict()}, ensure_ascii=False))
-    else:
-        from tunesmith.progress import console
-
-        console().print("[bold red]Error[/bold red]", end=" ")
-        console().print(str(error), markup=False, highlight=False, soft_wrap=True)
-    sys.exit(error.exit_code)
-
-
-def _main_rank() -> bool:
-    from tunesmith.train.ranks import Ranks
-
-    return Ranks.of_environment().main
-
-
-def _answer(value: Any, as_json: bool) -> bool:
-    """Print JSON where it was asked for."""
-    if as_json:
-        print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
-    return as_json
-
-
-def _hush(as_json: bool) -> None:
-    if as_json:
-        from tunesmith.progress import quiet
-
-        quiet()
 
 
 def _journey(
@@ -115,11 +32,11 @@ def _journey(
         words = ["run" if "package" in stages else "train", recipe, *(w for s in sets or [] for w in ("--set", s))]
         launch(words + (["--runs", str(runs)] if runs else []) + (["--json"] if as_json else []), nproc)
         return
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import pipeline, show
 
     result = pipeline.run(recipe, sets or [], runs, stages)
-    if _main_rank() and not _answer(show.summary(result), as_json):
+    if main_rank() and not answer(show.summary(result), as_json):
         show.ending(result)
     if "evaluate" in stages:
         _exit_by_gate(result.scorecard)
@@ -174,11 +91,11 @@ def evaluate(
     if against is None or data is None:
         missing = "--against" if against is None else "--data"
         raise RunError(f"{missing} is missing", where="evaluate --model", fix="Give --against MODEL and --data FILE.")
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import show, versus
 
     card = versus.evaluate(model, against, data, out, recipe, sets or [], base, runs)
-    if not _answer(card, as_json):
+    if not answer(card, as_json):
         show.scores(card, f"{model} against {against}", out / "report.html")
     return _exit_by_gate(card)
 
@@ -186,11 +103,11 @@ def evaluate(
 def _golden(model: str | None, suite: Path, out: Path, base: str | None, runs: Path | None, as_json: bool) -> None:
     if model is None:
         raise RunError("which model?", where="evaluate --suite", fix="Give --model: a run or any model.")
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import versus
 
     found = versus.golden(model, suite, out, base, runs)
-    if not _answer(found, as_json):
+    if not answer(found, as_json):
         for case in found["cases"]:
             print(
                 f"{'passed' if case['passed'] else 'FAILED'}  {case['name']}"
@@ -212,7 +129,7 @@ def golden(
     from tunesmith import versus
 
     name = versus.add_golden(run, row, suite, runs)
-    if not _answer({"suite": str(suite), "case": name}, as_json):
+    if not answer({"suite": str(suite), "case": name}, as_json):
         print(f"Added {name} to {suite}. Check a model: tunesmith evaluate --model {run} --suite {suite}")
 
 
@@ -224,11 +141,11 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """A leaderboard of runs, on the test rows that all of them answered."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import show, versus
 
     found = versus.leaderboard(names, metric, runs)
-    if not _answer(found, as_json):
+    if not answer(found, as_json):
         show.leaderboard(found)
 
 
@@ -242,17 +159,17 @@ def review(
     as_json: Json = False,
 ) -> None:
     """Make a blind sheet of answers (CSV and HTML) for people; with --read, take in what they said."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import review as people
     from tunesmith import show
 
     if read:
         found = people.read(names, read, out, runs)
-        if not _answer(found, as_json):
+        if not answer(found, as_json):
             show.reviewed(found)
         return
     made = people.sheet(names, rows, out, runs)
-    if not _answer(made, as_json):
+    if not answer(made, as_json):
         print(
             f"Wrote {made['html']} and {made['csv']}: {made['pairs']} pairs of {', '.join(made['models'])}. "
             f"Send one of them to reviewers.\nThen: tunesmith review {' '.join(names)} --read FILE --read FILE"
@@ -281,11 +198,11 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Write a commented starter recipe for a data file, its columns detected."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith.starter import write_starter
 
     path, found = write_starter(data, out, force)
-    if not _answer({"recipe": str(path), **found}, as_json):
+    if not answer({"recipe": str(path), **found}, as_json):
         wrong = f"; {found['unusable']} of them can't be used, check says which" if found["unusable"] else ""
         print(f"Wrote {path} ({found['rows']} rows{wrong}; layout {found['layout']}).\nNext: tunesmith check {path}")
 
@@ -293,11 +210,11 @@ def init(
 @app.command()
 def check(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
     """Validate a recipe and every row without training; show what carries loss. Exit code 2 if a run would stop."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import preview, show
 
     found = preview.check(recipe, sets or [])
-    if not _answer(found.as_dict(), as_json):
+    if not answer(found.as_dict(), as_json):
         show.check(found)
     if found.error is not None:
         if not as_json:
@@ -308,11 +225,11 @@ def check(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
 @app.command()
 def plan(recipe: RecipeName, sets: Sets = None, as_json: Json = False) -> None:
     """Tell what training would take: parameters, steps, memory, time."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import preview, show
 
     found = preview.plan(recipe, sets or [])
-    if not _answer(found.as_dict(), as_json):
+    if not answer(found.as_dict(), as_json):
         show.plan(found)
 
 
@@ -328,12 +245,12 @@ def tune(
     as_json: Json = False,
 ) -> None:
     """Search for better settings in many short trainings; keep the best as a recipe. Goes on where it stopped."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import show
     from tunesmith.tune.search import tune as search
 
     found = search(recipe, sets or [], runs, space or [])
-    if not _answer(found, as_json):
+    if not answer(found, as_json):
         show.search(found)
 
 
@@ -347,7 +264,7 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk with a run's tuned model in the terminal."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith.pipeline import open_run
     from tunesmith.talk import once, talk
 
@@ -357,7 +274,7 @@ def chat(
         if not text:
             raise RunError("there is nothing to answer", where="--say", fix="Give it a text.")
         answers = once(result, text, base, limit)
-        if not _answer(answers, as_json):
+        if not answer(answers, as_json):
             print("\n".join(f"{side}: {a}" if base else a for side, a in answers.items() if side != "prompt"))
     else:
         talk(result, base, limit)
@@ -375,11 +292,11 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge LoRA adapters of one base into one; train.start_from takes it, with train.max_steps 0 as it is."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import merging
 
     found = merging.merge(out, sources, weight or [], how, density, seed, runs)
-    if not _answer(found, as_json):
+    if not answer(found, as_json):
         print(
             f"Wrote {out} (rank {found['rank']}): {how} of {', '.join(f'{w:g} x {n}' for n, w in found['of'].items())}"
         )
@@ -388,12 +305,12 @@ def merge(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, cores, accelerators, memory, disk, and which extras are there."""
-    _hush(as_json)
+    hush(as_json)
     from tunesmith import doctor as check_up
     from tunesmith import show
 
     found = check_up.examine()
-    if not _answer(found, as_json):
+    if not answer(found, as_json):
         show.doctor(found)
 
 
@@ -409,182 +326,3 @@ def schema(as_json: Json = False) -> None:
 def version(as_json: Json = False) -> None:
     """Print the version."""
     print(json.dumps({"version": __version__}) if as_json else __version__)
-
-
-@data_app.command("prepare")
-def data_prepare(
-    recipe: RecipeName,
-    sets: Sets = None,
-    runs: Runs = None,
-    dvc: Annotated[bool, typer.Option("--dvc", help="Write data.dvc beside it, for teams that use DVC.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Read, clean and split a recipe's rows, and nothing after that."""
-    _hush(as_json)
-    from tunesmith import sets as prepared
-    from tunesmith import show
-
-    found = prepared.prepare(recipe, sets or [], runs, dvc)
-    if not _answer(found.as_dict(), as_json):
-        show.prepared(found)
-
-
-@data_app.command("report")
-def data_report(
-    name: Annotated[str, typer.Argument(metavar="RECIPE|RUN", help="A recipe, which is prepared first, or a run.")],
-    sets: Sets = None,
-    runs: Runs = None,
-    as_json: Json = False,
-) -> None:
-    """One page on a prepared set: counts, lengths, labels, privacy, contamination, and what to fix first."""
-    _hush(as_json)
-    from tunesmith import sets as prepared
-    from tunesmith import show
-
-    page, found = prepared.report(name, sets or [], runs)
-    if not _answer(found | {"page": str(page)}, as_json):
-        show.data_report(page, found)
-
-
-@data_app.command("diff")
-def data_diff(
-    old: Annotated[str, typer.Argument(metavar="A", help="A run, or a folder with prepared rows.")],
-    new: Annotated[str, typer.Argument(metavar="B", help="Another.")],
-    runs: Runs = None,
-    as_json: Json = False,
-) -> None:
-    """What changed from one prepared set to another: rows, lengths, labels."""
-    _hush(as_json)
-    from tunesmith import sets as prepared
-    from tunesmith import show
-
-    found = prepared.diff(old, new, runs)
-    if not _answer(found, as_json):
-        show.data_diff(found)
-
-
-@runs_app.command("list")
-def runs_list(runs: Runs = None, as_json: Json = False) -> None:
-    """All runs, newest last, with their verdicts."""
-    from tunesmith import show
-    from tunesmith.runs import every
-
-    found = [show.line(r) for r in every(runs)]
-    if not _answer(found, as_json):
-        show.table(found, "No runs here yet. Make one: tunesmith run quickstart")
-
-
-@runs_app.command("show")
-def runs_show(run: RunName, runs: Runs = None, as_json: Json = False) -> None:
-    """One run: its stages, scores and files."""
-    from tunesmith import show
-    from tunesmith.pipeline import open_run
-
-    result = open_run(run, runs)
-    if not _answer(show.summary(result), as_json):
-        show.stages(result)
-        show.ending(result)
-
-
-@runs_app.command("diff")
-def runs_diff(run: RunName, other: RunName, runs: Runs = None, as_json: Json = False) -> None:
-    """What differs between two runs: recipe, versions, scores."""
-    from tunesmith import show
-    from tunesmith.runs import get
-
-    found = show.differences(get(run, runs), get(other, runs))
-    if not _answer(found, as_json):
-        show.table(found, "The two runs do not differ.")
-
-
-@runs_app.command("rm")
-def runs_rm(
-    run: RunName,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
-    runs: Runs = None,
-    as_json: Json = False,
-) -> None:
-    """Remove a run and all its files."""
-    import shutil
-
-    from tunesmith.runs import get
-
-    found = get(run, runs)
-    if not yes and (as_json or not sys.stdin.isatty()):
-        raise RunError("is only removed with --yes where nobody can be asked", where=str(found.path), fix="Add --yes.")
-    if not yes:
-        typer.confirm(f"Remove {found.path} with all its files?", abort=True)
-    with found.lock():
-        shutil.rmtree(found.path)
-    if not _answer({"removed": str(found.path)}, as_json):
-        print(f"Removed {found.path}")
-
-
-DataFile = Annotated[Path, typer.Argument(metavar="DATA", help="A file of rows, of any format that is read.")]
-OutFile = Annotated[Path | None, typer.Option("--out", "-o", help="Where to write; JSONL.")]
-
-
-@data_app.command("label")
-def data_label(
-    rules: Annotated[Path, typer.Argument(metavar="RULES", help="A Python file of functions: row -> label or None.")],
-    data: DataFile,
-    out: OutFile = None,
-    truth: Annotated[str | None, typer.Option("--truth", help="A column of right labels, to measure with.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Label rows by rules that vote; a label model weighs them by how they agree. Runs the Python file."""
-    _hush(as_json)
-    from tunesmith import show
-    from tunesmith.data.labels.weak import label
-    from tunesmith.runs import json_line, write_text
-
-    found = label(rules, data, truth)
-    if out is not None:
-        write_text(out, "".join(map(json_line, found.rows)))
-    told = found.facts | {"rules": found.rules, "unlabelled": found.unlabelled, "broken": found.broken}
-    if not _answer(told, as_json):
-        show.labelled(found, out)
-
-
-@data_app.command("agreement")
-def data_agreement(
-    data: DataFile,
-    item: Annotated[str, typer.Option("--item", help="The column of items; {} stands for a number.")] = "item",
-    annotator: Annotated[str, typer.Option("--annotator", help="The column of annotators.")] = "annotator",
-    label: Annotated[str, typer.Option("--label", help="The column of labels, or Label Studio's control.")] = "label",
-    level: Annotated[str, typer.Option("--level", help="nominal, ordinal, interval or ratio.")] = "nominal",
-    adjudicate: Annotated[str | None, typer.Option("--adjudicate", help="majority or dawid_skene.")] = None,
-    out: OutFile = None,
-    as_json: Json = False,
-) -> None:
-    """How far annotators agree, where they do not, and one label for each item."""
-    _hush(as_json)
-    from tunesmith import show
-    from tunesmith.data.labels import agreement as agreeing
-    from tunesmith.data.labels.judgements import read_judgements
-    from tunesmith.runs import json_line, write_text
-
-    judgements = read_judgements(data, item, annotator, label)
-    found = agreeing.agreement(judgements, agreeing.level_named(level))
-    if adjudicate is not None:
-        rows = agreeing.adjudicate(judgements, agreeing.way_named(adjudicate))
-        found["adjudicated"] = {"rows": len(rows), "ties": sum(row["label"] is None for row in rows)}
-        if out is not None:
-            write_text(out, "".join(map(json_line, rows)))
-    if not _answer(found, as_json):
-        show.agreement(found, out)
-
-
-@data_app.command("tasks")
-def data_tasks(
-    data: DataFile,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where to write; JSON.")],
-    as_json: Json = False,
-) -> None:
-    """Write rows as tasks that Label Studio imports."""
-    _hush(as_json)
-    from tunesmith.data.labels.tasks import write_tasks
-
-    written = write_tasks(data, out)
-    if not _answer({"tasks": str(out), "rows": written}, as_json):
-        print(f"Wrote {written} tasks to {out}. In Label Studio: Import; what people say comes back by Export, JSON.")

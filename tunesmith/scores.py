@@ -1,0 +1,42 @@
+"""What a score in a scorecard looks like, and how it is written.
+
+A score is {value, low, high, n}, or such figures for `baseline`, `tuned` and their `difference`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+Path = tuple[str, ...]
+
+
+def within(value: Any, path: Path = ()) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every score in a part of a scorecard, with its path below `path`."""
+    if not isinstance(value, dict):
+        return
+    if ("tuned" in value and "difference" in value) or {"value", "low", "high"} <= set(value):
+        yield path, value
+        return
+    for key, inner in value.items():
+        yield from within(inner, (*path, str(key)))
+
+
+def number(value: float | None) -> str:
+    """Three digits behind the point; two that count where that would hide a small value."""
+    if value is None or not math.isfinite(value):
+        return "–"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.001 else f"{value:.2g}"
+
+
+def signed(value: float) -> str:
+    """A difference."""
+    return ("+" if value >= 0 else "") + number(value)
+
+
+def spanned(score: Mapping[str, float]) -> str:
+    """A figure with its 95% interval."""
+    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
