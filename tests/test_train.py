@@ -153,13 +153,14 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(recipe: Any, tmp_p
     assert int(saved[-1].name[-6:]) == read_jsonl(metrics)[-1]["step"]
 
 
-def test_a_damaged_checkpoint_is_left_aside(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["state.safetensors", "state.json", "optimizer.json"])
+def test_a_damaged_checkpoint_is_left_aside(tunesmith: Any, recipe: Any, tmp_path: Path, file: str) -> None:
     path = write_recipe(tmp_path, recipe)
     assert tunesmith("train", path, "--json").code == 0
     whole = trained(tmp_path / "runs")
     (tmp_path / "runs/tiny/train/manifest.json").unlink()
-    newest = sorted((tmp_path / "runs/tiny/train/checkpoints").glob("step-*"))[-1] / "state.safetensors"
-    newest.write_bytes(newest.read_bytes()[:-100])
+    newest = sorted((tmp_path / "runs/tiny/train/checkpoints").glob("step-*"))[-1] / file
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
     said = tunesmith("train", path)
     assert said.code == 0 and "damaged" in said.err
     assert trained(tmp_path / "runs") == whole

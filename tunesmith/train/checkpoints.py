@@ -77,6 +77,7 @@ def newest(folder: Path) -> State | None:
     for path in reversed(_all(folder)):
         try:
             told = read_json(path / "state.json")
+            read_json(path / "optimizer.json")
             with safe_open(path / "state.safetensors", framework="pt"):  # the header must fit the file
                 pass
         except (RunError, SafetensorError, OSError) as error:
