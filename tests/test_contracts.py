@@ -22,7 +22,7 @@ PACKAGE = ROOT / "tunesmith"
 VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "scores", "section"},
-    {"plugins", "progress"},
+    {"plugins", "progress", "store"},
     {"runs"},
     {"conversation"},
     {"models"},
