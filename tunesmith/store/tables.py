@@ -152,7 +152,7 @@ class Job(Table):
     fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
     training_file: Mapped[str] = mapped_column(String(255))
     validation_file: Mapped[str | None] = mapped_column(String(255))
-    result_file: Mapped[str | None] = mapped_column(String(255))
+    result_files: Mapped[list[Any]]
     seed: Mapped[int]
     method: Mapped[dict[str, Any]]
     hyperparameters: Mapped[dict[str, Any]]

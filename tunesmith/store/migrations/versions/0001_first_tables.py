@@ -131,7 +131,7 @@ def upgrade() -> None:
         sa.Column("fine_tuned_model", sa.String(length=512), nullable=True),
         sa.Column("training_file", sa.String(length=255), nullable=False),
         sa.Column("validation_file", sa.String(length=255), nullable=True),
-        sa.Column("result_file", sa.String(length=255), nullable=True),
+        sa.Column("result_files", sa.JSON(), nullable=False),
         sa.Column("seed", sa.BigInteger(), nullable=False),
         sa.Column("method", sa.JSON(), nullable=False),
         sa.Column("hyperparameters", sa.JSON(), nullable=False),
