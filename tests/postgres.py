@@ -35,7 +35,9 @@ class Postgres:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
-        self._run("initdb", "-D", str(self.folder / "data"), "-U", "tunesmith", "-A", "trust", "-E", "UTF8", "--no-sync")
+        self._run(
+            "initdb", "-D", str(self.folder / "data"), "-U", "tunesmith", "-A", "trust", "-E", "UTF8", "--no-sync"
+        )
         self.made = 0
 
     def _run(self, program: str, *arguments: str) -> None:
