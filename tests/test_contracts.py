@@ -27,15 +27,18 @@ LEVELS = [
     {"conversation"},
     {"models"},
     {"inference"},
-    {"data", "train", "evaluate", "package"},
+    {"data", "train", "evaluate", "package", "serve"},
     {"recipe"},
     {"claims"},
     {"journey"},
     {"pipeline"},
     {"tune"},
     VERBS,
+    {"jobs"},
+    {"api"},
     {"cli"},
 ]
+HEAVY = "'torch', 'transformers', 'peft', 'sklearn', 'fastapi', 'sqlalchemy', 'prometheus_client'"
 COMMAND = """
 import sys
 from tunesmith.cli import main
@@ -84,7 +87,7 @@ def test_rooms_only_know_the_rooms_below_them() -> None:
     ],
 )
 def test_importing_and_asking_for_help_stay_light(code: str) -> None:
-    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{'torch', 'transformers', 'peft', 'sklearn'}}))"
+    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{{HEAVY}}}))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
 

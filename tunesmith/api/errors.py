@@ -1,0 +1,114 @@
+"""Everything that goes wrong, in the one shape that OpenAI's clients read:
+
+{"error": {"message", "type", "param", "code"}}
+
+What a request did wrong is a 400 that names the field; what we did wrong is a 500 that says nothing of our inside.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from tunesmith.errors import TunesmithError
+
+log = logging.getLogger("tunesmith.api")
+OURS = "The server had an error while processing your request. Its log tells more under this request's id."
+TYPES = {401: "invalid_request_error", 403: "permission_error", 429: "rate_limit_exceeded"}
+
+
+class ApiError(Exception):
+    """What a client is told.
+
+    Args:
+        type: what kind of error it is; follows from the status if not given.
+        param: the field or header to blame, as `messages.0.content`.
+        code: a word for programs, such as model_not_found.
+        headers: such as Retry-After.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.type = type or TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+TOO_LARGE = ApiError(413, "The request is larger than this server takes.", code="request_too_large")
+
+
+def told(error: Exception) -> ApiError:
+    """What a client is told of any error."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _of_fields(error.errors())
+    if isinstance(error, HTTPException):
+        return _of_status(error)
+    if isinstance(error, TunesmithError):
+        return ApiError(400, str(error))
+    log.error("unexpected error", exc_info=error)
+    return ApiError(500, OURS)
+
+
+def install(app: FastAPI) -> None:
+    """Have every error answered in this shape. What no handler takes is caught by `frame.Frame`."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:
+        return told(error).response()
+
+    for kind in (ApiError, RequestValidationError, HTTPException, TunesmithError):
+        app.add_exception_handler(kind, answer)
+
+
+def _of_fields(errors: Sequence[Any]) -> ApiError:
+    """The first field that is wrong, by its path, and how many others are."""
+    first = errors[0]
+    if first["type"] == "json_invalid":
+        why = (first.get("ctx") or {}).get("error", "it ends too early")
+        return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
+    path = ".".join(str(part) for part in _place(first["loc"]))
+    more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"Invalid value for '{path or 'body'}'"
+    return ApiError(400, f"{where}: {message}{more}.", param=path or None, code="invalid_value")
+
+
+def _place(loc: Sequence[Any]) -> list[Any]:
+    """A field's path without where it stood (body, query) and without the names of a union's members."""
+    return [p for p in loc[1:] if isinstance(p, int) or not (p[:1].isupper() or "[" in p or p in UNION_PARTS)]
+
+
+UNION_PARTS = {"str", "int", "float", "bool", "dict", "none"}
+
+
+def _of_status(error: HTTPException) -> ApiError:
+    if error.status_code == 404:
+        return ApiError(404, "There is nothing at this address. The addresses: /docs", code="unknown_url")
+    if error.status_code == 413:
+        return TOO_LARGE
+    phrase = error.detail if isinstance(error.detail, str) else HTTPStatus(error.status_code).phrase
+    code = "method_not_allowed" if error.status_code == 405 else None
+    return ApiError(error.status_code, f"{phrase}.".replace("..", "."), code=code, headers=error.headers)
