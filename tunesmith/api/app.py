@@ -28,6 +28,7 @@ class State:
         settings: the `serve:` section.
         keys: further keys that are let in, by the command line; with a store, those of the store come on top.
         store: the database, or None.
+        service: the fine-tuning service's parts (jobs.service.Service), or None.
         parts: what lives as long as the application: entered when it starts, left when it stops.
         local: whether only this machine can reach it, so that it needs no key.
     """
@@ -35,6 +36,7 @@ class State:
     settings: ServeSection = field(default_factory=ServeSection)
     keys: Sequence[str] = ()
     store: Any = None
+    service: Any = None
     parts: list[AbstractAsyncContextManager[Any]] = field(default_factory=list)
     local: bool = True
 
