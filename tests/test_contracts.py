@@ -27,6 +27,7 @@ LEVELS = [
     {"conversation"},
     {"models"},
     {"inference"},
+    {"screen"},
     {"data", "train", "evaluate", "package", "serve"},
     {"recipe"},
     {"claims"},

@@ -191,8 +191,24 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "bits_per_token": "tunesmith.evaluate.metrics.likelihood:bits_per_token",
         "bits_per_byte": "tunesmith.evaluate.metrics.likelihood:bits_per_byte",
     },
+    # What may go in and come out of a served model: an item of `serve.guards`. A Guard (serve/guards/guard.py).
+    "guard": {
+        "blocklist": "tunesmith.serve.guards.texts:Blocklist",
+        "personal": "tunesmith.serve.guards.texts:PersonalData",
+        "secrets": "tunesmith.serve.guards.texts:SecretKeys",
+        "toxicity": "tunesmith.serve.guards.texts:Toxicity",
+        "model": "tunesmith.serve.guards.model:GuardModel",
+    },
     # What generates and scores. An Engine (tunesmith/inference/engine.py).
     "engine": {"transformers": "tunesmith.inference.transformers_engine:TransformersEngine"},
+    # What answers many at once: an `engine` in serving. A Section with build(name, model) -> a ServingEngine
+    # (tunesmith/inference/served.py).
+    "serving": {
+        "auto": "tunesmith.inference.engines:Auto",
+        "llamacpp": "tunesmith.inference.engines:LlamaCpp",
+        "transformers": "tunesmith.inference.engines:Transformers",
+        "vllm": "tunesmith.inference.engines:Vllm",
+    },
 }
 
 

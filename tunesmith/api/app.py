@@ -14,10 +14,15 @@ from starlette.middleware.cors import CORSMiddleware
 from tunesmith import __version__
 from tunesmith.api import errors
 from tunesmith.api.frame import Frame
+from tunesmith.serve.limits import Limits
 from tunesmith.serve.section import ServeSection
+from tunesmith.serve.serving import Serving
+from tunesmith.serve.traffic import Traffic
 
 # What `tunesmith serve` answers. The service adds its own.
-SERVING = ("tunesmith.api.health",)
+SERVING = tuple(
+    f"tunesmith.api.{name}" for name in ("health", "models", "chat", "completions", "embeddings", "feedback", "pages")
+)
 
 
 @dataclass
@@ -26,19 +31,29 @@ class State:
 
     Attributes:
         settings: the `serve:` section.
+        serving: what answers; None for an application that only manages.
         keys: further keys that are let in, by the command line; with a store, those of the store come on top.
         store: the database, or None.
         service: the fine-tuning service's parts (jobs.service.Service), or None.
+        registry: what keeps the served models in step with the database, or None.
         parts: what lives as long as the application: entered when it starts, left when it stops.
         local: whether only this machine can reach it, so that it needs no key.
+        stopping: it takes no new work, and says so to whoever asks whether it is ready.
     """
 
     settings: ServeSection = field(default_factory=ServeSection)
     keys: Sequence[str] = ()
+    serving: Serving | None = None
     store: Any = None
+    traffic: Traffic | None = None
     service: Any = None
+    registry: Any = None
     parts: list[AbstractAsyncContextManager[Any]] = field(default_factory=list)
     local: bool = True
+    stopping: bool = False
+
+    def __post_init__(self) -> None:
+        self.limits = Limits(self.settings.limits)
 
 
 def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
@@ -53,7 +68,15 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
         async with AsyncExitStack() as stack:
             for part in state.parts:
                 await stack.enter_async_context(part)
+            if state.serving is not None:
+                await stack.enter_async_context(state.serving.models)
+                stack.push_async_callback(state.serving.close)
+            if state.registry is not None:
+                await stack.enter_async_context(state.registry)
+            if state.store is not None:
+                state.traffic = await stack.enter_async_context(Traffic(state.store, state.settings.traffic))
             yield
+            state.stopping = True
 
     app = FastAPI(
         title="Tunesmith",

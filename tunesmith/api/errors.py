@@ -18,6 +18,17 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from tunesmith.errors import TunesmithError
+from tunesmith.inference.served import (
+    EngineDown,
+    EngineError,
+    EngineFull,
+    GrammarError,
+    TooLong,
+    UnknownAdapter,
+    Unserved,
+)
+from tunesmith.serve.asked import Refused
+from tunesmith.serve.local import too_long
 
 log = logging.getLogger("tunesmith.api")
 OURS = "The server had an error while processing your request. Its log tells more under this request's id."
@@ -69,8 +80,12 @@ def told(error: Exception) -> ApiError:
         return _of_fields(error.errors())
     if isinstance(error, HTTPException):
         return _of_status(error)
+    if isinstance(error, Refused):
+        return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))
+    if isinstance(error, EngineError):
+        return _of_engine(error)
     if isinstance(error, TunesmithError):
-        return ApiError(400, str(error))
+        return ApiError(400, error.what)
     log.error("unexpected error", exc_info=error)
     return ApiError(500, OURS)
 
@@ -104,6 +119,31 @@ def _place(loc: Sequence[Any]) -> list[Any]:
 
 
 UNION_PARTS = {"str", "int", "float", "bool", "dict", "none"}
+
+
+def _of_engine(error: EngineError) -> ApiError:
+    if isinstance(error, EngineFull):
+        message = "The engine is overloaded: as many requests wait as may. Try again later."
+        return ApiError(429, message, code="engine_overloaded", headers=_again(error.retry_after))
+    if isinstance(error, EngineDown):
+        message = "The engine is being started again. Try again later."
+        return ApiError(503, message, code="engine_unavailable", headers=_again(error.retry_after))
+    if isinstance(error, TooLong):
+        return told(too_long(error.context, error.prompt, 0))
+    if isinstance(error, GrammarError):
+        return ApiError(
+            400, f"This schema can't be enforced: {error.what}.", param="response_format", code="invalid_schema"
+        )
+    if isinstance(error, UnknownAdapter):
+        return ApiError(404, "The model has just been unloaded.", param="model", code="model_not_found")
+    if isinstance(error, Unserved):
+        return ApiError(400, f"{error.what[:1].upper()}{error.what[1:]}.", code="unsupported")
+    log.error("the engine failed", exc_info=error)
+    return ApiError(500, OURS)
+
+
+def _again(seconds: int | None) -> dict[str, str]:
+    return {} if seconds is None else {"retry-after": str(seconds)}
 
 
 def _of_status(error: HTTPException) -> ApiError:

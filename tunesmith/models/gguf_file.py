@@ -1,5 +1,5 @@
-"""GGUF files of models and of LoRA adapters: what llama.cpp, Ollama and LM Studio read. Written with the `gguf` package;
-torch is not needed."""
+"""GGUF files of models and of LoRA adapters: what llama.cpp, Ollama and LM Studio read. Written with the `gguf`
+package; torch is not needed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from tunesmith.errors import ModelError
 from tunesmith.models.arrays import arrays
 from tunesmith.models.gguf_rope import add_rope
-from tunesmith.models.gguf_vocab import add_vocabulary
+from tunesmith.models.gguf_vocab import add_vocabulary, check_vocabulary
 from tunesmith.models.resolve import cache_folder, folder_hash
 
 if TYPE_CHECKING:
@@ -165,6 +165,15 @@ def write_adapter(folder: Path, base: Path, target: Path) -> None:
     _close(writer)
 
 
+def is_plain_lora(folder: Path) -> bool:
+    """Whether an adapter's folder holds LoRA's two matrices and nothing else."""
+    file = folder / "adapter_config.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if about.get("peft_type") != "LORA" or about.get("use_dora"):
+        return False
+    return all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key, _ in arrays(folder))
+
+
 def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
     """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023)."""
     alpha = float(about["lora_alpha"])
@@ -172,6 +181,12 @@ def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = float(own)
     return alpha / (rank**0.5 if about.get("use_rslora") else rank)
+
+
+def check(folder: Path) -> None:
+    """Raise ModelError unless a GGUF file can be written of a model folder, as far as its settings tell."""
+    Shape.of(folder)
+    check_vocabulary(folder)
 
 
 def model_gguf(path: Path, precision: str) -> Path:
