@@ -10,13 +10,16 @@ from typing import NoReturn
 
 import typer
 
-from tunesmith.cli import data, runs
+from tunesmith.cli import data, runs, service
 from tunesmith.cli.options import main_rank
 from tunesmith.cli.verbs import app
 from tunesmith.errors import TunesmithError, first_line
 
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
+app.command("up")(service.up)
+app.add_typer(service.keys_app, name="keys")
+app.command("audit")(service.audit)
 
 
 def main() -> None:

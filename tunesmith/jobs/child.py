@@ -119,10 +119,10 @@ def told(error: TunesmithError) -> dict[str, Any]:
     return {"kind": "error", "code": code, "message": f"{where}{error.what}", "param": param}
 
 
-def end_with(parent: int) -> None:
-    """Have the system kill this process when its parent dies, however that dies (Linux)."""
+def end_with(parent: int, by: int = signal.SIGKILL) -> None:
+    """Have the system send this process a signal when its parent dies, however that dies (Linux)."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, by)
     if os.getppid() != parent:  # it died before it could be asked
         os._exit(1)
 

@@ -7,11 +7,13 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 from typing import TYPE_CHECKING
 
 import psutil
 
+from tunesmith.jobs.child import end_with
 from tunesmith.jobs.queue import Capacity, Queue
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
@@ -94,6 +96,14 @@ def gpus() -> int:
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
 
 
-def main(settings: ServiceSection) -> None:
+def main() -> None:
+    """`python -m tunesmith.jobs.worker PARENT`, the settings as JSON on standard input. Where the parent dies, it is
+    asked to stop, as by a SIGTERM."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    settings = ServiceSection.model_validate_json(sys.stdin.read())
+    end_with(int(sys.argv[1]), signal.SIGTERM)
     Worker(open_service(settings)).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import sqlalchemy as sa
 
@@ -24,6 +24,7 @@ Role = Literal["viewer", "runner", "admin"]
 ROLES: tuple[Role, ...] = ("viewer", "runner", "admin")
 SCOPES = ("files", "jobs", "models", "chat", "feedback", "admin")
 DEFAULT_PROJECT = "default"
+FIRST = 0x6B657973  # of PostgreSQL's advisory locks, the one that who makes the first key holds
 USED_EVERY = 60  # seconds between notes of when a key was last used
 
 
@@ -100,29 +101,23 @@ class Keys:
         _known("role", role, ROLES)
         for scope in scopes:
             _known("scope", scope, SCOPES)
-        secret = "sk-" + secrets.token_urlsafe(32)
         with self.store.write() as session:
-            owner = _project(session, project)
-            if user is not None and session.scalar(sa.select(User).filter_by(id=user, project=owner.id)) is None:
-                raise RunError(f"no user '{user}' in project '{owner.name}'", fix="tunesmith keys users lists them.")
-            key = Key(
-                id=ids.new("key_"),
-                project=owner.id,
-                user=user,
-                name=name,
-                hash=hashed(secret),
-                hint=f"sk-...{secret[-4:]}",
-                role=role,
-                scopes=list(scopes),
-                rpm=rpm,
-                token_quota=token_quota,
-                jobs_at_once=jobs_at_once,
-                created_at=int(time.time()),
-                expires_at=expires_at,
-            )
-            session.add(key)
-            record(session, owner.id, by, "key.create", key.id, {"name": name, "role": role, "scopes": list(scopes)})
+            limits = {"rpm": rpm, "token_quota": token_quota, "jobs_at_once": jobs_at_once, "expires_at": expires_at}
+            key, secret = _made(session, name, project, role, user=user, scopes=list(scopes), **limits)
+            told = {"name": name, "role": role, "scopes": list(scopes)}
+            record(session, key.project, by, "key.create", key.id, told)
         return key, secret
+
+    def first(self) -> str | None:
+        """The first key's secret, an admin's; None where there are keys already. One process alone gets it."""
+        with self.store.write() as session:
+            if self.store.postgresql:
+                session.execute(sa.text(f"SELECT pg_advisory_xact_lock({FIRST})"))
+            if session.scalar(sa.select(Key.n).limit(1)) is not None:
+                return None
+            key, secret = _made(session, "first", DEFAULT_PROJECT, "admin")
+            record(session, key.project, None, "key.create", key.id, {"name": key.name, "role": key.role})
+        return secret
 
     def every(self, project: str | None = None) -> list[Key]:
         with self.store.read() as session:
@@ -209,6 +204,29 @@ class Keys:
 def hashed(secret: str) -> str:
     """What is kept of a secret. It has 256 random bits, so a plain hash can't be searched."""
     return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _made(
+    session: Session, name: str, project: str, role: Role, user: str | None = None, **more: Any
+) -> tuple[Key, str]:
+    """A key's row, and its secret."""
+    owner = _project(session, project)
+    if user is not None and session.scalar(sa.select(User).filter_by(id=user, project=owner.id)) is None:
+        raise RunError(f"no user '{user}' in project '{owner.name}'", fix="Make the user first.")
+    secret = "sk-" + secrets.token_urlsafe(32)
+    key = Key(
+        id=ids.new("key_"),
+        project=owner.id,
+        user=user,
+        name=name,
+        hash=hashed(secret),
+        hint=f"sk-...{secret[-4:]}",
+        role=role,
+        created_at=int(time.time()),
+        **{"scopes": []} | more,
+    )
+    session.add(key)
+    return key, secret
 
 
 def _project(session: Session, name: str) -> Project:
