@@ -27,7 +27,7 @@ EVERY = 0.5  # seconds between looks at the database
 
 @router.delete("/{model:path}")
 async def delete(request: Request, model: str, caller: Any = needs("admin", "models")) -> dict[str, Any]:
-    """Delete a tuned model, its weights too. `dependents` names jobs that began from it; one that still does keeps it."""
+    """Delete a tuned model, its weights too. `dependents` names the jobs that began from it."""
     service = service_of(request)
     told = await asyncio.to_thread(_delete, service, model, caller)
     registry = request.app.state.tunesmith.registry

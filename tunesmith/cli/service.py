@@ -88,7 +88,7 @@ def _store(database: str | None, home: Path | None) -> Any:
     from tunesmith.jobs.section import ServiceSection
 
     given = {"database": database, "home": str(home) if home else None}
-    return store.open(ServiceSection(**{k: v for k, v in given.items() if v is not None}).database_url)  # type: ignore[arg-type]
+    return store.open(ServiceSection(**{k: v for k, v in given.items() if v is not None}).database_url)
 
 
 @keys_app.command("create")
