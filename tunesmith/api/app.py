@@ -40,8 +40,8 @@ class State:
     """
 
     settings: ServeSection = field(default_factory=ServeSection)
-    keys: Sequence[str] = ()
     serving: Serving | None = None
+    keys: Sequence[str] = ()
     store: Any = None
     traffic: Traffic | None = None
     parts: list[AbstractAsyncContextManager[Any]] = field(default_factory=list)
