@@ -22,12 +22,13 @@ from tunesmith.models.section import ModelSection
 from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
 from tunesmith.section import Section
+from tunesmith.serve.section import ServeSection
 from tunesmith.train.section import TrainSection
 from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer", "parallel": "parallel"}
-LISTS = {"trackers": "tracker", "keep": "keep"}  # keys that hold a list of such
+LISTS = {"trackers": "tracker", "keep": "keep", "guards": "guard"}  # keys that hold a list of such
 # Keys that hold plugins by name, and their point.
 TABLES = {"clean": "clean"}
 
@@ -57,6 +58,8 @@ class Recipe(Section):
     """What must be proved before it is handed on; nothing is held back, if not given."""
     package: PackageSection = PackageSection()
     """What to hand on."""
+    serve: ServeSection = ServeSection()
+    """How `tunesmith serve` answers by it; a run does not look at it."""
     tune: TuneSection = TuneSection()
     """What `tunesmith tune` may change; a run does not look at it."""
 

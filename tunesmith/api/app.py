@@ -42,8 +42,8 @@ class State:
     """
 
     settings: ServeSection = field(default_factory=ServeSection)
-    keys: Sequence[str] = ()
     serving: Serving | None = None
+    keys: Sequence[str] = ()
     store: Any = None
     traffic: Traffic | None = None
     service: Any = None

@@ -102,7 +102,8 @@ def install(app: FastAPI) -> None:
 
 def _of_fields(errors: Sequence[Any]) -> ApiError:
     """The first field that is wrong, by its path, and how many others are."""
-    first = errors[0]
+    # Where a value may be of several kinds, what is told deepest inside it is what it was meant to be.
+    first = max(errors, key=lambda e: len(_place(e["loc"])))
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it ends too early")
         return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")

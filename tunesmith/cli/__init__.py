@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from tunesmith.cli import data, runs, service
+from tunesmith.cli import data, runs, service, serving
 from tunesmith.cli.options import main_rank
 from tunesmith.cli.verbs import app
 from tunesmith.errors import TunesmithError, first_line
@@ -20,6 +20,8 @@ app.add_typer(data.app, name="data")
 app.command("up")(service.up)
 app.add_typer(service.keys_app, name="keys")
 app.command("audit")(service.audit)
+for verb in (serving.serve, serving.promote, serving.rollback):
+    app.command()(verb)
 
 
 def main() -> None:

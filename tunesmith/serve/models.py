@@ -65,6 +65,7 @@ class Models:
 
     def __init__(self) -> None:
         self._served: dict[str, Served] = {}
+        self._later: list[tuple[str, str, Path, dict[str, Any]]] = []
         self._changing = asyncio.Lock()
 
     def __iter__(self) -> Iterator[Served]:
@@ -92,6 +93,10 @@ class Models:
     def put(self, served: Served) -> None:
         """Have a model answer under its name from now on. Its engine must be started, or is when this is entered."""
         self._served[served.name] = served
+
+    def later(self, name: str, base: str, adapter: Path, **about: Any) -> None:
+        """As `add`, once the engines have started."""
+        self._later.append((name, base, adapter, about))
 
     async def add(
         self,
@@ -166,6 +171,13 @@ class Models:
         if wrong:
             await self.__aexit__()
             raise wrong[0]
+        try:
+            while self._later:
+                name, base, adapter, about = self._later.pop(0)
+                await self.add(name, base, adapter, **about)
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -82,7 +82,7 @@ class Serving:
         if way.shadow:
             self._shadow(way.shadow, asked, project, passages)
         started.flags = flags
-        started.deltas = self._counted(started, route, began)
+        started.deltas = self._counted(started, started.deltas, route, began)
         return started
 
     async def embed(self, model: str, prompts: Sequence[str | list[int]], project: str | None) -> Any:
@@ -167,7 +167,7 @@ class Serving:
             return started
         return await self._local.begin(self.models.get(name, project), asked, passages, watch)
 
-    async def _counted(self, started: Started, route: str, began: float) -> Deltas:
+    async def _counted(self, started: Started, given: Deltas, route: str, began: float) -> Deltas:
         """The answer as it is, with what Prometheus is told of it."""
         of, by = self.metrics, (started.model, route)
         first = last = 0.0
@@ -176,7 +176,7 @@ class Serving:
         if self.settings.cache:
             (of.cache_hits if started.hit else of.cache_misses).labels(*by).inc()
         try:
-            async with aclosing(started.deltas) as deltas:
+            async with aclosing(given) as deltas:
                 async for delta in deltas:
                     last = time.perf_counter()
                     first = first or last
@@ -210,7 +210,7 @@ class Serving:
             began = time.perf_counter()
             try:
                 started = await self._begin(name, asked, project, passages, [])
-                async with aclosing(self._counted(started, "shadow", began)) as deltas:
+                async with aclosing(self._counted(started, started.deltas, "shadow", began)) as deltas:
                     async for _ in deltas:
                         pass
             except TunesmithError as error:
