@@ -106,6 +106,8 @@ def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, A
     def ready() -> None:
         told({"url": place.url} | ({"admin_key": first} if first else {}))
 
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # the server takes them, and raises them again when it has ended
     with workers(settings.service, settings.service.workers if role == "all" else 0):
         serve(state, place.host, place.port, place.certificate, place.key, (*MANAGING, *SERVING), ready)
     service.store.close()
