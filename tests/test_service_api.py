@@ -280,6 +280,8 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"extra_body": {"data": {"clean": {"contamination": {"against": ["/etc/passwd"]}}}}}, "data.clean.contamination", "invalid_settings"),
     ({"extra_body": {"evaluate": {"judge": {"model": "http://169.254.169.254/v1#x"}}}}, "evaluate.judge", "invalid_settings"),
     ({"extra_body": {"goal": {"metric": "/tmp/x.py:f"}}}, "evaluate.metrics", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": "full"}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": {"kind": "lora", "dora": True}}}}, "train.adapter", "invalid_settings"),
     ({"extra_body": {"resources": {"cores": 0}}}, "resources.cores", None),
 ]  # fmt: skip
 
