@@ -255,7 +255,7 @@ class EmbeddingBody(Body):
 def prompts(given: str | list[Any]) -> tuple[str | list[int], ...]:
     """One or many, as texts or as token ids."""
     if isinstance(given, str) or isinstance(given[0], int):
-        return (given,)  # type: ignore[return-value]
+        return (given,)
     return tuple(given)
 
 

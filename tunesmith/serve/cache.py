@@ -77,10 +77,10 @@ class InRedis:
         from redis.exceptions import RedisError
 
         try:
-            found: bytes | None = await self._redis.get(PREFIX + key)
+            found: Any = await self._redis.get(PREFIX + key)
         except (RedisError, OSError):
             return None
-        return found
+        return bytes(found) if found is not None else None
 
     async def put(self, key: str, value: bytes) -> None:
         from redis.exceptions import RedisError
