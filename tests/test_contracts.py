@@ -22,7 +22,7 @@ PACKAGE = ROOT / "tunesmith"
 VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "scores", "section"},
-    {"plugins", "progress"},
+    {"plugins", "progress", "store"},
     {"runs"},
     {"conversation"},
     {"models"},
@@ -34,8 +34,9 @@ LEVELS = [
     {"journey"},
     {"pipeline"},
     {"tune"},
-    {"api"},
     VERBS,
+    {"jobs"},
+    {"api"},
     {"cli"},
 ]
 HEAVY = "'torch', 'transformers', 'peft', 'sklearn', 'fastapi', 'sqlalchemy', 'prometheus_client'"

@@ -34,6 +34,8 @@ class State:
         serving: what answers; None for an application that only manages.
         keys: further keys that are let in, by the command line; with a store, those of the store come on top.
         store: the database, or None.
+        service: the fine-tuning service's parts (jobs.service.Service), or None.
+        registry: what keeps the served models in step with the database, or None.
         parts: what lives as long as the application: entered when it starts, left when it stops.
         local: whether only this machine can reach it, so that it needs no key.
         stopping: it takes no new work, and says so to whoever asks whether it is ready.
@@ -44,6 +46,8 @@ class State:
     keys: Sequence[str] = ()
     store: Any = None
     traffic: Traffic | None = None
+    service: Any = None
+    registry: Any = None
     parts: list[AbstractAsyncContextManager[Any]] = field(default_factory=list)
     local: bool = True
     stopping: bool = False
@@ -67,6 +71,8 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
             if state.serving is not None:
                 await stack.enter_async_context(state.serving.models)
                 stack.push_async_callback(state.serving.close)
+            if state.registry is not None:
+                await stack.enter_async_context(state.registry)
             if state.store is not None:
                 state.traffic = await stack.enter_async_context(Traffic(state.store, state.settings.traffic))
             yield

@@ -59,9 +59,11 @@ class ApiError(Exception):
         self.status, self.message, self.param, self.code = status, message, param, code
         self.type = type or TYPES.get(status) or ("server_error" if status >= 500 else "invalid_request_error")
         self.headers = dict(headers or {})
+        self.more: dict[str, Any] = {}  # what else the error's object holds, beside the four keys
 
     def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        told = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": told | self.more}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)

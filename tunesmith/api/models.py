@@ -22,7 +22,7 @@ router = APIRouter(tags=["models"])
 async def models(request: Request, who: Called) -> Any:
     """All models that this key may ask, and the names of routes."""
     serving = request.app.state.tunesmith.serving
-    found = [served.as_dict() for served in serving.models if served.project in (None, who.project)]
+    found = [served.as_dict() for served in serving.models if served.visible(who.project)]
     return {"object": "list", "data": found + [_route(name) for name in serving.routes]}
 
 

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 import typer
 
-from tunesmith.cli import data, runs, serving
+from tunesmith.cli import data, runs, service, serving
 from tunesmith.cli.options import main_rank
 from tunesmith.cli.verbs import app
 from tunesmith.errors import TunesmithError, first_line
@@ -19,6 +19,9 @@ app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
 for verb in (serving.serve, serving.promote, serving.rollback):
     app.command()(verb)
+app.command("up")(service.up)
+app.add_typer(service.keys_app, name="keys")
+app.command("audit")(service.audit)
 
 
 def main() -> None:

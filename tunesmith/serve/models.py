@@ -28,7 +28,7 @@ class Served:
         root: where it lies.
         parent: the name of its base, where that is served too.
         identity: changes with the weights.
-        project: who alone may ask it; None for everybody.
+        projects: who alone may ask it; None for everybody.
     """
 
     name: str
@@ -39,9 +39,13 @@ class Served:
     root: str = ""
     parent: str | None = None
     identity: str = ""
-    project: str | None = None
+    projects: frozenset[str] | None = None
     owned_by: str = "tunesmith"
     created: int = field(default_factory=lambda: int(time.time()))
+
+    def visible(self, project: str | None) -> bool:
+        """Whether a project may ask it."""
+        return self.projects is None or project in self.projects
 
     def as_dict(self) -> dict[str, Any]:
         """As `/v1/models` lists it."""
@@ -82,8 +86,8 @@ class Models:
             Refused: there is none, or it is another project's.
         """
         found = self._served.get(name)
-        if found is None or (found.project is not None and found.project != project):
-            raise unknown(name, [s.name for s in self if s.project in (None, project)])
+        if found is None or not found.visible(project):
+            raise unknown(name, [s.name for s in self if s.visible(project)])
         return found
 
     def put(self, served: Served) -> None:
@@ -102,7 +106,7 @@ class Models:
         *,
         system: str | None = None,
         renderer: Renderer | None = None,
-        project: str | None = None,
+        projects: frozenset[str] | None = None,
         identity: str | None = None,
         owned_by: str = "tunesmith",
     ) -> Served:
@@ -129,12 +133,16 @@ class Models:
                 root=str(adapter),
                 parent=parent,
                 identity=identity or f"{on.identity}:{adapter}:{time.time_ns()}",
-                project=project,
+                projects=projects,
                 owned_by=owned_by,
                 created=int(time.time()),
             )
             self._served[name] = served
             return served
+
+    def share(self, name: str, projects: frozenset[str] | None) -> None:
+        """Say anew who may ask a model."""
+        self._served[name] = replace(self._served[name], projects=projects)
 
     async def remove(self, name: str) -> Served:
         """Have a name answer no more. Requests that use it end first; an engine that no name needs any more ends too.
