@@ -134,11 +134,15 @@ def state_of(
     return State(section, Serving(section, models, routes), keys=keys, store=store)
 
 
+LAST: uvicorn.Server  # the server that was started last
+
+
 @contextlib.contextmanager
 def running(state: State, **server: Any) -> Iterator[str]:
     """The real server over a state; gives its address."""
     config = uvicorn.Config(build(state), port=0, log_level="warning", lifespan="on", **server)
-    instance = uvicorn.Server(config)
+    global LAST
+    LAST = instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, daemon=True)
     thread.start()
     while not instance.started:
@@ -149,5 +153,5 @@ def running(state: State, **server: Any) -> Iterator[str]:
         yield f"{scheme}://127.0.0.1:{instance.servers[0].sockets[0].getsockname()[1]}"
     finally:
         instance.should_exit = True
-        thread.join(10)
+        thread.join(120)
         assert not thread.is_alive(), "the server did not stop"
