@@ -193,6 +193,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
     },
     # What generates and scores. An Engine (tunesmith/inference/engine.py).
     "engine": {"transformers": "tunesmith.inference.transformers_engine:TransformersEngine"},
+    # What answers many at once: an `engine` in serving. A Section with build(name, model) -> a ServingEngine
+    # (tunesmith/inference/served.py).
+    "serving": {
+        "auto": "tunesmith.inference.engines:Auto",
+        "llamacpp": "tunesmith.inference.engines:LlamaCpp",
+        "transformers": "tunesmith.inference.engines:Transformers",
+        "vllm": "tunesmith.inference.engines:Vllm",
+    },
 }
 
 

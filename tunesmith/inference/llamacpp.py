@@ -200,15 +200,16 @@ class LlamaCppEngine(Hosted):
 
 async def _pieces(response: aiohttp.ClientResponse, request: Request, child: LlamaCppChild) -> Any:
     counted = 0
-    silent: tuple[int, ...] = ()  # tokens without a text: the one that ends an answer is not a part of it
+    quiet: list[Piece] = []  # without a text: the token that ends an answer is not a part of it
     async for event in events(response):
         if "error" in event:
             raise EngineError(f"llama.cpp gave up: {event['error'].get('message', event['error'])}")
         if event["stop"]:
             about = event["timings"]
+            for piece in quiet[: -1 if event["stop_type"] == "eos" else None]:
+                yield piece
             yield Piece(
                 event["content"],
-                () if event["stop_type"] == "eos" else silent,
                 finish="length" if event["stop_type"] == "limit" else "stop",
                 cached=about.get("cache_n", 0),
                 drafted=about.get("draft_n", 0),
@@ -222,11 +223,11 @@ async def _pieces(response: aiohttp.ClientResponse, request: Request, child: Lla
         if any(token in request.stop_ids for token in ids):
             yield Piece("", finish="stop")
             return
-        if not event["content"] and request.top_logprobs is None:
-            silent += tuple(ids)
-            continue
-        yield Piece(event["content"], silent + tuple(ids), _logprobs(event, request))
-        silent = ()
+        quiet.append(Piece(event["content"], tuple(ids), _logprobs(event, request)))
+        if event["content"]:
+            for piece in quiet:
+                yield piece
+            quiet.clear()
 
 
 async def _parts(child: LlamaCppChild, text: str, count: int, last: list[int]) -> list[int]:

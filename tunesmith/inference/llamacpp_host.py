@@ -49,6 +49,9 @@ def serve(told: dict[str, Any]) -> tuple[str, Any]:
     params.cache_ram_mib = 0  # its store of prompts forgets which adapter made them; places are chosen by us
     params.cache_idle_slots = False
     params.fit_params = False
+    if told["precision"] == "float32":  # keys, values and products of attention too
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = told["threads"]
     params.verbosity = WARNINGS
     params.ui = params.enable_chat_template = params.use_jinja = params.warmup = False

@@ -14,7 +14,7 @@ import numpy as np
 from tunesmith.errors import ModelError
 from tunesmith.models.arrays import arrays
 from tunesmith.models.gguf_rope import add_rope
-from tunesmith.models.gguf_vocab import add_vocabulary
+from tunesmith.models.gguf_vocab import add_vocabulary, check_vocabulary
 from tunesmith.models.resolve import cache_folder, folder_hash
 
 if TYPE_CHECKING:
@@ -172,6 +172,12 @@ def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
         if module == pattern or module.endswith(f".{pattern}"):
             alpha = float(own)
     return alpha / (rank**0.5 if about.get("use_rslora") else rank)
+
+
+def check(folder: Path) -> None:
+    """Raise ModelError unless a GGUF file can be written of a model folder, as far as its settings tell."""
+    Shape.of(folder)
+    check_vocabulary(folder)
 
 
 def model_gguf(path: Path, precision: str) -> Path:

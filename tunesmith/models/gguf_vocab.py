@@ -39,15 +39,8 @@ def add_vocabulary(writer: Any, folder: Path, size: int, stops: list[int]) -> No
     """
     from gguf import TokenType
 
-    told = _json(folder / "tokenizer.json", needed=True)
-    config = _json(folder / "tokenizer_config.json")
-    model = told["model"]
-    if model.get("type") != "BPE":
-        raise ModelError(
-            f"GGUF files are written of BPE tokenizers, and this is a {model.get('type')}",
-            where=str(folder / "tokenizer.json"),
-            fix="Leave gguf out of package.formats.",
-        )
+    told, split = check_vocabulary(folder)
+    config, model = _json(folder / "tokenizer_config.json"), told["model"]
     words = [f"[PAD{i}]" for i in range(size)]
     kinds = [TokenType.UNUSED] * size
     for word, i in model["vocab"].items():
@@ -57,7 +50,7 @@ def add_vocabulary(writer: Any, folder: Path, size: int, stops: list[int]) -> No
         words[added["id"]] = added["content"]
         kinds[added["id"]] = TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    if model.get("byte_fallback"):  # as sentencepiece makes them
+    if split is None:  # as sentencepiece makes them
         if model.get("unk_token") is not None:
             kinds[model["vocab"][model["unk_token"]]] = TokenType.UNKNOWN
         rank = {merge.replace(" ", ""): place for place, merge in enumerate(merges)}
@@ -67,7 +60,7 @@ def add_vocabulary(writer: Any, folder: Path, size: int, stops: list[int]) -> No
         writer.add_add_space_prefix(_prefixed(told))
     else:
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(_split(told["pre_tokenizer"], folder))
+        writer.add_tokenizer_pre(split)
         writer.add_token_merges(merges)
     writer.add_token_list(words)
     writer.add_token_types(kinds)
@@ -85,6 +78,22 @@ def add_vocabulary(writer: Any, folder: Path, size: int, stops: list[int]) -> No
     template = _template(folder, config)
     if template:
         writer.add_chat_template(template)
+
+
+def check_vocabulary(folder: Path) -> tuple[dict[str, Any], str | None]:
+    """What tokenizer.json says, and llama.cpp's name for what stands before its merges; None for sentencepiece's.
+
+    Raises:
+        ModelError: a tokenizer that GGUF has no name for.
+    """
+    told = _json(folder / "tokenizer.json", needed=True)
+    if told["model"].get("type") != "BPE":
+        raise ModelError(
+            f"GGUF files are written of BPE tokenizers, and this is a {told['model'].get('type')}",
+            where=str(folder / "tokenizer.json"),
+            fix="Leave gguf out of package.formats; serve it with engine: transformers.",
+        )
+    return told, None if told["model"].get("byte_fallback") else _split(told["pre_tokenizer"], folder)
 
 
 def _json(path: Path, needed: bool = False) -> dict[str, Any]:
