@@ -492,7 +492,7 @@ class Journey:
         forced = self.recipe.package.force and gate.get("enforced") and gate["decision"] != "ship"
         rows = self.rows("test") or self.rows("train")
         told = package(self.recipe.package, PackageInputs(self.model, self.run.tuned, self.renderer, rows), target)
-        card_text = card(self.run, self.model.as_dict(), loading(target / "model"))
+        card_text = card(self.run, self.model.as_dict(), loading(target / "model"), told.get("gguf", ()))
         runs.write_text(target / "model" / "README.md", card_text)
         return told | ({"forced": gate} if forced else {})
 

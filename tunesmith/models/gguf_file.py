@@ -1,5 +1,5 @@
-"""GGUF files of models and of LoRA adapters: what llama.cpp, Ollama and LM Studio read. Written with the `gguf` package;
-torch is not needed."""
+"""GGUF files of models and of LoRA adapters: what llama.cpp, Ollama and LM Studio read. Written with the `gguf`
+package; torch is not needed."""
 
 from __future__ import annotations
 
@@ -163,6 +163,15 @@ def write_adapter(folder: Path, base: Path, target: Path) -> None:
             value = shape.turned(module + ".weight", value) * scale_of(about, module, value.shape[1])
         writer.add_tensor(f"{found}.{part.lower()}", np.ascontiguousarray(value))
     _close(writer)
+
+
+def is_plain_lora(folder: Path) -> bool:
+    """Whether an adapter's folder holds LoRA's two matrices and nothing else."""
+    file = folder / "adapter_config.json"
+    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if about.get("peft_type") != "LORA" or about.get("use_dora"):
+        return False
+    return all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key, _ in arrays(folder))
 
 
 def scale_of(about: dict[str, Any], module: str, rank: int) -> float:

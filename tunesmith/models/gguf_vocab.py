@@ -91,7 +91,7 @@ def check_vocabulary(folder: Path) -> tuple[dict[str, Any], str | None]:
         raise ModelError(
             f"GGUF files are written of BPE tokenizers, and this is a {told['model'].get('type')}",
             where=str(folder / "tokenizer.json"),
-            fix="Leave gguf out of package.formats; serve it with engine: transformers.",
+            fix="Leave package.gguf out; serve it with engine: transformers.",
         )
     return told, None if told["model"].get("byte_fallback") else _split(told["pre_tokenizer"], folder)
 
@@ -126,7 +126,7 @@ def _split(told: dict[str, Any] | None, folder: Path) -> str:
         raise ModelError(
             f"the tokenizer takes text apart in a way that this version has no GGUF name for ({patterns})",
             where=str(folder / "tokenizer.json"),
-            fix="Leave gguf out of package.formats, or convert the packaged folder with llama.cpp's own script.",
+            fix="Leave package.gguf out, or convert the packaged folder with llama.cpp's own script.",
         )
     return SPLITS[tuple(patterns)]
 

@@ -1,0 +1,197 @@
+"""GGUF files say what the model says: greedy answers of llama.cpp in float32 are transformers'."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import CHATML, make_model, make_tokenizer, write_recipe
+from tunesmith.errors import ModelError
+from tunesmith.inference.served import Request
+from tunesmith.models.gguf_file import write_adapter, write_model
+
+pytest.importorskip("xllamacpp")
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": False, "attention_bias": True, "rope_parameters": LLAMA3}),
+    ("mistral", {"sliding_window": None}),
+    ("qwen2", {}),
+    ("qwen3", {"head_dim": 16}),
+]
+
+
+def odd_ids() -> list[int]:
+    """Tokens that hold a part of a letter: a model that was never trained says many."""
+    tokenizer = make_tokenizer()
+    return [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).isascii()]
+
+
+def greedy(model: Any, prompt: list[int], banned: Sequence[int], stops: Sequence[int], count: int = 24) -> list[int]:
+    """The plain loop that every engine must agree with."""
+    import torch
+
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            scores = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            scores[list(banned)] = -torch.inf
+            token = int(scores.argmax())
+            if token in stops:
+                break
+            ids.append(token)
+    return ids[len(prompt) :]
+
+
+def prompts() -> list[list[int]]:
+    tokenizer = make_tokenizer()
+    texts = ["What colour is it?", "The answer is red, green, blue or black. " * 4, "?"]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def asked(model: Path, base: Path, requests: Sequence[Request], adapters: dict[str, Path], **settings: Any) -> Any:
+    """Answers' ids from llama.cpp, all asked at once."""
+    from tunesmith.inference.llamacpp import LlamaCppEngine, Settings
+
+    async def answers() -> list[list[int]]:
+        told = {"precision": "float32", "context": 256, "slots": 4, "threads": 1, "queue": 64} | settings
+        engine = LlamaCppEngine("tiny", Settings(model=model, base=base, **told))
+        await engine.start()
+        try:
+            for name, path in adapters.items():
+                await engine.load_adapter(name, path)
+
+            async def one(request: Request) -> list[int]:
+                return [i async for piece in engine.stream(request) for i in piece.ids]
+
+            return await asyncio.gather(*map(one, requests))
+        finally:
+            await engine.close()
+
+    return asyncio.run(answers())
+
+
+@pytest.mark.parametrize(("family", "settings"), FAMILIES, ids=lambda x: x if isinstance(x, str) else f"{len(x)}")
+def test_a_model_and_a_lora_adapter_answer_as_transformers_does(
+    tmp_path: Path, family: str, settings: dict[str, Any]
+) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    folder = make_model(tmp_path / family, architecture=family, **settings)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    banned, stops = odd_ids(), (0, 2)
+    expected = [greedy(model, p, banned, stops) for p in prompts()]
+    torch.manual_seed(1)
+    parts = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    lora = LoraConfig(r=4, lora_alpha=8, use_rslora=True, target_modules=parts, init_lora_weights=False)
+    tuned = get_peft_model(model, lora).eval()
+    tuned.save_pretrained(tmp_path / "adapter")
+    with_adapter = [greedy(tuned, p, banned, stops) for p in prompts()]
+    assert with_adapter != expected
+
+    write_model(folder, tmp_path / "model.gguf", "float32")
+    write_adapter(tmp_path / "adapter", folder, tmp_path / "adapter.gguf")
+    bias = dict.fromkeys(banned, -1000.0)
+    requests = [
+        Request(p, 24, stops, adapter=name, logit_bias=bias) for name in (None, "lora", None) for p in prompts()
+    ]
+    found = asked(tmp_path / "model.gguf", folder, requests, {"lora": tmp_path / "adapter.gguf"})
+    assert found == expected + with_adapter + expected
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "q8_0", "q5_1", "q4_0"])
+def test_smaller_precisions_load_and_answer(tmp_path: Path, tiny_model: Path, precision: str) -> None:
+    write_model(tiny_model, tmp_path / "model.gguf", precision)
+    (found,) = asked(tmp_path / "model.gguf", tiny_model, [Request(prompts()[0], 8, ())], {}, precision=precision)
+    assert len(found) == 8
+
+
+def test_the_file_keeps_tokenizer_and_template(tmp_path: Path, tiny_model: Path) -> None:
+    """Read back by transformers, which has a GGUF reader of its own."""
+    from transformers import AutoTokenizer
+
+    write_model(tiny_model, tmp_path / "model.gguf", "q8_0")
+    own, read = (
+        AutoTokenizer.from_pretrained(tiny_model),
+        AutoTokenizer.from_pretrained(tmp_path, gguf_file="model.gguf"),
+    )
+    for text in ("What colour is it?", "<|im_start|>user\nÜber 12345 naïve 日本\n"):
+        assert read(text)["input_ids"] == own(text)["input_ids"]
+    assert read.chat_template == CHATML
+    assert (read.bos_token_id, read.eos_token_id) == (own.bos_token_id, own.eos_token_id)
+
+
+def test_what_can_not_be_written_says_why(tmp_path: Path) -> None:
+    opt = make_model(tmp_path / "gpt2", architecture="gpt2")
+    with pytest.raises(ModelError, match="model_type gpt2"):
+        write_model(opt, tmp_path / "a.gguf", "q8_0")
+    mistral = make_model(tmp_path / "mistral", architecture="mistral", sliding_window=16)
+    with pytest.raises(ModelError, match="sliding_window 16"):
+        write_model(mistral, tmp_path / "a.gguf", "q8_0")
+    tiny = make_model(tmp_path / "tiny")
+    tokenizer = json.loads((tiny / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (tiny / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ModelError, match="Whitespace"):
+        write_model(tiny, tmp_path / "a.gguf", "q8_0")
+
+
+def test_a_run_packages_gguf_files(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    recipe["package"] = {"gguf": ["float32", "q4_0"]}
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    package = tmp_path / "runs/tiny/package"
+    names = ["model-float32.gguf", "model-q4_0.gguf", "adapter.gguf"]
+    assert json.loads((package / "manifest.json").read_text())["gguf"] == names
+    assert all((package / "gguf" / name).stat().st_size > 1000 for name in names)
+    assert "`model-q4_0.gguf`" in (package / "model/README.md").read_text()
+    merged = AutoModelForCausalLM.from_pretrained(package / "model", dtype=torch.float32).eval()
+    banned, stops = odd_ids(), (0, 2)
+    bias = dict.fromkeys(banned, -1000.0)
+    found = asked(
+        package / "gguf" / names[0], package / "model", [Request(p, 24, stops, logit_bias=bias) for p in prompts()], {}
+    )
+    assert found == [greedy(merged, p, banned, stops) for p in prompts()]
+
+
+@pytest.mark.long
+def test_the_embedded_model_answers_as_transformers_does(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.conversation.message import Message
+    from tunesmith.models.load import load_renderer
+    from tunesmith.models.resolve import resolve
+    from tunesmith.models.section import ModelSection
+
+    model = resolve(ModelSection(name="smollm2-135m-instruct"))
+    renderer = load_renderer(model)
+    questions = ["Name three colours.", "What is the capital of France?", "Count: 1, 2, 3"]
+    told = [renderer.prompt([Message("user", text)]) for text in questions]
+    loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32).eval()
+    expected = [greedy(loaded, p, (), (0, 2), 20) for p in told]
+    write_model(model.path, tmp_path / "model.gguf", "float32")
+    requests = [Request(p, 20, (0, 2)) for p in told]
+    assert asked(tmp_path / "model.gguf", model.path, requests, {}) == expected
+    for precision in ("q8_0", "q4_1"):
+        write_model(model.path, tmp_path / "small.gguf", precision)
+        found = asked(tmp_path / "small.gguf", model.path, requests, {}, precision=precision)
+        assert "Paris" in renderer.decode(found[1]), renderer.decode(found[1])
