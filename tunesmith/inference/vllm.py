@@ -78,6 +78,7 @@ class VllmEngine(Hosted):
             *("--max-num-seqs", str(self.slots)),
             *("--enable-lora", "--max-loras", str(of.max_loras), "--max-lora-rank", str(of.max_lora_rank)),
             *(("--trust-remote-code",) if self._model.trust_remote_code else ()),
+            *("--generation-config", "vllm"),  # no defaults for drawing from the model's folder
             *of.arguments,
         ]
         told = {
