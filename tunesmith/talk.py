@@ -26,9 +26,8 @@ def talk(result: Result, base: bool, limit: int, engine: str = "transformers") -
         out.print(piece, end="", markup=False, highlight=False)
 
     say("Loading the model")
-    chatters = {"tuned": result.chatter(engine=engine)} | (
-        {"base": result.chatter(base=True, engine=engine)} if base else {}
-    )
+    sides = {"tuned": False, "base": True} if base else {"tuned": False}
+    chatters = {side: result.chatter(is_base, engine) for side, is_base in sides.items()}
     histories: dict[str, list[Any]] = {side: [] for side in chatters}
     out.print("An empty line ends the talk; /new forgets what was said.", style="dim")
     while True:
