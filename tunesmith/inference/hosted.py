@@ -94,7 +94,8 @@ class Hosted:
 
     def down(self) -> EngineDown:
         """The error for a request whose process has gone."""
-        return EngineDown(f"the engine of '{self.name}' is {self._state} and will answer again in a moment")
+        what = "has ended and is being started again" if self._state != "starting" else "has not started yet"
+        return EngineDown(f"the engine of '{self.name}' {what}", fix="Ask again in a moment.")
 
     def _here(self) -> Child:
         if self._child is None:
