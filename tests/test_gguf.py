@@ -15,6 +15,8 @@ from tests.serving import BIAS, STOPS, greedy, make_adapter, prompts
 from tunesmith.errors import ModelError
 from tunesmith.inference.served import Request
 from tunesmith.models.gguf_file import write_adapter, write_model
+from tunesmith.models.resolve import resolve
+from tunesmith.models.section import ModelSection
 
 pytest.importorskip("xllamacpp")
 
@@ -41,7 +43,7 @@ def asked(model: Path, base: Path, requests: Sequence[Request], adapters: dict[s
 
     async def answers() -> list[list[int]]:
         told = {"precision": "float32", "context": 256, "slots": 4, "threads": 1, "queue": 64} | settings
-        engine = LlamaCppEngine("tiny", Settings(model=model, base=base, **told))
+        engine = LlamaCppEngine("tiny", Settings(model=model, base=resolve(ModelSection(name=str(base))), **told))
         await engine.start()
         try:
             for name, path in adapters.items():
@@ -143,8 +145,6 @@ def test_the_embedded_model_answers_as_transformers_does(tmp_path: Path) -> None
 
     from tunesmith.conversation.message import Message
     from tunesmith.models.load import load_renderer
-    from tunesmith.models.resolve import resolve
-    from tunesmith.models.section import ModelSection
 
     model = resolve(ModelSection(name="smollm2-135m-instruct"))
     renderer = load_renderer(model)

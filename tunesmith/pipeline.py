@@ -190,9 +190,9 @@ class Result:
                 where=str(self.path),
                 fix="Run the recipe again.",
             )
-        engine = journey.talker(None if base else self.run.tuned, engine)
+        talker = journey.talker(None if base else self.run.tuned, engine)
         renderer = journey.baseline_renderer if base else journey.renderer
-        return Chatter(engine, renderer, data.get("system", recipe.data.system))
+        return Chatter(talker, renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:
         return hash(self.run)

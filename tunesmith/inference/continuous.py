@@ -91,13 +91,14 @@ class Continuous:
     @torch.inference_mode()
     def turn(self) -> None:
         """Read some of a prompt, and give everybody a token."""
-        if not self._reading and self._waiting:
-            answer = self._waiting.popleft()
-            prompt = self.rows.begin(self._virtual + answer.request.prompt, answer.request.adapter)
-            answer.cached = prompt.cached
-            self._reading = (answer, prompt)
-        if self._reading:
-            self._read(*self._reading)
+        budget = READ_TOKENS
+        while budget > 0 and (self._reading or self._waiting):
+            if not self._reading:
+                answer = self._waiting.popleft()
+                prompt = self.rows.begin(self._virtual + answer.request.prompt, answer.request.adapter)
+                answer.cached = prompt.cached
+                self._reading = (answer, prompt)
+            budget -= self._read(*self._reading, budget)
         if self._alive:
             self.loras.choose([answer.request.adapter for answer in self._alive])
             self._chosen(self.rows.step([answer.token for answer in self._alive]), self._alive)
@@ -112,23 +113,29 @@ class Continuous:
         found = [self.rows.hidden(self._virtual + ids).float().mean(0) for ids in prompts]
         return [(x / x.norm()).tolist() for x in found]
 
-    def _read(self, answer: Answer, prompt: Prompt) -> None:
+    def _read(self, answer: Answer, prompt: Prompt, count: int) -> int:
+        """Read up to so many of a prompt's tokens; how many it were."""
         self.loras.choose([answer.request.adapter])
-        logits = self.rows.read(prompt, READ_TOKENS)
+        before = prompt.read
+        logits = self.rows.read(prompt, count)
         if prompt.whole:
             self._reading = None
             self.rows.join(prompt)
             self._alive.append(answer)
             self._chosen(logits[None], [answer])
+        return prompt.read - before
 
     def _chosen(self, logits_BV: Tensor, answers: list[Answer]) -> None:
         """Take each row's next token, and let those go that have ended."""
         likeliest = logits_BV.argmax(-1).tolist()
         ended = []
         for row, answer in enumerate(answers):
-            own = logits_BV[row].float()
-            told = own.log_softmax(-1) if answer.request.top_logprobs is not None else None
-            token = likeliest[row] if answer.chooser.plain else answer.chooser.choose(own.cpu().clone())
+            wanted = answer.request.top_logprobs is not None
+            told = logits_BV[row].float().log_softmax(-1) if wanted else None
+            plain = answer.chooser.plain
+            token = (
+                likeliest[row] if plain else answer.chooser.choose(logits_BV[row].to("cpu", torch.float32, copy=True))
+            )
             if self._ended(answer, token, told):
                 ended.append(answer)
         for answer in ended:

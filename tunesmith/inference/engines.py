@@ -114,7 +114,7 @@ class LlamaCpp(EngineSection):
         draft = _resolved(self.draft) if self.draft else None
         settings = Settings(
             model=file or model.path,
-            base=model.path,
+            base=model,
             precision="q8_0" if self.precision == "auto" else self.precision,
             context=self.tokens(model),
             slots=self.slots,

@@ -33,16 +33,17 @@ class _Places:
     """Where a forward's new tokens lie [B, T], and what each of them may not see, made once for all layers."""
 
     positions_BT: Tensor
-    _hidden: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _seen: dict[tuple[int, int | None], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def seen(self, keys: int, window: int | None) -> Tensor:
-        """[B, T, S], True where a key is seen."""
-        if (keys, window) not in self._hidden:
+    def seen(self, keys: int, window: int | None) -> tuple[Tensor, Tensor]:
+        """[B, 1, T, S], True where a key is seen; and the opposite."""
+        if (keys, window) not in self._seen:
             at = torch.arange(keys, device=self.positions_BT.device)
-            now = self.positions_BT[..., None]
+            now = self.positions_BT[:, None, :, None]
             found = at <= now
-            self._hidden[keys, window] = found if window is None else found & (at > now - window)
-        return self._hidden[keys, window]
+            found = found if window is None else found & (at > now - window)
+            self._seen[keys, window] = found, ~found
+        return self._seen[keys, window]
 
 
 _places: ContextVar[_Places] = ContextVar("where the forward's tokens lie")
@@ -60,14 +61,12 @@ def rows_attention(
 ) -> tuple[Tensor, None]:
     """query [B, H, T, D], key and value [B, G, S, D] -> [B, T, H, D]; T is 1 where B is more."""
     refuse_extras(others)
-    seen_BTS = _places.get().seen(key.shape[2], sliding_window)
+    seen, hidden = _places.get().seen(key.shape[2], sliding_window)
     if query.shape[2] > 1:
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=seen_BTS[:, None], scale=scaling, enable_gqa=True
-        )
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.matmul(q, key.transpose(2, 3)).masked_fill_(~seen_BTS[:, None], -torch.inf)
+    scores = torch.matmul(q, key.transpose(2, 3)).masked_fill_(hidden, -torch.inf)
     out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
     return out.flatten(1, 2)[:, None], None
 

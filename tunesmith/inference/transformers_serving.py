@@ -15,6 +15,7 @@ from tunesmith.inference.engines import Transformers
 from tunesmith.inference.grammar import enforceable
 from tunesmith.inference.hosted import Hosted
 from tunesmith.inference.served import EngineError, Piece, Request, TokenLogprob, TooLong
+from tunesmith.models.load import refuse_anothers
 from tunesmith.models.resolve import ResolvedModel
 
 HOST = "tunesmith.inference.transformers_host"
@@ -67,6 +68,7 @@ class TransformersServing(Hosted):
 
     def __init__(self, name: str, model: ResolvedModel, section: Transformers) -> None:
         super().__init__(name, section.tokens(model), section.slots, section.queue)
+        self._model = model
         self._told = {
             "model": {**asdict(model), "path": str(model.path)},
             "precision": section.precision,
@@ -75,6 +77,7 @@ class TransformersServing(Hosted):
         }
 
     async def load_adapter(self, name: str, path: Path) -> None:
+        refuse_anothers(self._model, path)
         async with self._changing:
             if name in self._adapters:
                 await self._gone(name)

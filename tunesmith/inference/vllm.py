@@ -19,6 +19,7 @@ from tunesmith.inference.hosted import Hosted
 from tunesmith.inference.letters import Words
 from tunesmith.inference.served import EngineError, EngineFull, Piece, Request, TokenLogprob, Unserved
 from tunesmith.inference.sse import events, told_error
+from tunesmith.models.load import refuse_anothers
 from tunesmith.models.resolve import ResolvedModel
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class VllmEngine(Hosted):
         self._served = section.model if section.url and section.model else BASE
 
     async def load_adapter(self, name: str, path: Path) -> None:
+        refuse_anothers(self._model, path)
         async with self._changing:
             await self._load(self._child_here(), name, path)
             self._adapters[name] = path
