@@ -23,7 +23,7 @@ def main() -> None:
     wire = Wire()
     messages = wire.told()
     try:
-        engine = _engine(next(messages), wire)
+        engine = opened(next(messages), wire)
     except Exception as error:
         wire.refuse(error)
         return
@@ -68,7 +68,8 @@ def _handle(engine: Any, wire: Wire, leaving: dict[str, int], message: dict[str,
         wire.tell(done=number, error={"type": "EngineError", "what": str(error), "where": None, "fix": None})
 
 
-def _engine(told: dict[str, Any], wire: Wire) -> Any:
+def opened(told: dict[str, Any], wire: Wire) -> Any:
+    """The model, loaded and ready for requests."""
     here = machine()  # first: its limits must stand before torch is there
     import torch
 
