@@ -13,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from tests.serving import HERMES, Scripted, asked_text, running, scripted, state_of
+from tests.scripted import HERMES, Scripted, asked_text, running, scripted, state_of
 from tunesmith.inference.served import EngineDown, GrammarError, Request
 
 TOOL: dict[str, Any] = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.serving import HERMES, running, scripted, state_of
+from tests.scripted import HERMES, running, scripted, state_of
 from tunesmith.inference.served import Request
 
 CLIENTS = os.environ.get("TUNESMITH_CLIENTS")  # a Python that has openai 2.x, litellm and langchain-openai

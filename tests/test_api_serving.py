@@ -20,7 +20,7 @@ import openai
 import pytest
 from starlette.testclient import TestClient
 
-from tests.serving import Scripted, asked_text, running, scripted, state_of
+from tests.scripted import Scripted, asked_text, running, scripted, state_of
 from tunesmith.api.app import State, build
 from tunesmith.errors import RecipeError
 from tunesmith.inference.served import EngineDown, Request
@@ -560,7 +560,7 @@ def test_a_stop_lets_answers_finish() -> None:
         with httpx2.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            import tests.serving as harness
+            import tests.scripted as harness
 
             harness.LAST.should_exit = True
             rest = [line for line in lines if line]
