@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from tunesmith import __version__
 from tunesmith.errors import MachineError
 from tunesmith.inference.served import TokenLogprob
 from tunesmith.serve.asked import Call, Delta
 from tunesmith.serve.section import CacheSection
 
-PREFIX = "tunesmith:answer:"
+PREFIX = f"tunesmith:{__version__}:answer:"
 
 
 class Cache(Protocol):

@@ -35,7 +35,9 @@ class Local:
             Refused: it does not fit, or names a tool that is not there.
         """
         renderer = served.renderer
-        format = format_of(renderer) if asked.tools or any(m.more for m in asked.messages) else Format()
+        format = (
+            format_of(renderer) if asked.tools or any(m.more or m.role == "tool" for m in asked.messages) else Format()
+        )
         schema = forced(asked, format)
         tools = asked.tools if asked.tool_choice != "none" else ()
         prefix = ""
