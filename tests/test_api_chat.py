@@ -12,8 +12,10 @@ import httpx2
 import openai
 import pytest
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
 from tests.scripted import HERMES, Scripted, asked_text, running, scripted, state_of
+from tunesmith.api.app import build
 from tunesmith.inference.served import EngineDown, GrammarError, Request
 
 TOOL: dict[str, Any] = {
@@ -157,6 +159,55 @@ def test_tools(template: str | None, stream: bool) -> None:
         assert after.choices[0].message.content == "Sunny."
         text = asked_text(engine)
         assert "<tool_call>" in text and '"Oslo"' in text and "20 degrees" in text
+
+
+BEGIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ tools and (tools | tojson) or '' }}{{ m.content }}"
+END = "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+EACH = "{% for c in m.tool_calls or [] %}"
+WAYS = {
+    "llama": (
+        EACH + '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}',
+        '{"name": "weather", "parameters": {"place": "Oslo"}}',
+    ),
+    "mistral": (
+        "{% if m.tool_calls %}[TOOL_CALLS] [" + EACH + '{"name": "{{ c.function.name }}", "arguments": '
+        "{{ c.function.arguments | tojson }}}{% if not loop.last %}, {% endif %}{% endfor %}]{% endif %}",
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "Oslo"}}, '
+        '{"name": "weather", "arguments": {"place": "Rome"}}]',
+    ),
+    "xml": (
+        EACH + "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
+        "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}",
+        "<tool_call>\n<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n</tool_call>",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_are_read_as_the_template_writes_them(way: str, stream: bool) -> None:
+    written, answer = WAYS[way]
+    engine = scripted(answer, BEGIN + written + END)
+    with TestClient(build(state_of(engine))) as http:
+        body = {"model": "scripted", "messages": HI, "tools": [TOOL], "stream": stream}
+        response = http.post("/v1/chat/completions", json=body)
+        if stream:
+            events = [json.loads(x[6:])["choices"][0] for x in response.text.splitlines() if x.startswith("data: {")]
+            calls = [c for e in events for c in e["delta"].get("tool_calls", ())]
+            assert [c["index"] for c in calls] == list(range(len(calls))) and events[-1][
+                "finish_reason"
+            ] == "tool_calls"
+            assert not any(e["delta"].get("content") for e in events)
+        else:
+            calls = response.json()["choices"][0]["message"]["tool_calls"]
+        places = [json.loads(c["function"]["arguments"])["place"] for c in calls]
+        assert places == (["Oslo", "Rome"] if way == "mistral" else ["Oslo"])
+        engine.reply = lambda _: "No tool is needed, {not} even <one."
+        text = http.post("/v1/chat/completions", json=body | {"stream": False}).json()["choices"][0]
+        assert text["message"]["content"] == "No tool is needed, {not} even <one." and text["finish_reason"] == "stop"
+        engine.reply = lambda _: answer.replace("weather", "unknown")
+        other = http.post("/v1/chat/completions", json=body | {"stream": False}).json()["choices"][0]["message"]
+        assert "unknown" in other["content"] and "tool_calls" not in other
 
 
 def test_a_tool_that_must_be_called(client: openai.OpenAI, engine: Scripted) -> None:
