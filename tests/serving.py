@@ -1,153 +1,112 @@
-"""An engine that says what a test wants, and a server of the real application on a real socket."""
+"""A tiny model with two adapters behind a serving engine, and what plain transformers and PEFT answer."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
-from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
+from tests.conftest import make_model, make_tokenizer
+from tunesmith.inference.engines import EngineSection
+from tunesmith.inference.served import Piece, Request
+from tunesmith.models.resolve import resolve
+from tunesmith.models.section import ModelSection
 
-from tests.conftest import make_tokenizer
-from tunesmith.api.app import State, build
-from tunesmith.conversation.render import Renderer
-from tunesmith.errors import ModelError
-from tunesmith.inference.served import EngineFull, Health, Piece, Request, TokenLogprob, UnknownAdapter
-from tunesmith.serve.models import Models, Served
-from tunesmith.serve.section import ServeSection
-from tunesmith.serve.serving import Serving
+STOPS = (0, 2)
+PARTS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CONTEXT = 256
 
-HERMES = (
-    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t.function | tojson }}{% endfor %}<|im_end|>\n"
-    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
-    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
-    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+
+def odd_ids() -> list[int]:
+    """Tokens that hold a part of a letter: a model that was never trained says many."""
+    tokenizer = make_tokenizer()
+    return [i for i in range(len(tokenizer)) if not tokenizer.decode([i]).isascii()]
+
+
+BIAS = dict.fromkeys(odd_ids(), -1000.0)
+ENDLESS = BIAS | dict.fromkeys(STOPS, -1000.0)
+
+
+def prompts() -> list[list[int]]:
+    tokenizer = make_tokenizer()
+    texts = ["What colour is it?", "The answer is red, green, blue or black. " * 4, "?"]
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def greedy(model: Any, prompt: Sequence[int], banned: Sequence[int] = tuple(BIAS), count: int = 24) -> list[int]:
+    """The plain loop that every engine must agree with."""
+    import torch
+
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            scores = model(input_ids=torch.tensor([ids])).logits[0, -1]
+            scores[list(banned)] = -torch.inf
+            token = int(scores.argmax())
+            if token in STOPS:
+                break
+            ids.append(token)
+    return ids[len(prompt) :]
+
+
+def make_adapter(base: Path, folder: Path, seed: int, **settings: Any) -> Any:
+    """A drawn LoRA adapter, saved; and the tuned model, which PEFT runs."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": PARTS, "init_lora_weights": False} | settings)
+    tuned = get_peft_model(model, lora).eval()
+    tuned.save_pretrained(folder)
+    return tuned
 
 
 @dataclass
-class Scripted:
-    """An engine whose answers a function gives; token by token, `pause` seconds apart.
+class Served:
+    """An engine on a loop of its own. `expected[adapter][i]` is the answer to `prompts()[i]`."""
 
-    `running` is how many slots are taken now; `fail` may raise what an engine would.
-    """
+    runner: asyncio.Runner
+    engine: Any
+    model: Path
+    adapters: dict[str, Path]
+    expected: dict[str | None, list[list[int]]]
 
-    renderer: Renderer
-    reply: Callable[[Request], str]
-    name: str = "scripted"
-    kind: str = "scripted"
-    context: int = 512
-    slots: int = 4
-    queue: int = 8
-    pause: float = 0.0
-    fail: Callable[[Request, int], None] = lambda request, token: None
-    asked: list[Request] = field(default_factory=list)
-    running: int = 0
-    waiting: int = 0
-    loaded: dict[str, Path] = field(default_factory=dict)
-    state: Health = "starting"
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.runner.run(work)
 
-    async def start(self) -> None:
-        self.state, self._free = "ready", asyncio.Semaphore(self.slots)
+    async def pieces(self, request: Request) -> list[Piece]:
+        return [piece async for piece in self.engine.stream(request)]
 
-    async def close(self) -> None:
-        self.state = "failed"
+    async def ids(self, request: Request) -> list[int]:
+        return [i for piece in await self.pieces(request) for i in piece.ids]
 
-    def health(self) -> Health:
-        return self.state
-
-    def adapters(self) -> list[str]:
-        return list(self.loaded)
-
-    async def load_adapter(self, name: str, path: Path) -> None:
-        if not (path / "adapter_model.safetensors").is_file():
-            raise ModelError("holds no adapter", where=str(path))
-        self.loaded[name] = path
-
-    async def unload_adapter(self, name: str) -> None:
-        if name not in self.loaded:
-            raise UnknownAdapter(f"no adapter is called '{name}'")
-        del self.loaded[name]
-
-    async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
-        return [[1.0 * (i == len(p) % 4) for i in range(4)] for p in prompts]
-
-    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
-        self.asked.append(request)
-        if request.adapter is not None and request.adapter not in self.loaded:
-            raise UnknownAdapter(f"no adapter is called '{request.adapter}'")
-        if self.waiting >= self.queue and self._free.locked():
-            raise EngineFull("as many requests wait as may", retry_after=3)
-        self.waiting += 1
-        try:
-            await self._free.acquire()
-        finally:
-            self.waiting -= 1
-        self.running += 1
-        try:
-            text = self.reply(request)
-            ends = [text.find(s) for s in request.stop if s in text]
-            ids = self.renderer.continued(text[: min(ends)] if ends else text)
-            for number, token in enumerate(ids[: request.max_new_tokens]):
-                self.fail(request, number)
-                await asyncio.sleep(self.pause)
-                said = self.renderer.tokenizer.decode([token])
-                yield Piece(said, (token,), self._logprobs(request, token))
-            self.fail(request, len(ids))
-            yield Piece("", finish="length" if len(ids) > request.max_new_tokens else "stop", cached=2)
-        finally:
-            self.running -= 1
-            self._free.release()
-
-    def _logprobs(self, request: Request, token: int) -> tuple[TokenLogprob, ...]:
-        if request.top_logprobs is None:
-            return ()
-        data = self.renderer.tokenizer.decode([token]).encode()
-        top = tuple(TokenLogprob(token + i, data, -0.5 - i) for i in range(request.top_logprobs))
-        return (TokenLogprob(token, data, -0.5, top),)
+    async def answer(self, number: int, adapter: str | None = None) -> list[int]:
+        return await self.ids(Request(prompts()[number], 24, STOPS, adapter=adapter, logit_bias=BIAS))
 
 
-def asked_text(engine: Scripted, number: int = -1) -> str:
-    """What a prompt was, as text."""
-    return engine.renderer.tokenizer.decode(engine.asked[number].prompt)
+def build(section: EngineSection, model: Path) -> Any:
+    return section.build("tiny", resolve(ModelSection(name=str(model))))
 
 
-def scripted(
-    reply: Callable[[Request], str] | str = "Blue it is.", template: str | None = None, **more: Any
-) -> Scripted:
-    renderer = Renderer(make_tokenizer(template) if template else make_tokenizer())
-    return Scripted(renderer, reply if callable(reply) else lambda _: reply, **more)
+def serve(section: EngineSection, folder: Path, architecture: str = "llama") -> Served:
+    """Start an engine on a new tiny model; two adapters lie beside it, not loaded."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-
-def state_of(
-    *engines: Scripted, keys: Sequence[str] = (), store: Any = None, routes: Any = None, **settings: Any
-) -> State:
-    """An application's state over engines, each serving a model of its name."""
-    section = ServeSection(**settings)
-    models = Models()
-    for engine in engines:
-        models.put(Served(engine.name, engine, engine.renderer, identity=engine.name))
-    return State(section, Serving(section, models, routes), keys=keys, store=store)
-
-
-@contextlib.contextmanager
-def running(state: State, **server: Any) -> Iterator[str]:
-    """The real server over a state; gives its address."""
-    config = uvicorn.Config(build(state), port=0, log_level="warning", lifespan="on", **server)
-    instance = uvicorn.Server(config)
-    thread = threading.Thread(target=instance.run, daemon=True)
-    thread.start()
-    while not instance.started:
-        assert thread.is_alive(), "the server did not start"
-        threading.Event().wait(0.01)
-    try:
-        scheme = "https" if server.get("ssl_certfile") else "http"
-        yield f"{scheme}://127.0.0.1:{instance.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        instance.should_exit = True
-        thread.join(10)
-        assert not thread.is_alive(), "the server did not stop"
+    model = make_model(folder / "tiny", architecture=architecture)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    expected: dict[str | None, list[list[int]]] = {None: [greedy(plain, p) for p in prompts()]}
+    adapters = {}
+    for number, name in enumerate(("first", "second")):
+        adapters[name] = folder / name
+        settings = {"r": 4 + 2 * number, "target_modules": PARTS[number:], "use_rslora": bool(number)}
+        tuned = make_adapter(model, adapters[name], number, **settings)
+        expected[name] = [greedy(tuned, p) for p in prompts()]
+    runner = asyncio.Runner()
+    engine = build(section, model)
+    runner.run(engine.start())
+    return Served(runner, engine, model, adapters, expected)

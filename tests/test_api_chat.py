@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx2
 import openai
+import psutil
 import pytest
 from pydantic import BaseModel
+from starlette.testclient import TestClient
 
-from tests.serving import HERMES, Scripted, asked_text, running, scripted, state_of
+from tests.scripted import HERMES, Scripted, asked_text, running, scripted, state_of
+from tunesmith.api.app import build
 from tunesmith.inference.served import EngineDown, GrammarError, Request
 
 TOOL: dict[str, Any] = {
@@ -157,6 +161,55 @@ def test_tools(template: str | None, stream: bool) -> None:
         assert after.choices[0].message.content == "Sunny."
         text = asked_text(engine)
         assert "<tool_call>" in text and '"Oslo"' in text and "20 degrees" in text
+
+
+BEGIN = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ tools and (tools | tojson) or '' }}{{ m.content }}"
+END = "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+EACH = "{% for c in m.tool_calls or [] %}"
+WAYS = {
+    "llama": (
+        EACH + '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments | tojson }}}{% endfor %}',
+        '{"name": "weather", "parameters": {"place": "Oslo"}}',
+    ),
+    "mistral": (
+        "{% if m.tool_calls %}[TOOL_CALLS] [" + EACH + '{"name": "{{ c.function.name }}", "arguments": '
+        "{{ c.function.arguments | tojson }}}{% if not loop.last %}, {% endif %}{% endfor %}]{% endif %}",
+        '[TOOL_CALLS] [{"name": "weather", "arguments": {"place": "Oslo"}}, '
+        '{"name": "weather", "arguments": {"place": "Rome"}}]',
+    ),
+    "xml": (
+        EACH + "<tool_call>\n<function={{ c.function.name }}>\n{% for k, v in c.function.arguments.items() %}"
+        "<parameter={{ k }}>\n{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}",
+        "<tool_call>\n<function=weather>\n<parameter=place>\nOslo\n</parameter>\n</function>\n</tool_call>",
+    ),
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_are_read_as_the_template_writes_them(way: str, stream: bool) -> None:
+    written, answer = WAYS[way]
+    engine = scripted(answer, BEGIN + written + END)
+    with TestClient(build(state_of(engine))) as http:
+        body = {"model": "scripted", "messages": HI, "tools": [TOOL], "stream": stream}
+        response = http.post("/v1/chat/completions", json=body)
+        if stream:
+            events = [json.loads(x[6:])["choices"][0] for x in response.text.splitlines() if x.startswith("data: {")]
+            calls = [c for e in events for c in e["delta"].get("tool_calls", ())]
+            assert [c["index"] for c in calls] == list(range(len(calls))) and events[-1][
+                "finish_reason"
+            ] == "tool_calls"
+            assert not any(e["delta"].get("content") for e in events)
+        else:
+            calls = response.json()["choices"][0]["message"]["tool_calls"]
+        places = [json.loads(c["function"]["arguments"])["place"] for c in calls]
+        assert places == (["Oslo", "Rome"] if way == "mistral" else ["Oslo"])
+        engine.reply = lambda _: "No tool is needed, {not} even <one."
+        text = http.post("/v1/chat/completions", json=body | {"stream": False}).json()["choices"][0]
+        assert text["message"]["content"] == "No tool is needed, {not} even <one." and text["finish_reason"] == "stop"
+        engine.reply = lambda _: answer.replace("weather", "unknown")
+        other = http.post("/v1/chat/completions", json=body | {"stream": False}).json()["choices"][0]["message"]
+        assert "unknown" in other["content"] and "tool_calls" not in other
 
 
 def test_a_tool_that_must_be_called(client: openai.OpenAI, engine: Scripted) -> None:
@@ -309,6 +362,42 @@ async def _read(http: httpx2.AsyncClient, url: str, body: Any) -> None:
     async with http.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
         async for _ in response.aiter_bytes():
             pass
+
+
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.long)])
+def test_many_requests_of_which_a_third_is_cancelled(count: int) -> None:
+    """Nothing is lost and nothing leaks: slots, file handles and tasks are back where they were."""
+    engine = scripted("word " * 20, slots=8, queue=count, pause=0.001)
+    dice = random.Random(5)
+    process = psutil.Process()
+
+    async def one(http: httpx2.AsyncClient, url: str, number: int) -> bool:
+        body = {"model": "scripted", "messages": HI, "stream": number % 2 == 0}
+        ask = asyncio.create_task(http.post(f"{url}/v1/chat/completions", json=body, timeout=300))
+        if number % 3 == 0:
+            await asyncio.sleep(dice.random() * 0.2)
+            ask.cancel()
+            await asyncio.gather(ask, return_exceptions=True)
+            return True
+        response = await ask
+        return response.status_code == 200 and response.text.count("word") >= 20
+
+    async def many(url: str) -> list[bool]:
+        limits = httpx2.Limits(max_connections=40, max_keepalive_connections=0)
+        async with httpx2.AsyncClient(limits=limits) as http:
+            return await asyncio.gather(*(one(http, url, number) for number in range(count)))
+
+    with running(state_of(engine)) as url:
+        asyncio.run(many(url))
+        before = process.num_fds()
+        assert all(asyncio.run(many(url)))
+        end = time.monotonic() + 60
+        while (engine.running or engine.waiting or process.num_fds() > before + 2) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert engine.running == engine.waiting == 0
+        assert process.num_fds() <= before + 2
+        figures = httpx2.get(f"{url}/metrics").text
+    assert 'tunesmith_running{model="scripted",route="chat"} 0.0' in figures
 
 
 def test_a_slow_reader_holds_no_slot() -> None:

@@ -139,7 +139,7 @@ def test_the_command_line_is_frozen() -> None:
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],
         "tune": ["--json", "--runs", "--set", "--space"],
-        "chat": ["--base", "--json", "--key", "--max-new-tokens", "--runs", "--say", "--url"],
+        "chat": ["--base", "--engine", "--json", "--key", "--max-new-tokens", "--runs", "--say", "--url"],
         "serve": [
             *("--adapter", "--base", "--database", "--force", "--host", "--key", "--port", "--routes", "--runs"),
             *("--set", "--tls-cert", "--tls-key"),

@@ -10,6 +10,7 @@ import torch
 
 from tests.conftest import make_model
 from tunesmith.inference.transformers_engine import TransformersEngine
+from tunesmith.models import packed
 from tunesmith.models.machine import Machine
 from tunesmith.models.resolve import resolve
 from tunesmith.models.section import ModelSection
@@ -51,8 +52,11 @@ def alone(model: Any, ids: list[int], limit: int, stops: list[int]) -> list[int]
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize("shared", [0, 12])
-def test_answers_are_those_of_transformers(tmp_path: Path, architecture: str, shared: int) -> None:
+@pytest.mark.parametrize(("shared", "few"), [(0, False), (12, False), (12, True)])
+def test_answers_are_those_of_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, shared: int, few: bool
+) -> None:
+    monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
     made = engine(make_model(tmp_path, architecture=architecture, **FAMILIES[architecture]))
     given = prompts(shared)
     free = [alone(made.model, ids, 10, []) for ids in given]

@@ -13,8 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
+from tunesmith.models import packed
 from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu, products
-from tunesmith.models.packed import PackedForward, best_fit, common_beginning
+from tunesmith.models.packed import PackedForward, best_fit, common_beginning, pack
+from tunesmith.models.shapes import rounded
 
 
 def rows(shared: int = 0) -> list[Rendered]:
@@ -52,10 +54,11 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-@pytest.mark.parametrize(("tied", "shared"), [(True, 0), (False, 12)])
+@pytest.mark.parametrize(("tied", "shared", "few"), [(True, 0, False), (False, 12, False), (True, 12, True)])
 def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
-    tmp_path: Path, architecture: str, tied: bool, shared: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, tied: bool, shared: int, few: bool
 ) -> None:
+    monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
     extra, fused = FAMILIES[architecture]
     folder = make_model(tmp_path, architecture=architecture, tie_word_embeddings=tied, **extra)
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
@@ -63,7 +66,8 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
     assert forward.packed, forward.why
     assert forward.why.partition("fused: ")[2] == fused
     batch = forward.pack(rows(shared))
-    assert batch.layout.families[0].shared == shared and len(batch.ids_T) == sum(map(len, rows())) + shared
+    count = sum(map(len, rows())) + shared
+    assert batch.layout.families[0].shared == shared and len(batch.ids_T) == (rounded(count) if few else count)
     nll_N = forward.nll(batch)
     assert len(nll_N) == sum(r.trained for r in rows(shared))
     nll_N.sum().backward()
@@ -110,6 +114,21 @@ def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:
         nll_N = forward.nll(forward.pack(rows(12)))
         total = torch.stack([plain_loss(model, row) for row in rows(12)]).sum()
         torch.testing.assert_close(nll_N.sum(), total, rtol=1e-4, atol=1e-4)
+
+
+def test_filled_up_packs_have_few_shapes() -> None:
+    """What bfloat16 products are compiled for; and filling costs little."""
+    random = torch.Generator().manual_seed(0)
+    shapes, tokens, laid = set(), 0, 0
+    for _ in range(200):
+        lengths = torch.randint(20, 90, (12,), generator=random).tolist()
+        batch = pack(
+            [Rendered([1] * 30 + [2 + i] * n, [0.0] * 30 + [1.0] * n) for i, n in enumerate(lengths)], few=True
+        )
+        shapes |= {(len(batch.ids_T),)} | {(g.rows, g.length, g.before) for g in batch.layout.groups(None)[0]}
+        tokens, laid = tokens + 30 + sum(lengths), laid + len(batch.ids_T)
+    assert len(shapes) < 60
+    assert laid < 1.08 * tokens
 
 
 def double(*shape: int) -> torch.Tensor:

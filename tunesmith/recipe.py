@@ -28,6 +28,7 @@ from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer", "parallel": "parallel"}
+ENGINES = {"data": "data_engine", "serve": "serving"}  # the same, of `engine`, by the section that it stands in
 LISTS = {"trackers": "tracker", "keep": "keep", "guards": "guard"}  # keys that hold a list of such
 # Keys that hold plugins by name, and their point.
 TABLES = {"clean": "clean"}
@@ -177,8 +178,10 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = _get(here, key, override)
         if inner is None:
-            inner = here[key] = {"kind": TrainSection.model_fields[key].default} if key in POINTS else {}
-        elif isinstance(inner, str) and (key == "model" or key in POINTS):
+            section = {"data": DataSection, "serve": ServeSection}.get(keys[0], TrainSection)
+            picks = _point(key, keys[0]) and key in section.model_fields
+            inner = here[key] = {"kind": section.model_fields[key].default} if picks else {}
+        elif isinstance(inner, str) and (key == "model" or _point(key, keys[0])):
             inner = here[key] = {"name" if key == "model" else "kind": inner}
         here = inner
     last: Any = keys[-1]
@@ -192,6 +195,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             fix="Set the value itself, or check the key: tunesmith schema.",
         )
     here[last] = value
+
+
+def _point(key: int | str, top: int | str) -> str | None:
+    """The extension point of a key that picks one plugin by `kind`; `top` is the section that it stands in."""
+    return ENGINES.get(str(top)) if key == "engine" else POINTS.get(str(key))
 
 
 def _get(here: Any, key: str, override: str) -> Any:
@@ -261,8 +269,8 @@ def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
         point = LISTS.get(part)
         field = here.model_fields.get(str(part))
         here = _section_in(field.annotation) if field else None
-        if here is Section and part in POINTS and isinstance(raw, dict):
-            here = plugins.load(POINTS[str(part)], raw["kind"])
+        if here is Section and (one := _point(part, loc[0])) and isinstance(raw, dict):
+            here = plugins.load(one, raw["kind"])
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, Section) else []
 
 

@@ -96,10 +96,10 @@ class Far:
         )
 
 
-def once(result: Result, text: str, base: bool, limit: int) -> dict[str, str]:
+def once(result: Result, text: str, base: bool, limit: int, engine: str = "transformers") -> dict[str, str]:
     """One message, one answer: the tuned model's, and the base's where that is asked for."""
-    answers = {"prompt": text, "tuned": result.chat(text, max_new_tokens=limit)}
-    return answers | ({"base": result.chat(text, base=True, max_new_tokens=limit)} if base else {})
+    answers = {"prompt": text, "tuned": result.chat(text, max_new_tokens=limit, engine=engine)}
+    return answers | ({"base": result.chat(text, base=True, max_new_tokens=limit, engine=engine)} if base else {})
 
 
 def once_with(chatter: Talker, text: str, limit: int) -> dict[str, str]:
@@ -107,10 +107,11 @@ def once_with(chatter: Talker, text: str, limit: int) -> dict[str, str]:
     return {"prompt": text, "model": chatter.model, "answer": chatter.reply(text, [], lambda _: None, limit)}
 
 
-def talk(result: Result, base: bool, limit: int) -> None:
+def talk(result: Result, base: bool, limit: int, engine: str = "transformers") -> None:
     """Talk with a run's model."""
     say("Loading the model")
-    talk_with({"tuned": result.chatter()} | ({"base": result.chatter(base=True)} if base else {}), limit)
+    sides = {"tuned": False, "base": True} if base else {"tuned": False}
+    talk_with({side: result.chatter(is_base, engine) for side, is_base in sides.items()}, limit)
 
 
 def talk_with(chatters: Mapping[str, Any], limit: int) -> None:

@@ -161,7 +161,7 @@ class Reply:
         state = self.request.app.state.tunesmith
         total = self.started.prompt_tokens + self.tokens
         self.request.state.about.update(
-            model=self.asked.model,
+            model=self.asked.model[:200],
             by=self.started.model,
             prompt_tokens=self.started.prompt_tokens,
             completion_tokens=self.tokens,
@@ -181,7 +181,7 @@ class Reply:
                 project=self.who.project,
                 key=self.who.key,
                 served_by=self.started.model if self.started.model != self.asked.model else None,
-                user=self.asked.user,
+                user=self.asked.user[:255] if self.asked.user else None,
                 status=status,
                 prompt_tokens=self.started.prompt_tokens,
                 completion_tokens=self.tokens,
@@ -209,7 +209,7 @@ async def begin(request: Request, who: Any, asked: Asked, kind: str, prefix: str
         ApiError, Refused, EngineError: it can't be had.
     """
     state = request.app.state.tunesmith
-    request.state.about["model"] = asked.model
+    request.state.about["model"] = asked.model[:200]
     await admit(request, who)
     began = time.perf_counter()
     started = await until_gone(request, state.serving.start(asked, kind, who.project, who.key))

@@ -4,40 +4,18 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
 from tunesmith.api.errors import ApiError
+from tunesmith.store.callers import Caller, Role
 
-ROLES = ("viewer", "runner", "admin")
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who calls: a key, its project, and what it may do.
-
-    Attributes:
-        key: the key's id, never the key itself.
-        role: viewer (reads), runner (asks models, trains), admin (everything).
-        scopes: what the key is held to; everything that its role may, where it is empty.
-        rpm, token_quota: requests a minute and tokens a day; None is no limit but the server's.
-    """
-
-    key: str
-    project: str = "default"
-    role: str = "admin"
-    scopes: frozenset[str] = frozenset()
-    rpm: int | None = None
-    token_quota: int | None = None
+LOCAL = Caller("local", "default", "admin")
 
 
-LOCAL = Caller("local")
-
-
-async def caller(request: Request) -> Any:
+async def caller(request: Request) -> Caller:
     """The caller of a request, by its Bearer key.
 
     Where the server has neither keys nor a store, everybody on this machine is let in, and nobody else.
@@ -59,8 +37,9 @@ async def caller(request: Request) -> Any:
         )
     for number, known in enumerate(state.keys):
         if hmac.compare_digest(known.encode(), secret.encode()):
-            return Caller(f"key-{number}")
-    found = await run_in_threadpool(state.store.keys.caller, secret) if state.store is not None else None
+            return Caller(f"key-{number}", "default", "admin")
+    known_to = state.store.keys.caller if state.store is not None else None
+    found: Caller | None = await run_in_threadpool(known_to, secret) if known_to else None
     if found is None:
         raise ApiError(401, f"Incorrect API key provided: {_shown(secret)}.", code="invalid_api_key")
     request.state.about["key"] = found.key
@@ -77,23 +56,20 @@ def _shown(secret: str) -> str:
     return f"{secret[:3]}...{secret[-4:]}" if len(secret) > 12 else "..."
 
 
-Called = Annotated[Any, Depends(caller)]
+Called = Annotated[Caller, Depends(caller)]
 
 
-def needs(role: str, scope: str | None = None) -> Callable[..., Any]:
+def needs(role: Role, scope: str | None = None) -> Callable[..., Any]:
     """A dependency that gives the caller where it has this role or a higher one, and this scope.
 
     Raises:
         ApiError: 403: it has not.
     """
 
-    async def allowed(found: Called) -> Any:
-        if ROLES.index(found.role) < ROLES.index(role):
-            raise ApiError(403, f"Your key may not do this: it takes the role {role}.", code="insufficient_permissions")
-        if scope is not None and found.scopes and scope not in found.scopes:
-            raise ApiError(
-                403, f"Your key may not do this: it lacks the scope {scope}.", code="insufficient_permissions"
-            )
+    async def allowed(found: Called) -> Caller:
+        lacks = found.lacks(role, scope)
+        if lacks:
+            raise ApiError(403, f"Your key may not do this: it takes {lacks}.", code="insufficient_permissions")
         return found
 
     return Depends(allowed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tunesmith.conversation.message import Message
 from tunesmith.serve.asked import Asked
@@ -79,15 +79,27 @@ class ChatMessage(Body):
 def _parsed(arguments: str) -> Any:
     """A call's arguments as an object, which is what templates take."""
     try:
-        return json.loads(arguments or "{}")
+        return _writable(json.loads(arguments or "{}"))
     except ValueError:
         return arguments
+
+
+def _writable(value: Any) -> Any:
+    """Half a letter (a lone surrogate) is in no text, so no template can write it."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half of a letter (a lone surrogate)") from None
+    return value
+
+
+Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
 
 
 class Function(Body):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Schema | None = None
     strict: bool | None = None
 
 
@@ -110,7 +122,7 @@ class JsonSchema(BaseModel):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
+    schema_: Schema = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 
@@ -255,7 +267,7 @@ class EmbeddingBody(Body):
 def prompts(given: str | list[Any]) -> tuple[str | list[int], ...]:
     """One or many, as texts or as token ids."""
     if isinstance(given, str) or isinstance(given[0], int):
-        return (given,)  # type: ignore[return-value]
+        return (given,)
     return tuple(given)
 
 

@@ -89,6 +89,8 @@ def told(error: Exception) -> ApiError:
         return _of_engine(error)
     if isinstance(error, TunesmithError):
         return ApiError(400, error.what)
+    if isinstance(error, RecursionError):
+        return ApiError(400, "The request is nested too deep.", code="invalid_json")
     log.error("unexpected error", exc_info=error)
     return ApiError(500, OURS)
 

@@ -10,6 +10,7 @@ import time
 import uuid
 from typing import Any
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from tunesmith.api.errors import TOO_LARGE, told
@@ -52,7 +53,7 @@ class Frame:
 
         try:
             await self.app(scope, receive, framed)
-        except (asyncio.CancelledError, OSError):  # the client has gone, or the server goes
+        except (asyncio.CancelledError, ClientDisconnect):  # the client has gone, or the server goes
             status = status or 499
             raise
         except Exception as error:

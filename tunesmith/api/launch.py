@@ -17,6 +17,8 @@ except ImportError as error:
         f"serving needs {error.name}, which is not installed", fix="pip install 'tunesmith[serve]'"
     ) from error
 from tunesmith.api.opening import Opening, settings_of
+from tunesmith.serve.remote import is_endpoint
+from tunesmith.serve.routes import named, read
 from tunesmith.serve.serving import Serving
 
 
@@ -49,12 +51,17 @@ def launch(
         if not mark:
             raise RunError("names no adapter", where=f"--adapter {given}", fix="Write --adapter NAME=FOLDER.")
         names.append(opening.adapter(name, Path(folder).expanduser()))
+    for name in named(dict(settings.routes) | read(routes)):
+        if name not in names and name not in opening.models and not is_endpoint(name):
+            names.append(opening.open(name))
     store = None
     if database:
         from tunesmith import store as stores
 
         store = stores.open(database)
-    state = State(settings, Serving(settings, opening.models, routes), keys=tuple(keys), store=store)
+    serving = Serving(settings, opening.models, routes)
+    serving.fetch = opening.fetch
+    state = State(settings, serving, keys=tuple(keys), store=store)
     scheme = "https" if certificate else "http"
     say(f"Serving {', '.join(names)} at {scheme}://{host}:{port} (Ctrl+C stops)")
     serve(state, host, port, certificate, private_key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,6 @@ class Opening:
     """Models that are being put together.
 
     Args:
-        engine: what runs models, where the settings say nothing else.
         force: serve what the gate holds, too; the run records it.
         base: the base of adapters that name none.
     """
@@ -52,6 +52,15 @@ class Opening:
         if (folder / "adapter_config.json").is_file():
             return self.adapter(name or folder.name, folder)
         return self._base(_resolved(given), name or _short(given)).name
+
+    async def fetch(self, name: str) -> None:
+        """Open a target while others answer.
+
+        Raises:
+            TunesmithError: as `open`.
+        """
+        await asyncio.to_thread(self.open, name)
+        await self.models.begin()
 
     def adapter(self, name: str, folder: Path) -> str:
         """Put an adapter's folder among the models, on the base that it names or the first that is there."""

@@ -15,8 +15,6 @@ import uvicorn
 from tunesmith.api.app import State, build
 from tunesmith.errors import RunError
 
-GRACE = 60  # seconds that answers may take to finish when the server is told to stop
-
 
 class Server(uvicorn.Server):
     """uvicorn's, which says that it is not ready as soon as it is told to stop."""
@@ -75,7 +73,7 @@ def serve(
         access_log=False,
         ssl_certfile=certificate,
         ssl_keyfile=private_key,
-        timeout_graceful_shutdown=GRACE,
+        timeout_graceful_shutdown=round(state.settings.deadline),
         server_header=False,
     )
     server = Server(config)

@@ -17,11 +17,11 @@ from tunesmith.errors import TunesmithError, first_line
 
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
+for verb in (serving.serve, serving.promote, serving.rollback):
+    app.command()(verb)
 app.command("up")(service.up)
 app.add_typer(service.keys_app, name="keys")
 app.command("audit")(service.audit)
-for verb in (serving.serve, serving.promote, serving.rollback):
-    app.command()(verb)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, Self
 
 from tunesmith.errors import MachineError, ModelError, TunesmithError
 
@@ -40,7 +40,7 @@ class Child:
         self.ended = asyncio.create_task(process.wait())
 
     @classmethod
-    async def start(cls, module: str, told: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Child:
+    async def start(cls, module: str, told: Mapping[str, Any], environment: Mapping[str, str] | None = None) -> Self:
         """Start `python -m module`, tell it, and wait until it says that it is ready.
 
         A folder of its own, for sockets, is among what it is told.

@@ -21,12 +21,14 @@ from tunesmith.conversation.render import Rendered
 from tunesmith.inference.engine import Sampling
 from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras
 from tunesmith.models.packed import REFUSALS, PackedForward
+from tunesmith.models.shapes import rounded, rounded_rows
 
 ATTENTION = "tunesmith_decode"
 CACHE_BYTES, BATCH_ROWS = 2**30, 128  # of a batch's keys and values; of its prompts
 READ_TOKENS = 2048  # of prompts in one forward pass
 
-_hidden_BS: ContextVar[Tensor] = ContextVar("-inf where a row's keys are padding, 0 elsewhere")
+_hidden_BS: ContextVar[Tensor] = ContextVar("-inf where a row's keys are padding or not there yet, 0 elsewhere")
+_filled: ContextVar[int] = ContextVar("how many keys there are")
 
 
 class _Read(DynamicLayer):
@@ -38,11 +40,15 @@ class _Read(DynamicLayer):
 
 
 class _Buffer(DynamicLayer):
-    """Keys and values [B, G, S, D] with room for S tokens, of which `filled` are there."""
+    """Keys and values [B, G, S, D] with room for S tokens, of which `filled` are there.
 
-    def __init__(self, parts: Sequence[tuple[_Read, Tensor]], room: int) -> None:
+    Args:
+        few: whether what is handed out has one of few lengths, with zeros after what is there.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Read, Tensor]], room: int, few: bool) -> None:
         super().__init__()
-        self.filled = parts[0][1].shape[1]
+        self.filled, self.few = parts[0][1].shape[1], few
         self.keys = _spread([(read.keys, take_BW) for read, take_BW in parts], room)
         self.values = _spread([(read.values, take_BW) for read, take_BW in parts], room)
         self.is_initialized = True
@@ -50,7 +56,8 @@ class _Buffer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         self.keys[:, :, self.filled], self.values[:, :, self.filled] = key_states[:, :, 0], value_states[:, :, 0]
         self.filled += 1
-        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+        shown = rounded(self.filled) if self.few else self.filled
+        return self.keys[:, :, :shown], self.values[:, :, :shown]
 
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
@@ -59,7 +66,7 @@ class _Buffer(DynamicLayer):
 def _spread(parts: Sequence[tuple[Tensor, Tensor]], room: int) -> Tensor:
     """Packed [1, G, T, D], each with the places [B, W] of its rows' tokens -> [all B, G, W + room, D]."""
     like, width = parts[0][0], parts[0][1].shape[1]
-    buffer = like.new_empty(sum(len(take) for _, take in parts), like.shape[1], width + room, like.shape[3])
+    buffer = like.new_zeros(sum(len(take) for _, take in parts), like.shape[1], width + room, like.shape[3])
     start = 0
     for x, take_BW in parts:
         found = x[0].index_select(1, take_BW.flatten()).unflatten(1, take_BW.shape)
@@ -80,7 +87,7 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """One new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]."""
     refuse_extras(others)
-    first = max(0, key.shape[2] - sliding_window) if sliding_window is not None else 0
+    first = max(0, _filled.get() - sliding_window) if sliding_window is not None else 0
     hidden = _hidden_BS.get()[:, None, None, first : key.shape[2]]
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = torch.matmul(q, key[:, :, first:].transpose(2, 3)) + hidden
@@ -130,20 +137,29 @@ class Decoder:
         is done, in prompts."""
         logits, past, positions, hidden_BS = self._read(prompts, max_new_tokens)
         alive = torch.arange(len(prompts))
+        ended: set[int] = set()
         answers: list[list[int]] = [[] for _ in prompts]
         for step in range(max_new_tokens):
             tokens = (noise(logits, alive.tolist()) if noise else logits).argmax(-1)
-            going = []
+            going, over = [], 0
+            filling = []  # rows that have ended, and stay where a batch is to have one of few sizes
             for place, (number, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
+                if number in ended:
+                    filling.append(place)
+                    continue
                 answers[number].append(token)
-                if token not in stop_ids:
+                if token in stop_ids:
+                    ended.add(number)
+                    filling.append(place)
+                    over += 1
+                else:
                     going.append(place)
-            over = len(alive) - len(going)
             tick((len(going) + over * (max_new_tokens - step)) / max_new_tokens)
             if not going or step == max_new_tokens - 1:
                 break
-            if len(going) < len(alive):
-                kept = torch.tensor(going)
+            size = rounded_rows(len(going)) if self.forward.few else len(going)
+            if size < len(alive):
+                kept = torch.tensor(going + filling[: size - len(going)])
                 alive, tokens = alive[kept], tokens[kept.to(tokens.device)]
                 kept = kept.to(positions.device)
                 positions, hidden_BS = positions[kept], hidden_BS[kept]
@@ -168,8 +184,9 @@ class Decoder:
 
     def _read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """Next-token logits [B, V], the cache, each row's next position [B] and its hidden keys [B, S]."""
-        before = len(self.forward.virtual_ids)
+        before, few = len(self.forward.virtual_ids), self.forward.few
         device, width = self.forward.device, before + max(map(len, prompts))
+        room = rounded(width + room) - width if few else room
         length_B = torch.tensor([before + len(p) for p in prompts], device=device)
         self.model.set_attn_implementation(self.forward.attention)
         hidden, reads, takes = [], [], []
@@ -185,14 +202,17 @@ class Decoder:
             reads.append(read)
             takes.append(_places(batch.layout, width))
         layers = zip(*(read.layers for read in reads), strict=True)
-        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True)), room) for layer in layers])
-        padding = torch.arange(width + room, device=device) < (width - length_B)[:, None]
-        hidden_BS = torch.zeros(padding.shape, device=device, dtype=x.dtype).masked_fill_(padding, -torch.inf)
+        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True)), room, few) for layer in layers])
+        at_S = torch.arange(width + room, device=device)
+        absent = (at_S < (width - length_B)[:, None]) | (at_S >= width)
+        hidden_BS = torch.zeros(absent.shape, device=device, dtype=x.dtype).masked_fill_(absent, -torch.inf)
         return self.model.get_output_embeddings()(torch.cat(hidden)), past, length_B, hidden_BS
 
     def _step(self, tokens_B: Tensor, past: Cache, positions_B: Tensor, hidden_BS: Tensor) -> Tensor:
         self.model.set_attn_implementation(ATTENTION)
-        with _set(_hidden_BS, hidden_BS):
+        filled = past.layers[0].filled
+        hidden_BS[:, filled] = 0
+        with _set(_hidden_BS, hidden_BS), _set(_filled, filled + 1):
             hidden = self.forward.backbone(
                 input_ids=tokens_B[:, None], position_ids=positions_B[:, None], past_key_values=past, use_cache=True
             ).last_hidden_state[:, 0]
@@ -241,7 +261,7 @@ def _places(layout: Layout, width: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _set(variable: ContextVar[Tensor], value: Tensor) -> Iterator[None]:
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
     token = variable.set(value)
     try:
         yield

@@ -114,7 +114,7 @@ class LlamaCpp(EngineSection):
         draft = _resolved(self.draft) if self.draft else None
         settings = Settings(
             model=file or model.path,
-            base=model.path,
+            base=model,
             precision="q8_0" if self.precision == "auto" else self.precision,
             context=self.tokens(model),
             slots=self.slots,
@@ -133,6 +133,8 @@ class Transformers(EngineSection):
     kind: Literal["transformers"] = "transformers"
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the weights; `auto` is what is quicker on this machine."""
+    prefix_mb: int = Field(256, ge=0)
+    """MiB for keys and values of earlier prompts, whose beginnings are not read again."""
 
     def build(self, name: str, model: ResolvedModel) -> ServingEngine:
         from tunesmith.inference.transformers_serving import TransformersServing
@@ -141,11 +143,16 @@ class Transformers(EngineSection):
 
 
 class Vllm(EngineSection):
-    """A vLLM server, started and watched."""
+    """A vLLM server, started and watched; or one that runs already."""
 
     kind: Literal["vllm"] = "vllm"
     command: tuple[str, ...] = ("vllm", "serve")
     """What starts it."""
+    url: str | None = None
+    """A server that runs already (http://host:8000) in place of one that is started: vLLM, or any OpenAI-compatible
+    one whose /v1/completions takes token ids and whose tokenizer is this model's."""
+    model: str | None = None
+    """The model's name at `url`."""
     arguments: tuple[str, ...] = ()
     """Further arguments of `vllm serve`."""
     max_loras: int = Field(8, ge=1)

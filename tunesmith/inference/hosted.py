@@ -41,7 +41,7 @@ class Hosted:
     def __init__(self, name: str, context: int, slots: int, queue: int) -> None:
         self.name, self.context, self.slots, self.queue = name, context, slots, queue
         self.waiting = 0
-        self.restarts = 0
+        self.restarts = self._in_a_row = 0
         self._free = asyncio.Semaphore(slots)
         self._child: Child | None = None
         self._state: Health = "starting"
@@ -81,6 +81,9 @@ class Hosted:
         if len(request.prompt) >= self.context:
             raise TooLong(len(request.prompt), self.context)
         self._named(request.adapter)
+        if request.max_new_tokens < 1:
+            yield Piece("", finish="length")
+            return
         async with self._slot():
             self._named(request.adapter)  # it may have gone while this one waited
             child = self._here()
@@ -94,7 +97,8 @@ class Hosted:
 
     def down(self) -> EngineDown:
         """The error for a request whose process has gone."""
-        return EngineDown(f"the engine of '{self.name}' is {self._state} and will answer again in a moment")
+        what = "has ended and is being started again" if self._state != "starting" else "has not started yet"
+        return EngineDown(f"the engine of '{self.name}' {what}", fix="Ask again in a moment.")
 
     def _here(self) -> Child:
         if self._child is None:
@@ -150,13 +154,15 @@ class Hosted:
         self._child, self._state = None, "restarting"
         log.warning("the engine of '%s' ended (code %s); starting it again\n%s", self.name, code, child.last_words)
         await child.end(patience=0)
-        quick = time.monotonic() - began < STEADY
+        if time.monotonic() - began > STEADY:
+            self._in_a_row = 0
         failures = 0
         while not self._closing:
-            await asyncio.sleep(WAITS[min(failures + self.restarts * quick, len(WAITS) - 1)])
-            self.restarts += 1
+            await asyncio.sleep(WAITS[min(self._in_a_row, len(WAITS) - 1)])
+            self.restarts, self._in_a_row = self.restarts + 1, self._in_a_row + 1
             try:
                 async with self._changing:
+                    self._adapters = {name: path for name, path in self._adapters.items() if path.exists()}
                     self._adopt(await self._launch(self._adapters))
                 return
             except TunesmithError as error:

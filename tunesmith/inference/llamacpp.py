@@ -24,6 +24,8 @@ from tunesmith.inference.hosted import Hosted
 from tunesmith.inference.served import EngineError, GrammarError, Piece, Request, TokenLogprob, TooLong, UnknownAdapter
 from tunesmith.inference.slots import Slots
 from tunesmith.inference.sse import events, told_error
+from tunesmith.models.load import refuse_anothers
+from tunesmith.models.resolve import ResolvedModel
 
 HOST = "tunesmith.inference.llamacpp_host"
 GONE = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.IncompleteReadError)
@@ -35,13 +37,13 @@ class Settings:
 
     Attributes:
         model: a GGUF file, or a folder that one is made of, in `precision`.
-        base: the folder whose config.json adapters are read with.
+        base: the model as a folder, which adapters are made for.
         context: tokens of each slot; keys and values take slots x context.
         draft: a smaller model (file or folder) that proposes up to `draft_tokens` at a time.
     """
 
     model: Path
-    base: Path
+    base: ResolvedModel
     precision: str
     context: int
     slots: int
@@ -81,6 +83,7 @@ class LlamaCppEngine(Hosted):
     async def load_adapter(self, name: str, path: Path) -> None:
         if not (path / "adapter_config.json").is_file() and path.suffix != ".gguf":
             raise ModelError("holds no adapter", where=str(path), fix="Give the folder that holds adapter_config.json.")
+        refuse_anothers(self._settings.base, path)
         await self._with({**self._adapters, name: path})
 
     async def unload_adapter(self, name: str) -> None:
@@ -113,7 +116,7 @@ class LlamaCppEngine(Hosted):
         of = self._settings
         told = {
             "model": str(of.model),
-            "base": str(of.base),
+            "base": str(of.base.path),
             "precision": of.precision,
             "context": of.context,
             "slots": of.slots,

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.models import cuda
+from tunesmith.models.shapes import rounded, rounded_rows
 
 LONGEST_KEPT = 512  # keys; with more of them the probabilities outgrow the other activations
 KEYS_AT_ONCE = 16_384  # of the rows of one group: each has its own copy of what they share
@@ -36,7 +37,7 @@ class Group:
 
     Attributes:
         at, before: where in the sequence the tokens lie that each of these rows also sees, and how many they are.
-        rows: B.
+        rows: B; with those that only fill the group up.
         take: [B * L] where the tokens lie in the sequence; padding repeats the row's last one.
         real: which of those B * L are no padding.
         seen_LK: whether a query sees a key. Padding lies after all that a real token sees.
@@ -103,10 +104,17 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows lie in a sequence: family after family, what its rows begin with, then each row's other tokens."""
+    """How rows lie in a sequence: family after family, what its rows begin with, then each row's other tokens.
+
+    Attributes:
+        padding: tokens after the last row, which only see one another.
+        few: whether groups are filled up to sizes that come again.
+    """
 
     families: list[Family]
     device: torch.device | str = "cpu"
+    padding: int = 0
+    few: bool = False
     _plans: dict[int | None, tuple[list[Group], Tensor]] = field(default_factory=dict, repr=False)
 
     @property
@@ -121,8 +129,11 @@ class Layout:
 
     @cached_property
     def spans(self) -> list[Span]:
-        """Everything that attends by itself, in the sequence's order: what a family begins with, then its rows."""
-        return [span for first, spans in self._families for span in ([first] if first else []) + spans]
+        """Everything that attends by itself, in the sequence's order: what a family begins with, then its rows;
+        the padding."""
+        found = [span for first, spans in self._families for span in ([first] if first else []) + spans]
+        end = found[-1].start + found[-1].length
+        return [*found, Span(end, self.padding, 0, 0)] if self.padding else found
 
     @cached_property
     def _families(self) -> list[tuple[Span | None, list[Span]]]:
@@ -158,11 +169,15 @@ class Layout:
         return groups, torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=self.device))
 
     def _group(self, spans: list[Span], window: int | None) -> Group:
-        at, before = spans[0].at, spans[0].before
+        start, _, at, before = spans[0]
+        longest = max(span.length for span in spans)
+        if self.few:
+            longest = rounded(longest)
+            spans = spans + [Span(start, 0, at, before)] * (rounded_rows(len(spans)) - len(spans))
         start_B1 = torch.tensor([[span.start] for span in spans], device=self.device)
         length_B1 = torch.tensor([[span.length] for span in spans], device=self.device)
-        at_L = torch.arange(int(length_B1.max()), device=self.device)
-        take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1)
+        at_L = torch.arange(longest, device=self.device)
+        take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1).clamp_min(0)
         seen_LK = _mask(len(at_L), before + len(at_L), window, self.device)
         return Group(at, before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], seen_LK)
 

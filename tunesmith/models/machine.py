@@ -99,7 +99,7 @@ def machine() -> Machine:
     if os.environ.get(ISA) == os.environ.get(OUR_ISA):  # a parent's, for programs that don't look
         os.environ.pop(ISA, None)
     seen = [os.environ.get(name) for name in (ISA, "CUDA_VISIBLE_DEVICES")]
-    mark = hash_json(["tiles told", cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
+    mark = hash_json(["few shapes", cpu_name(), _flags(), cores, versions().get("torch"), seen])[:16]
     file = cache_folder() / f"machine-{mark}.json"
     try:
         found = Machine(**json.loads(file.read_text()))
@@ -130,8 +130,6 @@ def _probe(cores: int) -> Machine:
     gains = found["bfloat16"] > BFLOAT16_MUST_GAIN * found["float32"]
     cuda_is_fast = bool(found.pop("cuda_bfloat16", False))
     fast = cuda_is_fast if cuda else gains
-    if tiles and not cuda:  # oneDNN then compiles its kernels anew for each shape: a loss where rows are short
-        fast = False
     rates = {name: round(rate, 1) for name, rate in found.items()}
     return Machine(cpu_name(), cores, "cuda" if cuda else "cpu", "bfloat16" if fast else "float32", rates, isa, tiles)
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from tunesmith import __version__
 from tunesmith.errors import MachineError
 from tunesmith.inference.served import TokenLogprob
 from tunesmith.serve.asked import Call, Delta
 from tunesmith.serve.section import CacheSection
 
-PREFIX = "tunesmith:answer:"
+PREFIX = f"tunesmith:{__version__}:answer:"
 
 
 class Cache(Protocol):
@@ -77,10 +78,10 @@ class InRedis:
         from redis.exceptions import RedisError
 
         try:
-            found: bytes | None = await self._redis.get(PREFIX + key)
+            found: Any = await self._redis.get(PREFIX + key)
         except (RedisError, OSError):
             return None
-        return found
+        return bytes(found) if found is not None else None
 
     async def put(self, key: str, value: bytes) -> None:
         from redis.exceptions import RedisError

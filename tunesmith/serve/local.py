@@ -35,7 +35,8 @@ class Local:
             Refused: it does not fit, or names a tool that is not there.
         """
         renderer = served.renderer
-        format = format_of(renderer) if asked.tools or any(m.more for m in asked.messages) else Format()
+        of_tools = asked.tools or any(m.more or m.role == "tool" for m in asked.messages)
+        format = format_of(renderer) if of_tools else Format()
         schema = forced(asked, format)
         tools = asked.tools if asked.tool_choice != "none" else ()
         prefix = ""

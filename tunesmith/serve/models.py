@@ -66,6 +66,7 @@ class Models:
     def __init__(self) -> None:
         self._served: dict[str, Served] = {}
         self._later: list[tuple[str, str, Path, dict[str, Any]]] = []
+        self._started: set[int] = set()
         self._changing = asyncio.Lock()
 
     def __iter__(self) -> Iterator[Served]:
@@ -165,20 +166,33 @@ class Models:
         return {engine.name: engine.health() for engine in self.engines}
 
     async def __aenter__(self) -> Models:
-        engines = self.engines
-        started = await asyncio.gather(*(e.start() for e in engines), return_exceptions=True)
-        wrong = [error for error in started if isinstance(error, BaseException)]
-        if wrong:
-            await self.__aexit__()
-            raise wrong[0]
         try:
-            while self._later:
-                name, base, adapter, about = self._later.pop(0)
-                await self.add(name, base, adapter, **about)
+            await self.begin()
         except BaseException:
             await self.__aexit__()
             raise
         return self
+
+    async def begin(self) -> None:
+        """Start the engines that have not started, and load the adapters that wait for them.
+
+        Raises:
+            TunesmithError: one can't; what it should have answered for is not there then.
+        """
+        engines = [engine for engine in self.engines if id(engine) not in self._started]
+        self._started |= {id(engine) for engine in engines}
+        results = await asyncio.gather(*(e.start() for e in engines), return_exceptions=True)
+        for engine, error in zip(engines, results, strict=True):
+            if isinstance(error, BaseException):
+                self._served = {name: s for name, s in self._served.items() if s.engine is not engine}
+                await engine.close()
+        wrong = [error for error in results if isinstance(error, BaseException)]
+        if wrong:
+            self._later.clear()
+            raise wrong[0]
+        while self._later:
+            name, base, adapter, about = self._later.pop(0)
+            await self.add(name, base, adapter, **about)
 
     async def __aexit__(self, *_: object) -> None:
         await asyncio.gather(*(engine.close() for engine in self.engines), return_exceptions=True)
@@ -186,7 +200,7 @@ class Models:
 
 def unknown(name: str, known: Any) -> Refused:
     return Refused(
-        f"The model '{name}' does not exist or you do not have access to it{nearest(name, known)}.",
+        f"The model '{name[:200]}' does not exist or you do not have access to it{nearest(name[:200], known)}.",
         status=404,
         code="model_not_found",
         param="model",

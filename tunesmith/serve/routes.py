@@ -56,6 +56,12 @@ def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
+def named(routes: Mapping[str, RouteSection]) -> list[str]:
+    """The models that get requests by these routes."""
+    every = [m for r in routes.values() for m in (*(v for v, w in r.versions.items() if w), *r.fallback, r.shadow) if m]
+    return list(dict.fromkeys(every))
+
+
 def read(path: Path) -> dict[str, RouteSection]:
     """The routes of a file; none where there is none.
 

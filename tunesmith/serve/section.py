@@ -109,7 +109,7 @@ class ServeSection(Section):
     """How much each key may ask."""
     cache: CacheSection | None = None
     """Give answers again; not at all, if not given."""
-    guards: tuple[plugins.field("guard"), ...] = ()  # type: ignore[misc]
+    guards: tuple[plugins.field("guard"), ...] = ()  # type: ignore[valid-type]
     """What may go in and come out."""
     retrieve: RetrieveSection | None = None
     """Put passages of documents into prompts."""

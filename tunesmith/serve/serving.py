@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +37,9 @@ class Serving:
 
     Args:
         routes_file: as `tunesmith promote` writes it; read again when it changes.
+
+    Attributes:
+        fetch: opens a model by its name, where a route names one that is not there.
     """
 
     def __init__(self, settings: ServeSection, models: Models, routes_file: Path | None = None) -> None:
@@ -48,12 +51,15 @@ class Serving:
         self._file, self._seen, self._looked = routes_file, 0, 0.0
         self.routes: dict[str, RouteSection] = dict(settings.routes)
         self._shadows: set[asyncio.Task[None]] = set()
+        self._taking: asyncio.Task[None] | None = None
+        self.fetch: Callable[[str], Awaitable[None]] | None = None
         self._follow()
 
     async def close(self) -> None:
-        for task in self._shadows:
+        tasks = [*self._shadows, *([self._taking] if self._taking else [])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._shadows, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._remote.close()
 
     async def start(self, asked: Asked, route: str, project: str | None, key: str) -> Started:
@@ -117,10 +123,30 @@ class Serving:
             return
         self._seen = changed
         try:
-            self.routes = dict(self.settings.routes) | routes.read(self._file)
-            log.info("routes: %s", {name: dict(r.versions) for name, r in self.routes.items()})
+            found = dict(self.settings.routes) | routes.read(self._file)
         except TunesmithError as error:
             log.error("the routes stay as they were: %s", error)
+            return
+        missing = [m for m in routes.named(found) if m not in self.models and not is_endpoint(m)]
+        if missing and self.fetch is not None:
+            self._taking = asyncio.create_task(self._take(found, missing))
+        else:
+            self._taken(found)
+
+    async def _take(self, found: dict[str, RouteSection], missing: Sequence[str]) -> None:
+        """Take routes over once the models that they name are there; until then the old ones hold."""
+        assert self.fetch is not None
+        try:
+            for name in missing:
+                await self.fetch(name)
+        except TunesmithError as error:
+            log.error("the routes stay as they were: %s", error)
+        else:
+            self._taken(found)
+
+    def _taken(self, found: dict[str, RouteSection]) -> None:
+        self.routes = found
+        log.info("routes: %s", {name: dict(r.versions) for name, r in found.items()})
 
     async def _guarded_prompts(self, asked: Asked) -> tuple[Asked, list[str]]:
         """Completions' prompts that are texts are looked at as a user's are."""

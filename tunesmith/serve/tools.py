@@ -1,7 +1,7 @@
 """Tools: how a model's template writes calls, and how calls are read back from what the model writes.
 
-Nobody lists families here. The renderer is asked to write a call of a known tool; what stands before the call, after it,
-and what its keys are called is read off that text. For templates that write no tools there is a way of our own.
+No families are listed here. The renderer is asked to write a call of a known tool; what stands before the call and
+after it, and what its keys are called, is read off that text. For templates that write no tools there is a way of ours.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.serve.section import TrafficSection
 
 if TYPE_CHECKING:
-    from tunesmith.store.answers import Answered
     from tunesmith.store.database import Store
 
 log = logging.getLogger("tunesmith.serve")
@@ -74,7 +74,7 @@ class Traffic:
         async with self._writing:
             while self._waiting:
                 some, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
-                spent = Counter()  # type: ignore[var-annotated]
+                spent: Counter[str] = Counter()
                 for _, _, about in some:
                     spent[about["key"]] += about["prompt_tokens"] + about["completion_tokens"]
                 try:
@@ -89,26 +89,24 @@ class Traffic:
                     await asyncio.to_thread(self._store.traffic.forget, before)
 
     def _keep(self, some: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]], spent: Counter[str]) -> None:
+        from tunesmith.screen.hide import hidden
         from tunesmith.store.answers import Answered
 
         rows: list[Answered] = []
         for request, response, about in some:
             texts = {} if self._section.text == "none" else {"request": request, "response": response}
-            if self._section.text == "redacted":
-                texts = {side: _without(value) for side, value in texts.items()}
-            rows.append(Answered(**about, **texts))
+            change = hidden if self._section.text == "redacted" else str
+            rows.append(Answered(**about, **{side: _each(value, change) for side, value in texts.items()}))
         self._store.traffic.add(*rows)
         for key, tokens in spent.items():
             if tokens:
                 self._store.keys.spend(key, tokens)
 
 
-def _without(value: Any) -> Any:
-    """A JSON value with personal data and secrets taken out of its texts."""
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with its texts changed. The character 0, which PostgreSQL can't hold, is left out."""
     if isinstance(value, str):
-        from tunesmith.screen.hide import hidden
-
-        return hidden(value)
+        return change(value).replace("\0", "")
     if isinstance(value, list):
-        return [_without(v) for v in value]
-    return {k: _without(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return [_each(v, change) for v in value]
+    return {k: _each(v, change) for k, v in value.items()} if isinstance(value, dict) else value

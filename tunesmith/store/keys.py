@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import secrets
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
 from tunesmith.errors import RunError
 from tunesmith.store import ids
 from tunesmith.store.audit import record
+from tunesmith.store.callers import ROLES, Caller, Role
 from tunesmith.store.tables import Key, Project, User
 
 if TYPE_CHECKING:
@@ -20,36 +20,10 @@ if TYPE_CHECKING:
 
     from tunesmith.store.database import Store
 
-Role = Literal["viewer", "runner", "admin"]
-ROLES: tuple[Role, ...] = ("viewer", "runner", "admin")
 SCOPES = ("files", "jobs", "models", "chat", "feedback", "admin")
 DEFAULT_PROJECT = "default"
 FIRST = 0x6B657973  # of PostgreSQL's advisory locks, the one that who makes the first key holds
 USED_EVERY = 60  # seconds between notes of when a key was last used
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who calls.
-
-    Attributes:
-        key: the key's id.
-        role: viewer sees, runner also makes and removes, admin also hands out keys.
-        scopes: the parts of the service that the key is for; all, if empty.
-        rpm, token_quota: requests a minute and tokens in all; None where there is no limit.
-    """
-
-    key: str
-    project: str
-    role: Role
-    scopes: frozenset[str] = frozenset()
-    rpm: int | None = None
-    token_quota: int | None = None
-
-    def may(self, role: Role, scope: str | None = None) -> bool:
-        """Whether that role's work, in that part, is allowed."""
-        allowed = not self.scopes or scope is None or scope in self.scopes
-        return allowed and ROLES.index(self.role) >= ROLES.index(role)
 
 
 class Keys:

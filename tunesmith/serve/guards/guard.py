@@ -28,7 +28,7 @@ class Guard(Section):
 
     kind: str
     action: Literal["block", "redact", "flag"] = "block"
-    """block: refuse the request, or end the answer before it; redact: put a mark in its place; flag: only tell of it."""
+    """block: refuse the request, or end the answer before it; redact: put a mark in its place; flag: only tell."""
     on: Literal["input", "output", "both"] = "both"
     """Whose texts: what is asked, or what is answered."""
 
