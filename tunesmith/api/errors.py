@@ -147,7 +147,8 @@ def _of_fields(errors: Sequence[Any]) -> ApiError:
 
 def _place(loc: Sequence[Any]) -> list[Any]:
     """A field's path without where it stood (body, query) and without the names of a union's members."""
-    return [p for p in loc[1:] if isinstance(p, int) or not (p[:1].isupper() or "[" in p or p in UNION_PARTS)]
+    first, *rest = loc[1:] or [""]  # a field of a form may have brackets: expires_after[seconds]
+    return [first, *(p for p in rest if isinstance(p, int) or not (p[:1].isupper() or "[" in p or p in UNION_PARTS))]
 
 
 UNION_PARTS = {"str", "int", "float", "bool", "dict", "none"}
