@@ -144,6 +144,16 @@ def test_the_command_line_is_frozen() -> None:
             *("--adapter", "--base", "--database", "--force", "--host", "--key", "--port", "--routes", "--runs"),
             *("--set", "--tls-cert", "--tls-key"),
         ],
+        "up": [
+            *("--artifacts", "--certificate", "--database", "--home", "--host", "--json", "--key", "--model", "--port"),
+            *("--role", "--workers"),
+        ],
+        "keys create": [
+            *("--database", "--days", "--home", "--json", "--project", "--role", "--rpm", "--scope", "--tokens"),
+        ],
+        "keys list": ["--database", "--home", "--json"],
+        "keys revoke": ["--database", "--home", "--json"],
+        "audit": ["--database", "--home"],
         "promote": ["--force", "--json", "--routes", "--runs", "--share"],
         "rollback": ["--json", "--routes", "--runs"],
         "merge": ["--density", "--how", "--json", "--runs", "--seed", "--weight"],

@@ -10,10 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("sqlalchemy")
-pytest.importorskip("alembic")
-
 import sqlalchemy as sa
 
 from tunesmith import store

@@ -7,6 +7,7 @@ What a request did wrong is a 400 that names the field; what we did wrong is a 5
 
 from __future__ import annotations
 
+import errno
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -78,6 +79,8 @@ def told(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestValidationError):
         return _of_fields(error.errors())
+    if (away := _outside(error.__cause__ if isinstance(error, HTTPException) else error)) is not None:
+        return away
     if isinstance(error, HTTPException):
         return _of_status(error)
     if isinstance(error, Refused):
@@ -90,6 +93,32 @@ def told(error: Exception) -> ApiError:
         return ApiError(400, "The request is nested too deep.", code="invalid_json")
     log.error("unexpected error", exc_info=error)
     return ApiError(500, OURS)
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def disk_full() -> ApiError:
+    return ApiError(
+        507, "The server's disk is full; nothing was kept.", code="disk_full", headers={"x-should-retry": "false"}
+    )
+
+
+def _outside(error: BaseException | None) -> ApiError | None:
+    """What is neither the request's fault nor the code's: a full disk, a database that is away."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        return disk_full()
+    if type(error).__module__ == "sqlalchemy.exc" and type(error).__name__ in ("OperationalError", "InterfaceError"):
+        if "is full" in str(error):
+            return disk_full()
+        log.error("the database is away: %s", error)
+        return ApiError(
+            503,
+            "The server's database can't be reached at the moment. Try again.",
+            code="database_away",
+            headers={"retry-after": "2"},
+        )
+    return None
 
 
 def install(app: FastAPI) -> None:
@@ -118,7 +147,8 @@ def _of_fields(errors: Sequence[Any]) -> ApiError:
 
 def _place(loc: Sequence[Any]) -> list[Any]:
     """A field's path without where it stood (body, query) and without the names of a union's members."""
-    return [p for p in loc[1:] if isinstance(p, int) or not (p[:1].isupper() or "[" in p or p in UNION_PARTS)]
+    first, *rest = loc[1:] or [""]  # a field of a form may have brackets: expires_after[seconds]
+    return [first, *(p for p in rest if isinstance(p, int) or not (p[:1].isupper() or "[" in p or p in UNION_PARTS))]
 
 
 UNION_PARTS = {"str", "int", "float", "bool", "dict", "none"}

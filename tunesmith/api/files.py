@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import re
 import time
 from collections.abc import Iterator
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 router = APIRouter(prefix="/v1", tags=["files"], max_body_size=(512 << 20) + (1 << 20))
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 SHOWN_PROBLEMS = 100
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 Id = Annotated[str, Path(max_length=255)]
 RESULT_TYPE = "application/octet-stream"  # never what a browser would show
 
@@ -83,8 +81,6 @@ def keep(service: Service, row: t.File, content: IO[bytes], most: int) -> None:
         row.bytes, row.sha256 = service.artifacts.put(file_key(row.id), content, most)
     except TooLarge:
         raise too_large(most) from None
-    except OSError as error:
-        raise disk(error) from error
     try:
         if row.bytes == 0:
             raise ApiError(400, "The file is empty.", param="file", code="empty_file")
@@ -113,15 +109,6 @@ def inspect(row: t.File, content: IO[bytes]) -> None:
 def too_large(most: int) -> ApiError:
     return ApiError(
         413, f"The file is larger than the {most:,} bytes that are allowed.", param="file", code="file_too_large"
-    )
-
-
-def disk(error: OSError) -> ApiError:
-    """What a client is told of a disk that did not take its bytes."""
-    if error.errno not in FULL:
-        raise error
-    return ApiError(
-        507, "The server's disk is full; nothing was kept.", code="disk_full", headers={"x-should-retry": "false"}
     )
 
 

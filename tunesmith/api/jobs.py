@@ -172,7 +172,7 @@ def _retried(request: Request, session: Any, key: str, hash: str) -> t.Job | Non
 
 @router.get("/jobs")
 async def list_jobs(request: Request, after: After = None, limit: Limit20 = 20, caller: Any = View) -> dict[str, Any]:
-    """The project's jobs, newest first; `metadata[key]=value` keeps those that have it, `metadata=null` those without."""
+    """The project's jobs, newest first; `metadata[key]=value` keeps those with it, `metadata=null` those without."""
     asked = sa.select(t.Job).where(t.Job.project == caller.project)
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":
@@ -352,8 +352,8 @@ def graders(verb: Literal["run", "validate"], body: Grading, caller: Any = Run) 
     """Graders belong to reinforcement fine-tuning, which is not available here."""
     raise ApiError(
         400,
-        "Graders are part of method 'reinforcement', which is not available here. `evaluate` in a job's settings scores "
-        "answers.",
+        "Graders are part of method 'reinforcement', which is not available here. `evaluate` in a job's settings "
+        "scores answers.",
         param="grader",
         code="unsupported_method",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,12 @@ class Server(uvicorn.Server):
     """uvicorn's, which says that it is not ready as soon as it is told to stop."""
 
     state: State
+    ready: Callable[[], None] | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        await super().startup(sockets)
+        if self.started and self.ready is not None:
+            self.ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.state.stopping = True
@@ -40,8 +47,9 @@ def serve(
     certificate: Path | None = None,
     private_key: Path | None = None,
     routers: Any = None,
+    ready: Callable[[], None] | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT; answers that have begun are finished first.
+    """Serve until SIGTERM or SIGINT; answers that have begun are finished first. `ready` is called once it listens.
 
     Raises:
         RunError: everybody could reach it and nobody needs a key, or a certificate's file is not there.
@@ -69,7 +77,7 @@ def serve(
         server_header=False,
     )
     server = Server(config)
-    server.state = state
+    server.state, server.ready = state, ready
     log_to(sys.stderr)
     server.run()
     if not server.started:

@@ -72,7 +72,7 @@ class Registry:
     async def sync(self) -> None:
         """Bring the served models up to date."""
         async with self._lock:
-            wanted, allowed = await asyncio.to_thread(self._read)
+            wanted, allowed, systems = await asyncio.to_thread(self._read)
             for name in self._there.keys() - wanted.keys():
                 del self._there[name]
                 with contextlib.suppress(TunesmithError):
@@ -80,23 +80,27 @@ class Registry:
             for name, model in wanted.items():
                 projects = frozenset({model.project, *allowed.get(name, ())})
                 if name not in self._there and name not in self._failed:
-                    await self._add(name, model, projects)
+                    await self._add(name, model, projects, systems.get(model.job))
                 elif self._there.get(name, projects) != projects:
                     self.models.share(name, projects)
                     self._there[name] = projects
 
-    def _read(self) -> tuple[dict[str, t.Model], dict[str, list[str]]]:
+    def _read(self) -> tuple[dict[str, t.Model], dict[str, list[str]], dict[str, str | None]]:
+        """Models by name, the projects that may use them besides their own, and jobs' system prompts."""
         with self.service.store.read() as session:
             models = {m.id: m for m in session.scalars(sa.select(t.Model).where(~t.Model.held).order_by(t.Model.n))}
             allowed: dict[str, list[str]] = {}
             for permission in session.scalars(sa.select(t.Permission)):
                 allowed.setdefault(permission.model, []).append(permission.project)
-        return models, allowed
+            new = {model.job for name, model in models.items() if name not in self._there}
+            jobs = session.execute(sa.select(t.Job.id, t.Job.settings).where(t.Job.id.in_(new))) if new else ()
+            systems = {id: (settings.get("data") or {}).get("system") for id, settings in jobs}
+        return models, allowed, systems
 
-    async def _add(self, name: str, model: t.Model, projects: frozenset[str]) -> None:
+    async def _add(self, name: str, model: t.Model, projects: frozenset[str], system: str | None) -> None:
         try:
             path = await asyncio.to_thread(self.service.artifacts.path, model.artifact)
-            await self.models.add(name, model.base, path, projects=projects, owned_by=model.project)
+            await self.models.add(name, model.base, path, system=system, projects=projects, owned_by=model.project)
             self._there[name] = projects
             log.info("%s answers", name)
         except (TunesmithError, OSError) as error:

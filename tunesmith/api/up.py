@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -19,14 +18,15 @@ from typing import Any, Literal
 import yaml
 from pydantic import ValidationError
 
-from tunesmith.api.app import SERVING, State, build
+from tunesmith.api.app import SERVING, State
+from tunesmith.api.opening import Opening
+from tunesmith.api.server import serve
 from tunesmith.api.tuned import Registry
-from tunesmith.errors import RecipeError, TunesmithError
+from tunesmith.errors import RecipeError
 from tunesmith.jobs.chores import Chores
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
-from tunesmith.models.section import ModelSection
-from tunesmith.serve.models import Models, Served
+from tunesmith.serve.models import Models
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.serving import Serving
 
@@ -100,64 +100,34 @@ def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, A
             _until_asked()
         return
     service = open_service(settings.service)
-    app = application(service, settings.serve)
+    state = state_of(service, settings.serve)
     first = service.store.keys.first()
+
+    def ready() -> None:
+        told({"url": place.url} | ({"admin_key": first} if first else {}))
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)  # the server takes them, and raises them again when it has ended
     with workers(settings.service, settings.service.workers if role == "all" else 0):
-        serve(app, place, lambda: told({"url": place.url} | ({"admin_key": first} if first else {})))
+        serve(state, place.host, place.port, place.certificate, place.key, (*MANAGING, *SERVING), ready)
     service.store.close()
 
 
-def application(service: Service, serve: ServeSection) -> Any:
-    """The API on the service: its models answer, and what jobs make is added while it runs."""
-    serving = Serving(serve, opened(service.settings, serve))
-    state = State(settings=serve, serving=serving, store=service.store, service=service, local=False)
+def state_of(service: Service, settings: ServeSection) -> State:
+    """The service's state: its models answer, and what jobs make is added while it runs."""
+    serving = Serving(settings, opened(service.settings, settings))
+    state = State(settings=settings, serving=serving, store=service.store, service=service, local=False)
     state.registry = Registry(service, serving.models)
     state.parts.append(Chores(service))
-    return build(state, (*MANAGING, *SERVING))
+    return state
 
 
 def opened(settings: ServiceSection, serve: ServeSection) -> Models:
     """The base models, each with an engine."""
-    from tunesmith.models.load import load_renderer
-    from tunesmith.models.machine import machine
-    from tunesmith.models.resolve import resolve
-
-    machine()  # its limits must stand before torch is there
-    models = Models()
+    opening = Opening(serve)
     for name, where in settings.models.items():
-        found = resolve(ModelSection(name=where))
-        engine = serve.engine.build(name, found)
-        models.put(Served(name, engine, load_renderer(found), root=where, identity=found.identity))
-    return models
-
-
-def serve(app: Any, place: Place, ready: Callable[[], None]) -> None:
-    """Listen until asked to stop; answers that have begun are finished."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        host=place.host,
-        port=place.port,
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=60,
-        ssl_certfile=place.certificate,
-        ssl_keyfile=place.key,
-    )
-    server = uvicorn.Server(config)
-
-    async def run() -> None:
-        task = asyncio.create_task(server.serve())
-        while not server.started and not task.done():
-            await asyncio.sleep(0.05)
-        if server.started:
-            ready()
-        await task
-
-    asyncio.run(run())
-    if not server.started:
-        raise TunesmithError(f"can't listen on {place.url}", fix="Is the port taken? Choose another: --port.")
+        opening.open(f"{name}={where}")
+    return opening.models
 
 
 class Team:

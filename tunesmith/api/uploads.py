@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.api import shapes
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
-from tunesmith.api.files import Id, Purpose, disk, keep, plain_name, service_of, too_large
+from tunesmith.api.files import Id, Purpose, keep, plain_name, service_of, too_large
 from tunesmith.jobs.artifacts import TooLarge, part_key
 from tunesmith.jobs.service import Service
 from tunesmith.store import ids
@@ -86,8 +86,6 @@ def add(
         part.bytes, _ = service.artifacts.put(key, data.file, LARGEST_PART)
     except TooLarge:
         raise ApiError(413, "A part has at most 64 MiB.", param="data", code="part_too_large") from None
-    except OSError as error:
-        raise disk(error) from error
     try:
         with service.store.write() as session:
             there = session.scalar(sa.select(sa.func.sum(t.Part.bytes)).where(t.Part.upload == id)) or 0
@@ -125,19 +123,16 @@ def complete(request: Request, id: Id, body: Complete, caller: Any = needs("runn
         created_at=int(time.time()),
     )
     hash = hashlib.md5(usedforsecurity=False)
-    try:
-        with tempfile.TemporaryFile() as whole:
-            for name in body.part_ids:
-                with service.artifacts.open(part_key(id, name)) as file:
-                    while chunk := file.read(1 << 20):
-                        hash.update(chunk)
-                        whole.write(chunk)
-            if body.md5 is not None and body.md5.lower() != hash.hexdigest():
-                raise ApiError(400, "The md5 of the parts is another one.", param="md5", code="checksum_mismatch")
-            whole.seek(0)
-            keep(service, made, whole, service.settings.max_upload)
-    except OSError as error:
-        raise disk(error) from error
+    with tempfile.TemporaryFile() as whole:
+        for name in body.part_ids:
+            with service.artifacts.open(part_key(id, name)) as file:
+                while chunk := file.read(1 << 20):
+                    hash.update(chunk)
+                    whole.write(chunk)
+        if body.md5 is not None and body.md5.lower() != hash.hexdigest():
+            raise ApiError(400, "The md5 of the parts is another one.", param="md5", code="checksum_mismatch")
+        whole.seek(0)
+        keep(service, made, whole, service.settings.max_upload)
     with service.store.write() as session:
         session.execute(sa.update(t.Upload).where(t.Upload.id == id).values(status="completed", file=made.id))
     remove_parts(service, id)

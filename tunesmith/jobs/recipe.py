@@ -51,6 +51,14 @@ def refuse(settings: dict[str, Any]) -> None:
             where="train.method",
             fix=f"Take one of: {', '.join(TRAINABLE)}.",
         )
+    adapter = train.get("adapter", "lora")
+    chosen = adapter if isinstance(adapter, dict) else {"kind": adapter}
+    if chosen.get("kind") != "lora" or chosen.get("dora"):
+        raise RecipeError(
+            "is no plain LoRA, and only such can be loaded beside others on a base that answers",
+            where="train.adapter",
+            fix="Leave it out, or give {kind: lora, ...}; tunesmith run trains the others.",
+        )
     split = data.get("split", {})
     for part in ("validation", "test"):
         if isinstance(split, dict) and isinstance(split.get(part), str):

@@ -5,24 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
 import threading
-from typing import TYPE_CHECKING
+import time
 
 import psutil
+import sqlalchemy as sa
 
+from tunesmith.jobs.board import FINAL
 from tunesmith.jobs.child import end_with
 from tunesmith.jobs.queue import Capacity, Queue
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
 from tunesmith.jobs.walk import GIB, Walk, patiently
-
-if TYPE_CHECKING:
-    from tunesmith.store.tables import Job
+from tunesmith.store.tables import Job
 
 log = logging.getLogger("tunesmith.worker")
+SWEEP = 600.0  # seconds between looks for what is left of finished jobs
 IDLE = 1.0  # seconds between looks at an empty queue
 
 
@@ -40,6 +42,7 @@ class Worker:
         )
         self.leaving = threading.Event()
         self._job: Job | None = None
+        self._swept = -SWEEP
         self._status: str | None = None
 
     def run(self) -> None:
@@ -48,6 +51,7 @@ class Worker:
         patiently(self.queue.sign_on)
         threading.Thread(target=self._beat, daemon=True).start()
         while not self.leaving.is_set():
+            self.sweep()
             job = patiently(self.queue.claim)
             if job is None:
                 self.leaving.wait(IDLE)
@@ -61,6 +65,18 @@ class Worker:
             finally:
                 self._job = None
         patiently(self.queue.sign_off)
+
+    def sweep(self) -> None:
+        """Remove what runs of finished jobs left here, as where another machine has finished them: rows are in it."""
+        if time.monotonic() < self._swept + SWEEP or not self.service.runs.is_dir():
+            return
+        self._swept = time.monotonic()
+        there = {path.name: path for path in self.service.runs.iterdir() if path.is_dir()}
+        with self.service.store.read() as session:
+            asked = sa.select(Job.id).where(Job.id.in_(there), Job.status.not_in(FINAL))
+            wanted = set(session.scalars(asked))
+        for name in there.keys() - wanted:
+            shutil.rmtree(there[name], ignore_errors=True)
 
     def _lost(self, job: Job, error: Exception) -> None:
         patiently(lambda: self.queue.lost(job.id, f"its worker had an error ({type(error).__name__})"))
