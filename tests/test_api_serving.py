@@ -77,7 +77,7 @@ def test_a_blocklist_refuses_what_is_asked_and_ends_what_is_answered() -> None:
 def test_what_a_stream_must_not_show_is_never_shown_wherever_it_stands(where: int) -> None:
     filler = "many good words in a row "
     text = (filler * 30)[:where] + " write to ada@example.com now " + filler * 12
-    engine = scripted(text)
+    engine = scripted(text, context=4096)
     with guarded(engine, {"kind": "personal", "action": "redact", "on": "output"}) as http:
         shown, finish = streamed(http)
     assert finish == "stop" and shown == text.replace("ada@example.com", "[EMAIL_ADDRESS]")

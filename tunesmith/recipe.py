@@ -178,7 +178,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = _get(here, key, override)
         if inner is None:
-            section = {"data": DataSection, "serve": ServeSection}.get(keys[0], TrainSection)
+            sections: dict[str, type[Section]] = {"data": DataSection, "serve": ServeSection}
+            section = sections.get(keys[0], TrainSection)
             picks = _point(key, keys[0]) and key in section.model_fields
             inner = here[key] = {"kind": section.model_fields[key].default} if picks else {}
         elif isinstance(inner, str) and (key == "model" or _point(key, keys[0])):

@@ -39,7 +39,11 @@ class Far:
         address = url.rstrip("/").removesuffix("/v1")
         headers = {"authorization": f"Bearer {key}"} if key else {}
         self._url, self._client = f"{address}/v1", httpx2.Client(timeout=600, headers=headers)
-        self.model = model or self._first()
+        listed = self._listed()
+        self.model = model or str(listed[0]["id"])
+        # Half of the context is left for what was said.
+        told = next((m for m in listed if m["id"] == self.model), {})
+        self._longest = told["max_model_len"] // 2 if "max_model_len" in told else None
 
     def reply(self, text: str, history: list[Any], on_text: Callable[[str], None], max_new_tokens: int) -> str:
         import httpx2
@@ -48,7 +52,7 @@ class Far:
         body = {
             "model": self.model,
             "messages": history,
-            "max_tokens": max_new_tokens,
+            "max_tokens": min(max_new_tokens, self._longest or max_new_tokens),
             "temperature": 0,
             "stream": True,
         }
@@ -72,7 +76,7 @@ class Far:
         history.append({"role": "assistant", "content": "".join(said)})
         return "".join(said)
 
-    def _first(self) -> str:
+    def _listed(self) -> list[dict[str, Any]]:
         import httpx2
 
         try:
@@ -81,7 +85,8 @@ class Far:
             raise self._silent(error) from error
         if response.status_code != 200:
             raise self._refused(response)
-        return str(response.json()["data"][0]["id"])
+        found: list[dict[str, Any]] = response.json()["data"]
+        return found
 
     def _refused(self, response: Any) -> ModelError:
         try:
