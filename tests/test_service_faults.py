@@ -195,3 +195,15 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) == 0
+
+
+@pytest.mark.long
+def test_the_example_goes_all_the_way(tiny_model: Path) -> None:
+    settings = {"EXAMPLE_MODEL": str(tiny_model), "EXAMPLE_ROWS": "24", "EXAMPLE_PORT": str(free_port())}
+    example = Path(__file__).parents[1] / "examples/openai_client.py"
+    done = subprocess.run([sys.executable, example], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "The job has successfully completed" in done.stdout
+        and "ft:smollm2-135m-instruct:default:triage:" in done.stdout
+    )
