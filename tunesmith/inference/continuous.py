@@ -92,7 +92,7 @@ class Continuous:
     def turn(self) -> None:
         """Read some of a prompt, and give everybody a token."""
         budget = READ_TOKENS
-        while budget > 0 and (self._reading or self._waiting):
+        while budget > 0 and (self._reading or (self._waiting and len(self._alive) < self.rows.slots)):
             if not self._reading:
                 answer = self._waiting.popleft()
                 prompt = self.rows.begin(self._virtual + answer.request.prompt, answer.request.adapter)
