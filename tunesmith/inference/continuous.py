@@ -65,6 +65,7 @@ class Continuous:
         spelling = Spelling(self._tokenizer, request.stop)
         self._waiting.append(Answer(number, request, Chooser(request, grammar), spelling))
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Forget a request; its row is free at once."""
         self._waiting = deque(a for a in self._waiting if a.number != number)
@@ -80,10 +81,12 @@ class Continuous:
         answers = [*self._waiting, *self._alive, *([self._reading[0]] if self._reading else [])]
         return any(answer.request.adapter == adapter for answer in answers)
 
+    @torch.inference_mode()
     def load(self, name: str, folder: Path) -> None:
         self.rows.forget(name)
         self.loras.add(name, folder)
 
+    @torch.inference_mode()
     def unload(self, name: str) -> None:
         self.loras.remove(name)
         self.rows.forget(name)
