@@ -135,7 +135,7 @@ def test_the_command_line_is_frozen() -> None:
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],
         "tune": ["--json", "--runs", "--set", "--space"],
-        "chat": ["--base", "--json", "--max-new-tokens", "--runs", "--say"],
+        "chat": ["--base", "--engine", "--json", "--max-new-tokens", "--runs", "--say"],
         "merge": ["--density", "--how", "--json", "--runs", "--seed", "--weight"],
         "doctor": ["--json"],
         "schema": ["--json"],

@@ -448,6 +448,9 @@ class Journey:
         trained = self.run.complete("train") if adapter else None
         renderer = self.renderer if adapter else self.baseline_renderer
         state = [self.model.identity, renderer.hash, runs.digest(trained) if trained else None]
+        engine = self.recipe.evaluate.engine
+        likely = engine == "transformers"  # the others give no likelihoods
+        state += [] if likely else [engine]
         name = "tuned" if adapter else "baseline"
         tokenizer = renderer.tokenizer
         return Kept(
@@ -455,6 +458,7 @@ class Journey:
             self.run.name if adapter else self.model.name,
             lambda: self._opened(name, adapter),
             lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+            scores=likely,
         )
 
     def _opened(self, name: str, adapter: Path | None) -> Subject:
@@ -465,23 +469,24 @@ class Journey:
             from tunesmith.inference.scorer import Scorer
 
             return Scorer(name, self.model, self.machine, adapter, self.renderer)
-        return Local(name, self.engine(adapter), self.renderer if adapter else self.baseline_renderer)
+        renderer = self.renderer if adapter else self.baseline_renderer
+        return Local(name, self.engine(adapter, self.recipe.evaluate.engine), renderer)
 
-    def talker(self, adapter: Path | None) -> Any:
+    def talker(self, adapter: Path | None, engine: str = "transformers") -> Any:
         """What a chat asks: a language model, or the classes of a model that tells such apart."""
         from tunesmith.models.load import classes_of
 
         classes = classes_of(adapter) if adapter else []
         if len(classes) == 1:
             raise RunError("scores answers and gives none", where=str(self.run.path), fix="Chat with the base: --base.")
-        return self._opened("tuned", adapter) if classes else self.engine(adapter)
+        return self._opened("tuned", adapter) if classes else self.engine(adapter, engine)
 
-    def engine(self, adapter: Path | None) -> Engine:
+    def engine(self, adapter: Path | None, kind: str = "transformers") -> Engine:
         from tunesmith import plugins
 
         machine = self.machine  # first: its limits must stand before torch is there
         model = self.model if adapter else self.untouched
-        engine: Engine = plugins.load("engine", "transformers")(model, machine, adapter)
+        engine: Engine = plugins.load("engine", kind)(model, machine, adapter)
         return engine
 
     def _package(self, target: Path) -> dict[str, Any]:
@@ -492,7 +497,7 @@ class Journey:
         forced = self.recipe.package.force and gate.get("enforced") and gate["decision"] != "ship"
         rows = self.rows("test") or self.rows("train")
         told = package(self.recipe.package, PackageInputs(self.model, self.run.tuned, self.renderer, rows), target)
-        card_text = card(self.run, self.model.as_dict(), loading(target / "model"))
+        card_text = card(self.run, self.model.as_dict(), loading(target / "model"), told.get("gguf", ()))
         runs.write_text(target / "model" / "README.md", card_text)
         return told | ({"forced": gate} if forced else {})
 

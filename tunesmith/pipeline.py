@@ -171,13 +171,13 @@ class Result:
     def manifest(self) -> dict[str, Any] | None:
         return self.run.manifest()
 
-    def chat(self, text: str, base: bool = False, max_new_tokens: int = 512) -> str:
+    def chat(self, text: str, base: bool = False, max_new_tokens: int = 512, engine: str = "transformers") -> str:
         """The tuned model's answer (or the base's) to one message, under the recipe's system prompt."""
-        return self.chatter(base).reply(text, [], max_new_tokens=max_new_tokens)
+        return self.chatter(base, engine).reply(text, [], max_new_tokens=max_new_tokens)
 
     @functools.cache  # noqa: B019 (a result lives as long as its user wants the model in memory)
-    def chatter(self, base: bool = False) -> Chatter:
-        """The tuned model (or the base), loaded and ready to talk."""
+    def chatter(self, base: bool = False, engine: str = "transformers") -> Chatter:
+        """The tuned model (or the base), loaded and ready to talk. `engine`: what answers (docs/engines.md)."""
         if not self.run.complete("train") and not base:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
         recipe, folder = recipes.load(self.run.recipe)
@@ -190,9 +190,9 @@ class Result:
                 where=str(self.path),
                 fix="Run the recipe again.",
             )
-        engine = journey.talker(None if base else self.run.tuned)
+        talker = journey.talker(None if base else self.run.tuned, engine)
         renderer = journey.baseline_renderer if base else journey.renderer
-        return Chatter(engine, renderer, data.get("system", recipe.data.system))
+        return Chatter(talker, renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:
         return hash(self.run)

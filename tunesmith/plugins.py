@@ -191,8 +191,22 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "bits_per_token": "tunesmith.evaluate.metrics.likelihood:bits_per_token",
         "bits_per_byte": "tunesmith.evaluate.metrics.likelihood:bits_per_byte",
     },
-    # What generates and scores. An Engine (tunesmith/inference/engine.py).
-    "engine": {"transformers": "tunesmith.inference.transformers_engine:TransformersEngine"},
+    # What answers in evaluation and chat: `evaluate.engine`. Makes an Engine (tunesmith/inference/engine.py) of
+    # (model, machine, adapter).
+    "engine": {
+        "transformers": "tunesmith.inference.transformers_engine:TransformersEngine",
+        "auto": "tunesmith.inference.answering:Answering",
+        "llamacpp": "tunesmith.inference.answering:LlamaCpp",
+        "vllm": "tunesmith.inference.answering:Vllm",
+    },
+    # What answers many at once: an `engine` in serving. A Section with build(name, model) -> a ServingEngine
+    # (tunesmith/inference/served.py).
+    "serving": {
+        "auto": "tunesmith.inference.engines:Auto",
+        "llamacpp": "tunesmith.inference.engines:LlamaCpp",
+        "transformers": "tunesmith.inference.engines:Transformers",
+        "vllm": "tunesmith.inference.engines:Vllm",
+    },
 }
 
 

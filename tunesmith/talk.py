@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from tunesmith.pipeline import Result
 
 
-def once(result: Result, text: str, base: bool, limit: int) -> dict[str, str]:
+def once(result: Result, text: str, base: bool, limit: int, engine: str = "transformers") -> dict[str, str]:
     """One message, one answer: the tuned model's, and the base's where that is asked for."""
-    answers = {"prompt": text, "tuned": result.chat(text, max_new_tokens=limit)}
-    return answers | ({"base": result.chat(text, base=True, max_new_tokens=limit)} if base else {})
+    answers = {"prompt": text, "tuned": result.chat(text, max_new_tokens=limit, engine=engine)}
+    return answers | ({"base": result.chat(text, base=True, max_new_tokens=limit, engine=engine)} if base else {})
 
 
-def talk(result: Result, base: bool, limit: int) -> None:
+def talk(result: Result, base: bool, limit: int, engine: str = "transformers") -> None:
     """Read lines until an empty one or end of file, and answer each as it is generated."""
     out = Console()
 
@@ -26,7 +26,8 @@ def talk(result: Result, base: bool, limit: int) -> None:
         out.print(piece, end="", markup=False, highlight=False)
 
     say("Loading the model")
-    chatters = {"tuned": result.chatter()} | ({"base": result.chatter(base=True)} if base else {})
+    sides = {"tuned": False, "base": True} if base else {"tuned": False}
+    chatters = {side: result.chatter(is_base, engine) for side, is_base in sides.items()}
     histories: dict[str, list[Any]] = {side: [] for side in chatters}
     out.print("An empty line ends the talk; /new forgets what was said.", style="dim")
     while True:

@@ -260,6 +260,7 @@ def chat(
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")] = False,
     say: Annotated[str | None, typer.Option("--say", help="Say this, print the answer and end.")] = None,
     limit: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 512,
+    engine: Annotated[str, typer.Option("--engine", help="transformers, llamacpp, vllm or auto.")] = "transformers",
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
@@ -273,11 +274,11 @@ def chat(
         text = say if say is not None else sys.stdin.read().strip()
         if not text:
             raise RunError("there is nothing to answer", where="--say", fix="Give it a text.")
-        answers = once(result, text, base, limit)
+        answers = once(result, text, base, limit, engine)
         if not answer(answers, as_json):
             print("\n".join(f"{side}: {a}" if base else a for side, a in answers.items() if side != "prompt"))
     else:
-        talk(result, base, limit)
+        talk(result, base, limit, engine)
 
 
 @app.command()

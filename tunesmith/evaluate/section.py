@@ -148,6 +148,9 @@ class EvaluateSection(Section):
     """Longest answer in tokens; a quarter more than the longest test answer, if not given."""
     rows: int | None = Field(None, ge=1)
     """Only so many test rows, drawn by seed; all if not given."""
+    engine: str = "transformers"
+    """What answers: transformers, or llamacpp, vllm or auto (docs/engines.md), which give no likelihoods, so that loss
+    and what else needs them is left out."""
     bootstrap: int = Field(2000, ge=100)
     """Resamples behind each interval."""
     seeds: int = Field(1, ge=1, le=100)
@@ -189,6 +192,14 @@ class EvaluateSection(Section):
     @classmethod
     def _metrics(cls, value: list[str] | None) -> list[str] | None:
         return value if value is None else [_known(name) for name in value]
+
+    @field_validator("engine")
+    @classmethod
+    def _engine(cls, value: str) -> str:
+        known = plugins.known("engine")
+        if value not in known:
+            raise ValueError(f"no engine is called '{value}'{nearest(value, known)} (known: {', '.join(known)})")
+        return value
 
     @model_validator(mode="after")
     def _scored(self) -> EvaluateSection:

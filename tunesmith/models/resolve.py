@@ -152,6 +152,11 @@ def _content_hash(folder: Path, wanted: Sequence[str]) -> str:
     return hash_json(_hashes(sorted(p for pattern in wanted for p in folder.glob(pattern))))
 
 
+def folder_hash(folder: Path) -> str:
+    """Sixteen letters that change with a model's or adapter's weights, settings or tokenizer."""
+    return _content_hash(folder, WANTED)[:16]
+
+
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
     """SHA-256 of files by name; remembered by path, size and time of change, since models are gigabytes."""
     memory = cache_folder() / "hashes.json"

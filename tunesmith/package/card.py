@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,12 @@ HOW = {
 }
 
 
-def card(run: Run, model: dict[str, Any], beside: str | None = None) -> str:
+def card(run: Run, model: dict[str, Any], beside: str | None = None, gguf: Sequence[str] = ()) -> str:
     """The card of a run's merged model, in Markdown.
 
     Args:
         model: the base, as `ResolvedModel.as_dict` tells of it.
+        gguf: names of GGUF files that lie beside it.
         beside: code that puts the folder's adapter on the loaded `model`, where it could not be merged.
     """
     manifests = {stage: m for stage in STAGES_BEFORE if (m := run.complete(stage))}
@@ -41,7 +43,7 @@ def card(run: Run, model: dict[str, Any], beside: str | None = None) -> str:
         _scores(scores),
         *_gate(scores),
         *_besides(scores),
-        _use(recipe, model, scores, beside),
+        _use(recipe, model, scores, beside) + _gguf(gguf),
         _data(manifests),
         _training(recipe, manifests),
         _limits(model, scores),
@@ -227,6 +229,11 @@ def _use(recipe: dict[str, Any], model: dict[str, Any], scores: dict[str, Any] |
     if not beside:
         needs = "With plain transformers; no Tunesmith is needed."
     return f"## How to use it\n\n{needs}{told}\n\n{fence}python\n{code}\n{fence}"
+
+
+def _gguf(files: Sequence[str]) -> str:
+    told = ", ".join(f"`{name}`" for name in files)
+    return f"\n\nFor llama.cpp, Ollama and LM Studio: {told}, in the folder `gguf` beside this one." if files else ""
 
 
 def _data(manifests: dict[str, dict[str, Any]]) -> str:

@@ -18,13 +18,14 @@ from transformers import GenerationConfig
 from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.models import bottleneck
+from tunesmith.models import bottleneck, gguf_file
 from tunesmith.models.load import classes_of, is_adapter, load_model, load_tuned, mergeable
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.package.section import PackageSection
 from tunesmith.progress import bar, say
 from tunesmith.runs import need_room
 
+GGUF = "gguf"  # where GGUF files lie, beside the model's folder
 ADAPTER = "adapter"  # where an adapter lies that can't be merged
 CHECKED_TOKENS = 256
 # Largest difference of a logit as a share of the logits' spread, and mean KL divergence in nats. Rounding weights
@@ -49,6 +50,8 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
     Raises:
         ModelError: merged and adapter give logits further apart than the tolerance.
     """
+    if section.gguf:
+        _check_gguf(inputs)
     stored = stored_precision(inputs.model.path)
     size = sum(p.stat().st_size for p in inputs.model.path.glob("*.safetensors"))
     need_room(target, 4 * size, "The merged model")
@@ -64,7 +67,34 @@ def package(section: PackageSection, inputs: PackageInputs, target: Path) -> dic
             where="package.tolerance",
             fix="Merge in float32 (package.precision: float32), or ship the adapter beside its base.",
         )
-    return {"check": check, "merged": merges(inputs.adapter)}
+    files = {"gguf": _gguf(section, inputs, target)} if section.gguf else {}
+    return {"check": check, "merged": merges(inputs.adapter), **files}
+
+
+def _check_gguf(inputs: PackageInputs) -> None:
+    gguf_file.check(inputs.model.path)
+    if not merges(inputs.adapter) or classes_of(inputs.adapter):
+        raise ModelError(
+            "what was trained can't be merged into the model, so one GGUF file can't hold it",
+            where="package.gguf",
+            fix="Leave package.gguf out, or train with adapter lora.",
+        )
+
+
+def _gguf(section: PackageSection, inputs: PackageInputs, target: Path) -> list[str]:
+    """Write the merged model in each precision, and the adapter where it is plain LoRA; returns the files' names."""
+    folder, source = target / GGUF, inputs.adapter
+    folder.mkdir()
+    written = []
+    with bar("Writing GGUF files", len(section.gguf)) as progress:
+        for precision in section.gguf:
+            written.append(f"model-{precision}.gguf")
+            gguf_file.write_model(target / "model", folder / written[-1], precision, inputs.model.name)
+            progress.advance()
+    if is_adapter(source) and gguf_file.is_plain_lora(source):
+        written.append("adapter.gguf")
+        gguf_file.write_adapter(source, inputs.model.path, folder / written[-1])
+    return written
 
 
 def loading(folder: Path) -> str | None:

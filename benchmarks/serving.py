@@ -1,0 +1,224 @@
+"""Serving: tokens per second alone and at 8 and 32 at once, and the time to the first token, of each engine beside
+llama.cpp's own server and transformers' generate, with the same model on the same cores; ten adapters beside one.
+
+    python benchmarks/serving.py [--engines llamacpp,transformers,llama-server,generate] [--at-once 1,8,32]
+        [--precision q8_0] [--adapters 10] [--json FILE]
+
+A contender is a context manager that gives `ask(prompt, adapter) -> (seconds to the first token, tokens)`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tunesmith.conversation.message import Message
+from tunesmith.inference.engines import LlamaCpp, Transformers
+from tunesmith.inference.served import Request
+from tunesmith.models.resolve import ResolvedModel, resolve
+from tunesmith.models.section import ModelSection
+
+MODEL, NEW_TOKENS, CONTEXT, QUESTIONS = "smollm2-135m-instruct", 64, 512, 32
+Ask = Callable[[list[int], str | None], Awaitable[tuple[float, int]]]
+OWN_SERVER = """
+import sys, xllamacpp
+p = xllamacpp.CommonParams()
+p.model.path, slots, p.hostnames = sys.argv[1], int(sys.argv[2]), [sys.argv[3]]
+p.n_parallel, p.n_ctx, p.verbosity, p.ui, p.fit_params = slots, slots * int(sys.argv[4]), 2, False, False
+p.cpuparams.n_threads = p.cpuparams_batch.n_threads = int(sys.argv[5])
+server = xllamacpp.Server(p)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def prompts(model: ResolvedModel) -> list[list[int]]:
+    """Questions of about 60 tokens that begin alike, as the renderer writes them."""
+    from tunesmith.models.load import load_renderer
+
+    renderer = load_renderer(model)
+    told = "You answer questions about a shop's orders in two or three short sentences, and never invent a number."
+    return [
+        renderer.prompt((Message("system", told), Message("user", f"Order {i} has not come. Who do I ask, and when?")))
+        for i in range(QUESTIONS)
+    ]
+
+
+@contextlib.asynccontextmanager
+async def engine(kind: str, model: ResolvedModel, slots: int, adapters: dict[str, Path], precision: str) -> Any:
+    """One of ours."""
+    told: dict[str, Any] = {"slots": slots, "context": CONTEXT, "queue": 1000}
+    section = LlamaCpp(precision=precision, **told) if kind == "llamacpp" else Transformers(**told)  # type: ignore[arg-type]
+    serving = section.build(MODEL, model)
+    await serving.start()
+
+    async def ask(prompt: list[int], adapter: str | None) -> tuple[float, int]:
+        began, first, count = time.perf_counter(), 0.0, 0
+        async for piece in serving.stream(Request(prompt, NEW_TOKENS, (0, 2), adapter=adapter)):
+            first = first or time.perf_counter() - began
+            count += len(piece.ids)
+        return first, count
+
+    try:
+        for name, path in adapters.items():
+            await serving.load_adapter(name, path)
+        yield ask
+    finally:
+        await serving.close()
+
+
+@contextlib.asynccontextmanager
+async def llama_server(model: ResolvedModel, slots: int, precision: str) -> AsyncIterator[Ask]:
+    """llama.cpp's own server in a bare process, asked over its socket."""
+    import aiohttp
+
+    from tunesmith.inference.sse import events
+    from tunesmith.models.gguf_file import model_gguf
+
+    file = model_gguf(model.path, precision)
+    with tempfile.TemporaryDirectory() as folder:
+        socket = f"{folder}/own.sock"
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", OWN_SERVER, str(file), str(slots), socket, str(CONTEXT), str(os.cpu_count())),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        assert process.stdout
+        while b"ready" not in await process.stdout.readline():
+            pass
+        connector = aiohttp.UnixConnector(socket, limit=0, force_close=True)
+        async with aiohttp.ClientSession("http://x", connector=connector) as session:
+
+            async def ask(prompt: list[int], adapter: str | None) -> tuple[float, int]:
+                began, first, count = time.perf_counter(), 0.0, 0
+                body = {"prompt": prompt, "n_predict": NEW_TOKENS, "stream": True, "temperature": 0}
+                async with session.post("/completion", json=body) as response:
+                    async for event in events(response):
+                        first = first or time.perf_counter() - began
+                        count = max(count, event["tokens_predicted"])
+                return first, count
+
+            try:
+                yield ask
+            finally:
+                process.kill()
+                await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def generate(model: ResolvedModel) -> AsyncIterator[Ask]:
+    """transformers' generate, one request after another, in the precision that is quicker on this machine."""
+    from tunesmith.models.machine import machine
+
+    here = machine()
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model.path, dtype=getattr(torch, here.precision)).eval()
+
+    async def ask(prompt: list[int], adapter: str | None) -> tuple[float, int]:
+        ids = torch.tensor([prompt])
+        told = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2}
+        began = time.perf_counter()
+        loaded.generate(ids, max_new_tokens=1, **told)
+        first = time.perf_counter() - began
+        out = loaded.generate(ids, max_new_tokens=NEW_TOKENS, eos_token_id=[0, 2], **told)
+        return first, out.shape[1] - len(prompt)
+
+    yield ask
+
+
+async def measure(ask: Ask, asked: Sequence[tuple[list[int], str | None]], at_once: int) -> dict[str, float]:
+    """Answer all, `at_once` at a time."""
+    places = asyncio.Semaphore(at_once)
+
+    async def one(prompt: list[int], adapter: str | None) -> tuple[float, int]:
+        async with places:
+            return await ask(prompt, adapter)
+
+    began = time.perf_counter()
+    told = await asyncio.gather(*(one(*each) for each in asked))
+    seconds = time.perf_counter() - began
+    return {
+        "tokens_per_second": sum(count for _, count in told) / seconds,
+        "first_token_ms": 1000 * statistics.median(first for first, _ in told),
+        "tokens": sum(count for _, count in told),
+    }
+
+
+def make_adapters(model: ResolvedModel, folder: Path, count: int) -> dict[str, Path]:
+    """Drawn LoRA adapters of rank 8 on all linear layers, too small to change what is answered by much."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model.path, dtype=torch.float32)
+    found = {}
+    for number in range(count):
+        torch.manual_seed(number)
+        tuned = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear", init_lora_weights="gaussian"))
+        found[f"adapter-{number}"] = folder / f"adapter-{number}"
+        tuned.save_pretrained(found[f"adapter-{number}"])
+        base = tuned.unload()
+    return found
+
+
+def contender(name: str, model: ResolvedModel, slots: int, adapters: dict[str, Path], precision: str) -> Any:
+    if name == "llama-server":
+        return llama_server(model, slots, precision)
+    return generate(model) if name == "generate" else engine(name, model, slots, adapters, precision)
+
+
+async def engines(names: Sequence[str], at_once: Sequence[int], count: int, precision: str) -> list[dict[str, Any]]:
+    model = resolve(ModelSection(name=MODEL))
+    asked = [(prompt, None) for prompt in prompts(model)]
+    rows: list[dict[str, Any]] = []
+
+    def told(**row: Any) -> None:
+        rows.append(row)
+        print("  ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+
+    for name in names:
+        for many in at_once:
+            if name == "generate" and many > 1:
+                continue
+            some = asked[: 8 if many == 1 else QUESTIONS]
+            async with contender(name, model, many, {}, precision) as ask:
+                await measure(ask, asked[:many], many)  # warm
+                told(engine=name, at_once=many, **await measure(ask, some, many))
+    with tempfile.TemporaryDirectory() as folder:
+        adapters = make_adapters(model, Path(folder), count)
+        for name in [n for n in names if n in ("llamacpp", "transformers")]:
+            for used in (1, count):
+                chosen = list(adapters)[:used]
+                each = [(prompt, chosen[i % used]) for i, (prompt, _) in enumerate(asked)]
+                async with contender(name, model, max(at_once), adapters, precision) as ask:
+                    await measure(ask, each, max(at_once))
+                    told(engine=name, adapters=used, **await measure(ask, each, max(at_once)))
+    return rows
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engines", default="llamacpp,llama-server,transformers,generate")
+    parser.add_argument("--at-once", default="1,8,32")
+    parser.add_argument("--adapters", type=int, default=10)
+    parser.add_argument("--precision", default="q8_0")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    found = asyncio.run(
+        engines(given.engines.split(","), [int(n) for n in given.at_once.split(",")], given.adapters, given.precision)
+    )
+    if given.json:
+        given.json.write_text(json.dumps(found, indent=2))
