@@ -208,3 +208,20 @@ def prepared(renderer: Any, tmp_path: Path) -> Callable[..., Any]:
         return Prepared(target, told)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Any:
+    """A PostgreSQL server of the tests' own."""
+    from tests.postgres import serve
+
+    yield from serve()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database, of each kind."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/tunesmith.db"
+    address: str = request.getfixturevalue("postgres").database()
+    return address
