@@ -22,20 +22,24 @@ PACKAGE = ROOT / "tunesmith"
 VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "scores", "section"},
-    {"plugins", "progress"},
+    {"plugins", "progress", "store"},
     {"runs"},
     {"conversation"},
     {"models"},
     {"inference"},
-    {"data", "train", "evaluate", "package"},
+    {"screen"},
+    {"data", "train", "evaluate", "package", "serve"},
     {"recipe"},
     {"claims"},
     {"journey"},
     {"pipeline"},
     {"tune"},
     VERBS,
+    {"jobs"},
+    {"api"},
     {"cli"},
 ]
+HEAVY = "'torch', 'transformers', 'peft', 'sklearn', 'fastapi', 'sqlalchemy', 'prometheus_client'"
 COMMAND = """
 import sys
 from tunesmith.cli import main
@@ -84,7 +88,7 @@ def test_rooms_only_know_the_rooms_below_them() -> None:
     ],
 )
 def test_importing_and_asking_for_help_stay_light(code: str) -> None:
-    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{'torch', 'transformers', 'peft', 'sklearn'}}))"
+    probe = f"{code}\nimport sys; print(sorted(set(sys.modules) & {{{HEAVY}}}))"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.strip().endswith("[]")
 
@@ -135,7 +139,23 @@ def test_the_command_line_is_frozen() -> None:
         "check": ["--json", "--set"],
         "plan": ["--json", "--set"],
         "tune": ["--json", "--runs", "--set", "--space"],
-        "chat": ["--base", "--engine", "--json", "--max-new-tokens", "--runs", "--say"],
+        "chat": ["--base", "--engine", "--json", "--key", "--max-new-tokens", "--runs", "--say", "--url"],
+        "serve": [
+            *("--adapter", "--base", "--database", "--force", "--host", "--key", "--port", "--routes", "--runs"),
+            *("--set", "--tls-cert", "--tls-key"),
+        ],
+        "up": [
+            *("--artifacts", "--certificate", "--database", "--home", "--host", "--json", "--key", "--model", "--port"),
+            *("--role", "--workers"),
+        ],
+        "keys create": [
+            *("--database", "--days", "--home", "--json", "--project", "--role", "--rpm", "--scope", "--tokens"),
+        ],
+        "keys list": ["--database", "--home", "--json"],
+        "keys revoke": ["--database", "--home", "--json"],
+        "audit": ["--database", "--home"],
+        "promote": ["--force", "--json", "--routes", "--runs", "--share"],
+        "rollback": ["--json", "--routes", "--runs"],
         "merge": ["--density", "--how", "--json", "--runs", "--seed", "--weight"],
         "doctor": ["--json"],
         "schema": ["--json"],

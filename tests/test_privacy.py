@@ -11,8 +11,8 @@ import pytest
 
 from tests.test_clean import cleaned, pairs  # noqa: F401 (a fixture)
 from tunesmith.data.clean.personal import Personal
-from tunesmith.data.clean.secrets import Secrets
 from tunesmith.errors import MachineError
+from tunesmith.screen.secrets import secrets
 
 ROOT = Path(__file__).parents[1]
 KEY = "AKIA" + "IOSFODNN7EXAMPLQ"
@@ -147,8 +147,8 @@ def test_recall_of_kinds_that_have_a_pattern(benchmark: Any, shared: Path) -> No
 
 def test_ordinary_text_holds_nothing(shared: Path) -> None:
     """Of GSM8K's questions, full of numbers, hardly one is taken for personal data."""
-    step, secrets = Personal(names="none"), Secrets()
+    step = Personal(names="none")
     lines = (shared / "gsm8k/train.jsonl").read_text().splitlines()[:150]
     texts = [json.loads(line)["question"] for line in lines]
     assert sum(bool(step._find(text)) for text in texts) <= 3
-    assert not any(secrets._find(text) for text in texts)
+    assert not any(secrets(text) for text in texts)

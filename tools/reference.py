@@ -107,6 +107,8 @@ def page() -> str:
         ("train.optimizer", "optimizer"),
         ("train.keep", "keep"),
         ("train.trackers", "tracker"),
+        ("serve.engine", "serving"),
+        ("serve.guards", "guard"),
     ):
         for kind in plugins.BUILT_IN[point]:
             text += table(f"{key} ({kind})", plugins.load(point, kind), done)

@@ -515,7 +515,15 @@ OPTIONAL = {("package", "evaluate")}
 
 
 # Keys of `train` that change what is kept or told of it, but no weight.
-NOT_IN_THE_RESULT = {"keep_checkpoints", "checkpoint_every", "trackers", "samples", "start_from", "parallel"}
+NOT_IN_THE_RESULT = {
+    "snapshots",
+    "keep_checkpoints",
+    "checkpoint_every",
+    "trackers",
+    "samples",
+    "start_from",
+    "parallel",
+}
 
 
 def endpoint(name: str, there: Run) -> Kept | None:

@@ -191,6 +191,14 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "bits_per_token": "tunesmith.evaluate.metrics.likelihood:bits_per_token",
         "bits_per_byte": "tunesmith.evaluate.metrics.likelihood:bits_per_byte",
     },
+    # What may go in and come out of a served model: an item of `serve.guards`. A Guard (serve/guards/guard.py).
+    "guard": {
+        "blocklist": "tunesmith.serve.guards.texts:Blocklist",
+        "personal": "tunesmith.serve.guards.texts:PersonalData",
+        "secrets": "tunesmith.serve.guards.texts:SecretKeys",
+        "toxicity": "tunesmith.serve.guards.texts:Toxicity",
+        "model": "tunesmith.serve.guards.model:GuardModel",
+    },
     # What answers in evaluation and chat: `evaluate.engine`. Makes an Engine (tunesmith/inference/engine.py) of
     # (model, machine, adapter).
     "engine": {

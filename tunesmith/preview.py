@@ -84,6 +84,20 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     Raises:
         TunesmithError: what would have stopped the run before training.
     """
+    return resolved(recipe, overrides).plan
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A plan, the `train` section with a number for every `auto`, and the data stage's counts."""
+
+    plan: Any
+    train: Any
+    counts: dict[str, Any]
+
+
+def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] = ()) -> Resolved:
+    """As `plan`, with what it was made of."""
     from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.plan import empty_model, estimate, shape_of
     from tunesmith.train import auto
@@ -93,7 +107,7 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     journey = _journey(recipe, overrides)
     train = journey.recipe.train
     with tempfile.TemporaryDirectory() as folder:
-        prepare(journey.recipe.data, journey.data_inputs(), Path(folder))
+        counts = prepare(journey.recipe.data, journey.data_inputs(), Path(folder))["counts"]
         rows = load_rows(Path(folder) / "train.jsonl")
     from tunesmith.train.encode import encode
 
@@ -110,7 +124,8 @@ def plan(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str] 
     train.optimizer.check(journey.machine.device)
     weights = {name: p for name, p in train.adapter.attach(empty).named_parameters() if p.requires_grad}
     precision = journey.machine.precision if train.precision == "auto" else train.precision
-    return estimate(job_of(train, shape, weights, precision, examples, schedule), journey.machine)
+    found = estimate(job_of(train, shape, weights, precision, examples, schedule), journey.machine)
+    return Resolved(found, train, counts)
 
 
 def _journey(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Journey:

@@ -22,12 +22,14 @@ from tunesmith.models.section import ModelSection
 from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
 from tunesmith.section import Section
+from tunesmith.serve.section import ServeSection
 from tunesmith.train.section import TrainSection
 from tunesmith.train.space import TuneSection
 
 # Keys that pick a plugin by `kind`, and its point: their own settings are known only to the plugin.
 POINTS = {"method": "objective", "adapter": "adapter", "optimizer": "optimizer", "parallel": "parallel"}
-LISTS = {"trackers": "tracker", "keep": "keep"}  # keys that hold a list of such
+ENGINES = {"data": "data_engine", "serve": "serving"}  # the same, of `engine`, by the section that it stands in
+LISTS = {"trackers": "tracker", "keep": "keep", "guards": "guard"}  # keys that hold a list of such
 # Keys that hold plugins by name, and their point.
 TABLES = {"clean": "clean"}
 
@@ -57,6 +59,8 @@ class Recipe(Section):
     """What must be proved before it is handed on; nothing is held back, if not given."""
     package: PackageSection = PackageSection()
     """What to hand on."""
+    serve: ServeSection = ServeSection()
+    """How `tunesmith serve` answers by it; a run does not look at it."""
     tune: TuneSection = TuneSection()
     """What `tunesmith tune` may change; a run does not look at it."""
 
@@ -174,8 +178,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for key in keys[:-1]:
         inner = _get(here, key, override)
         if inner is None:
-            inner = here[key] = {"kind": TrainSection.model_fields[key].default} if key in POINTS else {}
-        elif isinstance(inner, str) and (key == "model" or key in POINTS):
+            sections: dict[str, type[Section]] = {"data": DataSection, "serve": ServeSection}
+            section = sections.get(keys[0], TrainSection)
+            picks = _point(key, keys[0]) and key in section.model_fields
+            inner = here[key] = {"kind": section.model_fields[key].default} if picks else {}
+        elif isinstance(inner, str) and (key == "model" or _point(key, keys[0])):
             inner = here[key] = {"name" if key == "model" else "kind": inner}
         here = inner
     last: Any = keys[-1]
@@ -189,6 +196,11 @@ def _apply(raw: dict[str, Any], override: str) -> None:
             fix="Set the value itself, or check the key: tunesmith schema.",
         )
     here[last] = value
+
+
+def _point(key: int | str, top: int | str) -> str | None:
+    """The extension point of a key that picks one plugin by `kind`; `top` is the section that it stands in."""
+    return ENGINES.get(str(top)) if key == "engine" else POINTS.get(str(key))
 
 
 def _get(here: Any, key: str, override: str) -> Any:
@@ -258,8 +270,8 @@ def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
         point = LISTS.get(part)
         field = here.model_fields.get(str(part))
         here = _section_in(field.annotation) if field else None
-        if here is Section and part in POINTS and isinstance(raw, dict):
-            here = plugins.load(POINTS[str(part)], raw["kind"])
+        if here is Section and (one := _point(part, loc[0])) and isinstance(raw, dict):
+            here = plugins.load(one, raw["kind"])
     return list(here.model_fields) if isinstance(here, type) and issubclass(here, Section) else []
 
 

@@ -201,6 +201,11 @@ class Run:
         return self.stage("train") / "checkpoints"
 
     @property
+    def snapshots(self) -> Path:
+        """Weights as they were at the ends of epochs."""
+        return self.stage("train") / "snapshots"
+
+    @property
     def findings(self) -> Path:
         """What was noticed while training, a line each."""
         return self.stage("train") / "findings.jsonl"

@@ -10,13 +10,18 @@ from typing import NoReturn
 
 import typer
 
-from tunesmith.cli import data, runs
+from tunesmith.cli import data, runs, service, serving
 from tunesmith.cli.options import main_rank
 from tunesmith.cli.verbs import app
 from tunesmith.errors import TunesmithError, first_line
 
 app.add_typer(runs.app, name="runs")
 app.add_typer(data.app, name="data")
+for verb in (serving.serve, serving.promote, serving.rollback):
+    app.command()(verb)
+app.command("up")(service.up)
+app.add_typer(service.keys_app, name="keys")
+app.command("audit")(service.audit)
 
 
 def main() -> None:

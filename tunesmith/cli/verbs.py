@@ -256,7 +256,11 @@ def tune(
 
 @app.command()
 def chat(
-    run: RunName,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run; with --url, a model of that server.")
+    ] = None,
+    url: Annotated[str | None, typer.Option("--url", help="Talk with a server: http://127.0.0.1:8000.")] = None,
+    key: Annotated[str | None, typer.Option("--key", help="That server's key; TUNESMITH_KEY if not given.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Show the base model's answer beside the tuned one's.")] = False,
     say: Annotated[str | None, typer.Option("--say", help="Say this, print the answer and end.")] = None,
     limit: Annotated[int, typer.Option("--max-new-tokens", min=1, help="Longest answer, in tokens.")] = 512,
@@ -264,8 +268,14 @@ def chat(
     runs: Runs = None,
     as_json: Json = False,
 ) -> None:
-    """Talk with a run's tuned model in the terminal."""
+    """Talk with a run's tuned model in the terminal, or with a server's."""
     hush(as_json)
+    if url is not None:
+        from tunesmith.cli.serving import talk_to
+
+        return talk_to(url, run, key, say, limit, as_json)
+    if run is None:
+        raise RunError("with which run?", where="chat", fix="Give a RUN, or --url of a server.")
     from tunesmith.pipeline import open_run
     from tunesmith.talk import once, talk
 
@@ -279,6 +289,7 @@ def chat(
             print("\n".join(f"{side}: {a}" if base else a for side, a in answers.items() if side != "prompt"))
     else:
         talk(result, base, limit, engine)
+    return None
 
 
 @app.command()

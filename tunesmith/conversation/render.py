@@ -159,6 +159,25 @@ class Renderer:
         text: str = self.tokenizer.decode(kept, skip_special_tokens=True)
         return text
 
+    def text_ids(self, text: str, specials: bool = True) -> list[int]:
+        """A text's token ids, as the tokenizer begins a text; special tokens in it are themselves, or plain text."""
+        ids: list[int] = self.tokenizer(text, split_special_tokens=not specials)["input_ids"]
+        return ids
+
+    def answer_text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = ()) -> str:
+        """What the template writes for the last message, an assistant's, after its prompt."""
+        before, after = self._text(messages[:-1], tools, ask=True), self._text(messages, tools)
+        return after.removeprefix(before) if after.startswith(before) else ""
+
+    def continued(self, text: str) -> list[int]:
+        """Token ids of a text that the template itself could have written behind a prompt."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def plain(self, text: str) -> str:
+        """A text without special tokens, as `decode` gives it."""
+        return self._special.sub("", text)
+
     def check(self) -> None:
         """Raise unless an answer ends with a token that stops generation, and that token is trained.
 

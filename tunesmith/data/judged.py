@@ -16,12 +16,14 @@ TURN = re.compile(r"\n\n(Human|Assistant):")
 class PreferencePair(Layout):
     """A better and a worse answer: TRL's `prompt`, `chosen`, `rejected` (texts or messages; the prompt may be only in
     both answers), HH-RLHF's transcripts, LLaMA-Factory's `conversations` or `instruction` with `chosen` and
-    `rejected`, and OpenAI's `input`, `preferred_output`, `non_preferred_output`. An optional `margin`."""
+    `rejected`, and OpenAI's `input`, `preferred_output`, `non_preferred_output` (`..._completion` in
+    older files). An optional `margin`."""
 
     name, needs, takes_template = "preference", "chosen and rejected, or preferred_output", False
     ENDINGS: ClassVar[tuple[tuple[str, str], ...]] = (
         ("chosen", "rejected"),
         ("preferred_output", "non_preferred_output"),
+        ("preferred_completion", "non_preferred_completion"),
     )
 
     @classmethod

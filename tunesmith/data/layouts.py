@@ -211,8 +211,8 @@ def turns(found: list[Any]) -> list[Message]:
 
 
 def tools(row: Row) -> tuple[dict[str, Any], ...]:
-    """The row's definitions of tools, given as a list or as its JSON."""
-    found = row.get("tools")
+    """The row's definitions of tools (OpenAI's older `functions`), given as a list or as its JSON."""
+    found = row.get("tools") or row.get("functions")
     if isinstance(found, str) and found.strip():
         try:
             found = json.loads(found)

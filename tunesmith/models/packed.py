@@ -189,12 +189,20 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, smoothing: float
+        ctx: Any,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        smoothing: float,
+        hits: list[Tensor] | None,
     ) -> Tensor:
         want = ctx.needs_input_grad[0]
         losses, gradients = [], []
         for h, target in zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True):
             logits = F.linear(h, weight_VD, bias_V)
+            if hits is not None:
+                hits.append(logits.argmax(-1) == target)
             # Softmax computes in float32 inside; only where nothing is trained is its result worth twice the memory.
             log_p = torch.log_softmax(logits if want else logits.float(), -1)
             picked = log_p.gather(1, target[:, None]).float()
@@ -217,20 +225,30 @@ class _FrozenHeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * grad_outputs[0][:, None].to(gradient_ND.dtype), None, None, None, None)
+        return (gradient_ND * grad_outputs[0][:, None].to(gradient_ND.dtype), None, None, None, None, None)
 
 
-def head_nll(hidden_ND: Tensor, head: torch.nn.Linear, targets_N: Tensor, smoothing: float = 0.0) -> Tensor:
+def head_nll(
+    hidden_ND: Tensor,
+    head: torch.nn.Linear,
+    targets_N: Tensor,
+    smoothing: float = 0.0,
+    hits: list[Tensor] | None = None,
+) -> Tensor:
     """Negative log-likelihood [N] in nats of `targets` under an output layer, in bounded memory.
 
-    With `smoothing`, of targets that keep 1 - smoothing and give the rest to all tokens alike.
+    With `smoothing`, of targets that keep 1 - smoothing and give the rest to all tokens alike. `hits` is given which
+    targets are the likeliest tokens, [n] at a time.
     """
     if type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, smoothing)
+        loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, smoothing, hits)
         return loss
 
     def chunk(h: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(head(h).float(), target, reduction="none", label_smoothing=smoothing)
+        logits = head(h).float()
+        if hits is not None:
+            hits.append(logits.detach().argmax(-1) == target)
+        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
     chunks = zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
@@ -333,9 +351,10 @@ class PackedForward:
         """Whether rows of so many tokens at most go through the model together."""
         return self.packed and longest <= self.longest
 
-    def nll(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
-        """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight (smoothed: see `head_nll`)."""
-        return self._together(batch, smoothing) if self._can_pack(batch) else self._one_by_one(batch, smoothing)
+    def nll(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
+        """Negative log-likelihood [N] in nats of the pack's N tokens that carry weight (see `head_nll`)."""
+        found = self._together if self._can_pack(batch) else self._one_by_one
+        return found(batch, smoothing, hits)
 
     def predicting(self, batch: Pack) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """States [N, D] that predict the N tokens that carry weight, and what makes logits [n, V] of some of them."""
@@ -373,7 +392,7 @@ class PackedForward:
         # index_select: its backward adds in a fixed order, where indexing's need not.
         return hidden.index_select(0, places)
 
-    def _together(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
+    def _together(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
         """The pack's losses; or its rows' states, in units of their spread, where the model has no language head."""
         if self._scorer:
             return self._spread(self._ends(batch))
@@ -382,19 +401,21 @@ class PackedForward:
             filled = (0, -len(places_N) % LOSSES)
             before_N, places_N = F.pad(before_N, filled), F.pad(places_N, filled)
         head = self.model.get_output_embeddings()
-        loss_N = head_nll(self._hidden(batch, before_N), head, batch.ids_T[places_N], smoothing)
+        loss_N = head_nll(self._hidden(batch, before_N), head, batch.ids_T[places_N], smoothing, hits)
+        if hits:
+            hits[-1] = hits[-1][: len(batch.places_N)]
         return loss_N[: len(batch.places_N)]
 
-    def _one_by_one(self, batch: Pack, smoothing: float = 0.0) -> Tensor:
+    def _one_by_one(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
         if self._scorer:
             return self._spread(self._ends_apart(batch))
         with self._own_attention(), waiting(self.offload, self.device):
-            return torch.cat(
-                [
-                    F.cross_entropy(logits.float(), to, reduction="none", label_smoothing=smoothing)
-                    for logits, to in self._separate_logits(batch)
-                ]
-            )
+            losses = []
+            for logits, to in self._separate_logits(batch):
+                if hits is not None:
+                    hits.append(logits.detach().argmax(-1) == to)
+                losses.append(F.cross_entropy(logits.float(), to, reduction="none", label_smoothing=smoothing))
+            return torch.cat(losses)
 
     def _spread(self, states: Tensor) -> Tensor:
         return states.float() / states.float().std()

@@ -36,8 +36,26 @@ def keep_weights(
                 section.adapter.save(model, folder)
             else:
                 shutil.copytree(best, folder, dirs_exist_ok=True)
-            if classes:
-                padding = split.model.config.pad_token_id
-                write_json(folder / CLASSES, {"classes": classes, "pad_token_id": padding})
-            if not section.adapter.whole_model:
-                mark_base(folder, base)
+            _mark(section, folder, split, base, classes)
+
+
+def snapshot(
+    section: TrainSection, state: State, split: Alone, base: ResolvedModel, classes: list[str], run: Run
+) -> None:
+    """Write the weights as they are now to `step-N`, and remove all but the newest `section.snapshots`."""
+    with split.whole() as model:
+        if not split.ranks.main:
+            return
+        with whole_folder(run.snapshots / f"step-{state.step:06d}") as folder:
+            section.adapter.save(model, folder)
+            _mark(section, folder, split, base, classes)
+    for old in sorted(run.snapshots.glob("step-*"))[: -section.snapshots]:
+        shutil.rmtree(old)
+
+
+def _mark(section: TrainSection, folder: Path, split: Alone, base: ResolvedModel, classes: list[str]) -> None:
+    """Write beside weights what they are of: the classes of their head, and their base."""
+    if classes:
+        write_json(folder / CLASSES, {"classes": classes, "pad_token_id": split.model.config.pad_token_id})
+    if not section.adapter.whole_model:
+        mark_base(folder, base)

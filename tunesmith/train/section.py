@@ -80,6 +80,9 @@ class TrainSection(Section):
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(2, ge=1)
     """How many checkpoints stay on disk, besides the best weights."""
+    snapshots: int = Field(0, ge=0)
+    """How many epochs' weights stay on disk as they were at their end, each as a model of its own
+    (train/snapshots/step-N); a run that is stopped leaves one too."""
     keep_best: bool = True
     """End with the best weights (see `best_by`) instead of the last ones."""
     best_by: str = "loss"

@@ -37,7 +37,7 @@ from tunesmith.train.optimizers.make import make
 from tunesmith.train.parallel.alone import Step
 from tunesmith.train.parallel.check import several
 from tunesmith.train.ranks import Ranks
-from tunesmith.train.results import keep_weights, save
+from tunesmith.train.results import keep_weights, save, snapshot
 from tunesmith.train.section import TrainSection
 from tunesmith.train.step import by_loss, gradients, update, validate
 from tunesmith.train.weights import Trained
@@ -219,6 +219,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
             if inputs.validated and ranks.main and "validation_loss" in line:
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
             stopping = ranks.any(stop.is_set())
+            if section.snapshots and (state.step % schedule.steps_per_epoch == 0 or last or stopping):
+                with follow.clock("checkpoint"), learned.as_used(split.optimizer), learned.unrounded():
+                    snapshot(section, state, split, inputs.model, classes, run)
             if state.step % section.checkpoint_every == 0 or last or stopping:
                 with follow.clock("checkpoint"):
                     kept = section.adapter.state(model)

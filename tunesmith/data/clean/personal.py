@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
@@ -11,12 +10,10 @@ from pydantic import Field, field_validator
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.pseudonyms import Pseudonyms
-from tunesmith.data.clean.recognise import Finder, finder
 from tunesmith.data.clean.step import RowStep, Verdict
 from tunesmith.data.clean.texts import map_all
-
-# What is found but is nobody's own: only looked for where the recipe names it.
-NOT_PERSONAL = frozenset({"DATE_TIME", "ORGANIZATION", "LOCATION", "NRP", "URL", "UUID", "AGE"})
+from tunesmith.screen.inside import in_json
+from tunesmith.screen.personal import Finder, finder, personal
 
 
 class Personal(RowStep):
@@ -82,8 +79,7 @@ class Personal(RowStep):
         return finder(self.names, self.countries)
 
     def _find(self, text: str) -> list[Any]:
-        found = self.finder.find(text, self.threshold, frozenset(self.kinds) - {"all"} or None)
-        return found if self.kinds else [f for f in found if f.kind not in NOT_PERSONAL]
+        return personal(self.finder, text, self.threshold, self.kinds)
 
     def _replaced(self, text: str, put: Callable[[str, str], str]) -> str:
         return in_json(text, lambda inner: self._spliced(inner, put))
@@ -98,31 +94,3 @@ class Personal(RowStep):
 
 def _masked(kind: str, value: str) -> str:
     return f"[{kind}]"
-
-
-def in_json(text: str, change: Callable[[str], str]) -> str:
-    """A text changed; where it was a JSON object or list, one that still is."""
-    changed = change(text)
-    if changed == text or not text.lstrip().startswith(("{", "[")) or not _is_json(text) or _is_json(changed):
-        return changed
-
-    def deep(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: deep(v) for k, v in value.items()}
-        if isinstance(value, list):
-            return [deep(v) for v in value]
-        if isinstance(value, bool) or value is None:
-            return value
-        new = change(str(value))
-        return value if new == str(value) else new
-
-    spaced = ", " in text or ": " in text
-    return json.dumps(deep(json.loads(text)), ensure_ascii=False, separators=None if spaced else (",", ":"))
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except ValueError:
-        return False
-    return True

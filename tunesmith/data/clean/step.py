@@ -10,14 +10,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.engines.local import LocalRunning
-from tunesmith.errors import MachineError
+from tunesmith.screen import library
 from tunesmith.section import Section
 
 
@@ -93,16 +92,9 @@ class RowStep(Step):
 
 
 def need(module: str, step: str, extra: str = "data") -> Any:
-    """A library that comes with an extra.
+    """A library that a step needs, which comes with an extra.
 
     Raises:
         MachineError: it is not installed; names the extra.
     """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise MachineError(
-            f"needs {error.name or module}, which is not installed",
-            where=f"data.clean.{step}",
-            fix=f"pip install 'tunesmith[{extra}]'",
-        ) from error
+    return library.need(module, f"data.clean.{step}", extra)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cache
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean.step import Around, Step, Verdict, need
+from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import SIDES, texts
-from tunesmith.errors import ModelError, first_line
 from tunesmith.progress import bar
+from tunesmith.screen.offence import offence
 
 CHUNK = 512
 
@@ -53,48 +52,10 @@ class Toxicity(Step):
 
     def scores(self, batch: Sequence[str]) -> list[float]:
         """For each text, how probable it is that it offends."""
-        if self.model is not None:
-            return _by_model(self.model, self.labels)(batch)
-        return [float(p) for p in need("profanity_check", "toxicity").predict_prob(list(batch))]
+        return offence(batch, self.model, self.labels, "data.clean.toxicity")
 
     def _verdict(self, row: Conversation, score: float) -> Verdict:
         found = {"none (below 0.5)" if score < 0.5 else f"{int(score * 10) / 10:.1f} and more": 1}
         if score <= self.above:
             return Verdict(row, "", found)
         return Verdict(row if self.action == "report" else None, f"offends (p = {score:.2f})", found)
-
-
-NAMES = ("toxic", "obscene", "insult", "threat", "hate", "offensive")
-
-
-@cache
-def _by_model(model: str, labels: tuple[str, ...]) -> Any:
-    from transformers import pipeline
-
-    try:
-        classify = pipeline("text-classification", model=model, top_k=None, truncation=True, device="cpu")
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"the classifier can't be loaded ({first_line(error)})",
-            where="data.clean.toxicity.model",
-            fix="Name a folder or a hub model for text classification, such as unitary/toxic-bert.",
-        ) from error
-    known = list(classify.model.config.id2label.values())
-    wanted = {label.casefold() for label in labels}
-    counting = [
-        label
-        for label in known
-        if (label.casefold() in wanted if wanted else any(n in label.casefold() for n in NAMES))
-        and not (not wanted and label.casefold().startswith(("non", "not")))
-    ]
-    if not counting:
-        raise ModelError(
-            f"none of its labels is meant: {', '.join(known)}",
-            where="data.clean.toxicity.labels",
-            fix="Name the labels that count: toxicity: {model: ..., labels: [...]}",
-        )
-
-    def judge(batch: Sequence[str]) -> list[float]:
-        return [max(s["score"] for s in scores if s["label"] in counting) for scores in classify(list(batch))]
-
-    return judge

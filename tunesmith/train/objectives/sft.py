@@ -12,6 +12,8 @@ from tunesmith.conversation.render import Renderer
 from tunesmith.train.objectives.method import Batch, Example, Loss, Method
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from tunesmith.models.packed import PackedForward
 
 
@@ -23,6 +25,10 @@ class Sft(Method):
     """Which answers carry loss: every assistant's turn, or only a row's last one."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of each target that is given to all tokens alike, in training (Szegedy et al. 2016, arXiv:1512.00567)."""
+
+    accuracy: bool = False
+    """Also tell which share of the answers' tokens is what the model finds likeliest: `token_accuracy` in the
+    metrics."""
 
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         for row in rows:
@@ -36,4 +42,11 @@ class Sft(Method):
     def loss(self, forward: PackedForward, batch: Batch) -> Loss:
         """Weighted sum over tokens of -log p(token | what precedes it), in nats."""
         smoothing = self.label_smoothing if forward.model.training else 0.0
-        return Loss({"tokens": (forward.nll(batch.pack, smoothing) * batch.pack.weights_N).sum()})
+        hits: list[Tensor] | None = [] if self.accuracy else None
+        losses_N = forward.nll(batch.pack, smoothing, hits)
+        told = {"token_accuracy": (_count(hits), float(len(losses_N)))} if hits else {}
+        return Loss({"tokens": (losses_N * batch.pack.weights_N).sum()}, told)
+
+
+def _count(hits: list[Tensor]) -> float:
+    return float(sum(hit.sum().item() for hit in hits))

@@ -21,6 +21,11 @@ class Wandb(TrackerSection):
     mode: Literal["online", "offline"] = "online"
     """offline writes into the run's `wandb/`, for `wandb sync` later."""
 
+    name: str | None = None
+    """What the run is called there; as here if not given."""
+    tags: list[str] = []
+    """To find it again."""
+
     def open(self, name: str, folder: Path, settings: dict[str, Any]) -> Log:
         return _Log(self, name, folder, settings)
 
@@ -33,7 +38,8 @@ class _Log:
         self._run: Any = wandb.init(
             project=section.project,
             entity=section.entity,
-            name=name,
+            name=section.name or name,
+            tags=section.tags or None,
             dir=str(folder),
             mode=section.mode,
             config=settings,

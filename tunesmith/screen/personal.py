@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.clean.step import need
 from tunesmith.errors import MachineError, first_line
+from tunesmith.screen.library import need
 
-STEP = "personal"
+STEP = "data.clean.personal"
+# What is found but is nobody's own: only looked for where it is named.
+NOT_PERSONAL = frozenset({"DATE_TIME", "ORGANIZATION", "LOCATION", "NRP", "URL", "UUID", "AGE"})
 CONTEXT_GAIN = 0.45
 BEFORE, AFTER = 60, 30
 # What models call things -> how presidio names them.
@@ -120,6 +122,12 @@ def _in_context(text: str, start: int, end: int, score: float, context: Sequence
     return score
 
 
+def personal(finder: Finder, text: str, threshold: float, kinds: Sequence[str]) -> list[Found]:
+    """What a text holds of these kinds (`all`: of any); if none are given, of those that are somebody's own."""
+    found = finder.find(text, threshold, frozenset(kinds) - {"all"} or None)
+    return found if kinds else [f for f in found if f.kind not in NOT_PERSONAL]
+
+
 @cache
 def finder(names: str, countries: tuple[str, ...]) -> Finder:
     """The finder for these countries' numbers, and names as `data.clean.personal.names` says."""
@@ -207,7 +215,7 @@ def _by_transformers(model: str) -> Any:
     except (OSError, ValueError) as error:
         raise MachineError(
             f"no model of names is called '{model}' ({first_line(error)})",
-            where=f"data.clean.{STEP}.names",
+            where=f"{STEP}.names",
             fix="Name an installed spaCy pipeline (python -m spacy download en_core_web_lg), a folder or a hub model "
             "for token classification, or none.",
         ) from error

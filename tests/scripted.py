@@ -1,0 +1,157 @@
+"""An engine that says what a test wants, and a server of the real application on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from tests.conftest import make_tokenizer
+from tunesmith.api.app import State, build
+from tunesmith.conversation.render import Renderer
+from tunesmith.errors import ModelError
+from tunesmith.inference.served import EngineFull, Health, Piece, Request, TokenLogprob, UnknownAdapter
+from tunesmith.serve.models import Models, Served
+from tunesmith.serve.section import ServeSection
+from tunesmith.serve.serving import Serving
+
+HERMES = (
+    "{% if tools %}<|im_start|>system\nTools:{% for t in tools %}\n{{ t.function | tojson }}{% endfor %}<|im_end|>\n"
+    "{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+    '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
+    "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass
+class Scripted:
+    """An engine whose answers a function gives; token by token, `pause` seconds apart.
+
+    `running` is how many slots are taken now; `fail` may raise what an engine would.
+    """
+
+    renderer: Renderer
+    reply: Callable[[Request], str]
+    name: str = "scripted"
+    kind: str = "scripted"
+    context: int = 512
+    slots: int = 4
+    queue: int = 8
+    pause: float = 0.0
+    fail: Callable[[Request, int], None] = lambda request, token: None
+    asked: list[Request] = field(default_factory=list)
+    running: int = 0
+    waiting: int = 0
+    loaded: dict[str, Path] = field(default_factory=dict)
+    state: Health = "starting"
+
+    async def start(self) -> None:
+        self.state, self._free = "ready", asyncio.Semaphore(self.slots)
+
+    async def close(self) -> None:
+        self.state = "failed"
+
+    def health(self) -> Health:
+        return self.state
+
+    def adapters(self) -> list[str]:
+        return list(self.loaded)
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        if not (path / "adapter_model.safetensors").is_file():
+            raise ModelError("holds no adapter", where=str(path))
+        self.loaded[name] = path
+
+    async def unload_adapter(self, name: str) -> None:
+        if name not in self.loaded:
+            raise UnknownAdapter(f"no adapter is called '{name}'")
+        del self.loaded[name]
+
+    async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
+        return [[1.0 * (i == len(p) % 4) for i in range(4)] for p in prompts]
+
+    async def stream(self, request: Request) -> AsyncGenerator[Piece, None]:
+        self.asked.append(request)
+        if request.adapter is not None and request.adapter not in self.loaded:
+            raise UnknownAdapter(f"no adapter is called '{request.adapter}'")
+        if self.waiting >= self.queue and self._free.locked():
+            raise EngineFull("as many requests wait as may", retry_after=3)
+        self.waiting += 1
+        try:
+            await self._free.acquire()
+        finally:
+            self.waiting -= 1
+        self.running += 1
+        try:
+            text = self.reply(request)
+            ends = [text.find(s) for s in request.stop if s in text]
+            ids = self.renderer.continued(text[: min(ends)] if ends else text)
+            for number, token in enumerate(ids[: request.max_new_tokens]):
+                self.fail(request, number)
+                await asyncio.sleep(self.pause)
+                said = self.renderer.tokenizer.decode([token])
+                yield Piece(said, (token,), self._logprobs(request, token))
+            self.fail(request, len(ids))
+            yield Piece("", finish="length" if len(ids) > request.max_new_tokens else "stop", cached=2)
+        finally:
+            self.running -= 1
+            self._free.release()
+
+    def _logprobs(self, request: Request, token: int) -> tuple[TokenLogprob, ...]:
+        if request.top_logprobs is None:
+            return ()
+        data = self.renderer.tokenizer.decode([token]).encode()
+        top = tuple(TokenLogprob(token + i, data, -0.5 - i) for i in range(request.top_logprobs))
+        return (TokenLogprob(token, data, -0.5, top),)
+
+
+def asked_text(engine: Scripted, number: int = -1) -> str:
+    """What a prompt was, as text."""
+    return engine.renderer.tokenizer.decode(engine.asked[number].prompt)
+
+
+def scripted(
+    reply: Callable[[Request], str] | str = "Blue it is.", template: str | None = None, **more: Any
+) -> Scripted:
+    renderer = Renderer(make_tokenizer(template) if template else make_tokenizer())
+    return Scripted(renderer, reply if callable(reply) else lambda _: reply, **more)
+
+
+def state_of(
+    *engines: Scripted, keys: Sequence[str] = (), store: Any = None, routes: Any = None, **settings: Any
+) -> State:
+    """An application's state over engines, each serving a model of its name."""
+    section = ServeSection(**settings)
+    models = Models()
+    for engine in engines:
+        models.put(Served(engine.name, engine, engine.renderer, identity=engine.name))
+    return State(section, Serving(section, models, routes), keys=keys, store=store)
+
+
+LAST: uvicorn.Server  # the server that was started last
+
+
+@contextlib.contextmanager
+def running(state: State, **server: Any) -> Iterator[str]:
+    """The real server over a state; gives its address."""
+    config = uvicorn.Config(build(state), port=0, log_level="warning", lifespan="on", **server)
+    global LAST
+    LAST = instance = uvicorn.Server(config)
+    thread = threading.Thread(target=instance.run, daemon=True)
+    thread.start()
+    while not instance.started:
+        assert thread.is_alive(), "the server did not start"
+        threading.Event().wait(0.01)
+    try:
+        scheme = "https" if server.get("ssl_certfile") else "http"
+        yield f"{scheme}://127.0.0.1:{instance.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        instance.should_exit = True
+        thread.join(120)
+        assert not thread.is_alive(), "the server did not stop"

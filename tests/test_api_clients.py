@@ -1,0 +1,142 @@
+"""Clients that others wrote, as they are: litellm, LangChain and a late 2.x of openai, in an environment of their own;
+and schemathesis, which asks what no client would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripted import HERMES, running, scripted, state_of
+from tunesmith.inference.served import Request
+
+CLIENTS = os.environ.get("TUNESMITH_CLIENTS")  # a Python that has openai 2.x, litellm and langchain-openai
+OTHERS = """
+import json, os, sys
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+import litellm, openai
+from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel
+
+url = sys.argv[1]
+assert openai.__version__.startswith("2."), openai.__version__
+hi = [{"role": "user", "content": "What colour is it?"}]
+tool = {"type": "function", "function": {"name": "weather", "description": "-", "parameters": {
+    "type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}}
+
+client = openai.OpenAI(base_url=url, api_key="sk-a")
+assert client.chat.completions.create(model="scripted", messages=hi).choices[0].message.content == "Blue it is."
+with client.chat.completions.stream(model="scripted", messages=hi) as events:
+    assert events.get_final_completion().choices[0].message.content == "Blue it is."
+assert len(client.embeddings.create(model="scripted", input="a").data[0].embedding) == 4
+
+named = {"model": "openai/scripted", "api_base": url, "api_key": "sk-a"}
+assert litellm.completion(messages=hi, **named).choices[0].message.content == "Blue it is."
+parts = litellm.completion(messages=hi, stream=True, **named)
+assert "".join(p.choices[0].delta.content or "" for p in parts) == "Blue it is."
+called = litellm.completion(messages=hi, tools=[tool], tool_choice="required", **named)
+assert json.loads(called.choices[0].message.tool_calls[0].function.arguments) == {"place": "Rome"}
+try:
+    litellm.completion(messages=[{"role": "user", "content": "colour " * 900}], **named)
+except litellm.ContextWindowExceededError:
+    pass
+else:
+    raise AssertionError("litellm did not see that the context is too short")
+try:
+    litellm.completion(messages=hi, model="openai/none", api_base=url, api_key="sk-a")
+except litellm.NotFoundError:
+    pass
+try:
+    litellm.completion(messages=hi, model="openai/scripted", api_base=url, api_key="sk-no")
+except litellm.AuthenticationError:
+    pass
+
+chain = ChatOpenAI(model="scripted", base_url=url, api_key="sk-a")
+assert chain.invoke("What colour is it?").content == "Blue it is."
+assert "".join(c.content for c in chain.stream("What colour is it?")) == "Blue it is."
+assert chain.invoke("What?").usage_metadata["output_tokens"] > 0
+
+class Colour(BaseModel):
+    colour: str
+
+assert chain.with_structured_output(Colour).invoke("What colour?") == Colour(colour="blue")
+bound = chain.bind_tools([tool], tool_choice="weather")
+assert bound.invoke("Weather?").tool_calls[0]["args"] == {"place": "Rome"}
+print("all of them")
+"""
+
+
+def answers(request: Request) -> str:
+    if request.grammar is None:
+        return "Blue it is."
+    if "colour" in str(request.grammar):
+        return '{"colour": "blue"}'
+    return '{"name": "weather", "arguments": {"place": "Rome"}}'
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    CLIENTS is None, reason="TUNESMITH_CLIENTS names no Python with openai 2.x, litellm, langchain-openai"
+)
+def test_clients_that_others_wrote(tmp_path: Path) -> None:
+    script = tmp_path / "others.py"
+    script.write_text(OTHERS)
+    with running(state_of(scripted(answers, HERMES), keys=("sk-a",))) as url:
+        assert CLIENTS is not None
+        done = subprocess.run([CLIENTS, script, f"{url}/v1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "all of them" in done.stdout, done.stderr[-3000:]
+
+
+def test_schemathesis_finds_no_server_error() -> None:
+    ask_anything(200)
+
+
+@pytest.mark.long
+def test_schemathesis_finds_no_server_error_in_2000_cases() -> None:
+    ask_anything(2000)
+
+
+def ask_anything(cases: int) -> None:
+    """So many requests made from the OpenAPI document, valid and not: none may end in a server error, and each error
+    has the one shape."""
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+
+    with running(state_of(scripted(answers))) as url:
+        api = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        operations = [found.ok() for found in api.get_all_operations()]
+        asked = 0
+        for operation in operations:
+            strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
+            takes = bool(list(operation.body) or list(operation.path_parameters))
+            if takes:
+                strategy |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
+
+            @settings(
+                max_examples=-(-cases // 6) if takes else 1,
+                deadline=None,
+                database=None,
+                derandomize=True,
+                suppress_health_check=list(HealthCheck),
+                phases=[Phase.generate],
+            )
+            @given(case=strategy)
+            def check(case: Any) -> None:
+                nonlocal asked
+                asked += 1
+                response = case.call()
+                assert response.status_code < 500, (case.as_curl_command(), response.text)
+                if response.status_code >= 400:
+                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}, response.text
+                    assert "Traceback" not in response.text
+
+            check()
+    assert asked >= cases
+
+
+if __name__ == "__main__":
+    ask_anything(int(sys.argv[1]))

@@ -1,0 +1,197 @@
+"""What goes wrong with machines: workers, the API and the database killed, disks full. Nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.service import PATIENCE, chat, events, finished, free_port, jsonl, running, settings, team, wait
+from tests.test_service_jobs import files_of
+from tunesmith.jobs.artifacts import Artifacts, TooLarge
+
+LONG_JOB = {"model": "tiny", "seed": 5, "hyperparameters": {"n_epochs": 50, "batch_size": 4}}
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def stepping(client: Any, job: str, least: int = 1) -> Any:
+    """Wait until the job has told of some steps."""
+
+    def told() -> bool:
+        steps = [e for e in client.fine_tuning.jobs.list_events(job, limit=3).data if e.type == "metrics"]
+        return any(e.data["step"] >= least for e in steps)
+
+    return wait(told, "a step")
+
+
+def test_a_full_disk_keeps_nothing_and_says_so(tmp_path: Path) -> None:
+    place = Artifacts(str(tmp_path / "artifacts"), tmp_path / "cache")
+
+    class Full(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            found = super().read(4)
+            if not found:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return found
+
+    with pytest.raises(OSError):
+        place.put("files/a", Full(b"12345678"))
+    with pytest.raises(TooLarge):
+        place.put("files/b", io.BytesIO(b"12345678"), most=7)
+    assert [p for p in (tmp_path / "artifacts").rglob("*") if p.is_file()] == []
+    for key in ("../x", "/etc/passwd", "files/../../x", "files//x", "", ".hidden", "files/.x"):
+        with pytest.raises(ValueError, match="not an artifact's key"):
+            place.put(key, io.BytesIO(b"x"))
+
+
+def test_a_server_whose_disk_is_full_answers_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    """Files beyond a size can't be written in its process, which is what a full disk looks like."""
+    code = f"""
+import resource, sys
+sys.path.insert(0, {str(Path.cwd())!r})
+from pathlib import Path
+from tests.service import running, settings
+with running(settings(Path({str(tmp_path)!r}), Path({str(tiny_model)!r}))) as found:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))
+    print(found.url, found.secret, flush=True)
+    sys.stdin.read()
+"""
+    server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert server.stdout and server.stdin
+    try:
+        url, secret = server.stdout.readline().split()
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=secret, max_retries=0, timeout=PATIENCE)
+        with pytest.raises(openai.InternalServerError) as told:
+            client.files.create(file=b"0" * 3_000_000, purpose="user_data")
+        assert "Traceback" not in told.value.message and set(told.value.response.json()["error"]) >= {"message", "code"}
+        assert list(client.files.list()) == []
+        assert client.files.create(file=b"0" * 1000, purpose="user_data").bytes == 1000
+    finally:
+        server.stdin.close()
+        server.wait(timeout=PATIENCE)
+
+
+@pytest.mark.long
+def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+    with running(settings(tmp_path, tiny_model, lease=3.0)) as api:
+        client = api.client()
+        ask = LONG_JOB | {"training_file": api.upload(chat(64))}
+        with team(api) as workers:
+            whole = client.fine_tuning.jobs.create(**ask)
+            assert finished(client, whole.id).status == "succeeded"
+            job = client.fine_tuning.jobs.create(**ask)
+            for least in (60, 200):  # twice: each time the worker, and its job's process with it
+                stepping(client, job.id, least)
+                worker = workers.processes[0].pid
+                mine = children(worker)
+                os.kill(worker, signal.SIGKILL)
+                wait(
+                    lambda mine=mine: not any(Path(f"/proc/{pid}").exists() and _alive(pid) for pid in mine),
+                    "the child's end",
+                )
+            done = finished(client, job.id)
+        assert done.status == "succeeded", done
+        told = [e.message for e in events(client, job.id)]
+        assert sum("worker was lost" in m for m in told) == 2
+        steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
+        assert steps == list(range(1, 801))
+        final = client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
+        assert files_of(api, done.fine_tuned_model) == files_of(api, final)
+
+
+def _alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.long
+def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Path) -> None:
+    with running(settings(tmp_path, tiny_model, lease=3.0, workers=2)) as api:
+        client = api.client()
+        file = api.upload(chat(64))
+        jobs = [
+            client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file, "seed": seed}).id for seed in (1, 2)
+        ]
+        with team(api, 1) as workers:
+            stepping(client, jobs[0], 60)
+            for process in workers.processes:
+                os.kill(process.pid, signal.SIGKILL)
+            assert [finished(client, job).status for job in jobs] == ["succeeded"] * 2
+
+
+@pytest.mark.long
+def test_the_database_restarts_under_a_running_job(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
+    with running(settings(tmp_path, tiny_model, lease=5.0, database=postgres.database())) as api:
+        client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=10, timeout=PATIENCE)
+        ask = LONG_JOB | {"training_file": api.upload(chat(64))}
+        with team(api):
+            job = client.fine_tuning.jobs.create(**ask)
+            stepping(client, job.id, 20)
+            postgres.stop()
+            once = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=0)
+            with pytest.raises(openai.InternalServerError) as told:
+                once.fine_tuning.jobs.retrieve(job.id)
+            assert told.value.status_code == 503 and told.value.response.headers["retry-after"]
+            time.sleep(2)
+            postgres.start()
+            assert finished(client, job.id).status == "succeeded"
+        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == list(range(1, 801))
+
+
+def launched(home: Path, model: Path, port: int, **limits: Any) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    """`tunesmith up`, once it listens."""
+    words = ["up", "--json", "--home", str(home), "--port", str(port), "--model", f"tiny={model}", "--workers", "1"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tunesmith", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        **limits,
+    )
+    assert process.stdout
+    return process, json.loads(process.stdout.readline() or "{}")
+
+
+@pytest.mark.long
+def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
+    """One command, a job, kill -9 in the middle, the same command again: the job ends and its model answers."""
+    port = free_port()
+    process, told = launched(tmp_path / "home", tiny_model, port)
+    try:
+        assert told["url"] == f"http://127.0.0.1:{port}" and told["admin_key"].startswith("sk-")
+        client = openai.OpenAI(
+            base_url=f"{told['url']}/v1", api_key=told["admin_key"], max_retries=20, timeout=PATIENCE
+        )
+        file = client.files.create(file=jsonl(chat(64)), purpose="fine-tune").id
+        job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file})
+        stepping(client, job.id, 20)
+        process.kill()
+        process.wait()
+        process, told = launched(tmp_path / "home", tiny_model, port)
+        assert "admin_key" not in told
+        done = finished(client, job.id)
+        assert done.status == "succeeded", done
+        marks = client.fine_tuning.jobs.checkpoints.list(job.id).data
+        for name in (done.fine_tuned_model, marks[0].fine_tuned_model_checkpoint):
+            asked = [{"role": "user", "content": "Item 3 is red. What colour is it?"}]
+            assert client.chat.completions.create(model=name, messages=asked, max_tokens=4).choices[0].message.content
+        assert {done.fine_tuned_model, "tiny"} <= {m.id for m in client.models.list()}
+        client.models.delete(done.fine_tuned_model)
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model=done.fine_tuned_model, messages=[{"role": "user", "content": "x"}])
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=PATIENCE) == 0

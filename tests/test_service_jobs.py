@@ -1,0 +1,202 @@
+"""Jobs from end to end, with workers in processes of their own, by OpenAI's own client."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.service import Running, chat, events, finished, openai, pairs, running, settings, team, wait
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    with running(settings(tmp_path_factory.mktemp("jobs"), tiny_model, private_webhooks=True)) as found, team(found):
+        yield found
+
+
+def files_of(api: Running, name: str) -> dict[str, str]:
+    """Hashes of a model's files."""
+    found = api.service.model(name)
+    assert found is not None
+    folder = api.service.artifacts.path(found.artifact)
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir()) if p.suffix != ".md"}
+
+
+class Hook:
+    """A webhook's receiver, which refuses the first delivery."""
+
+    def __init__(self) -> None:
+        self.got: list[tuple[dict[str, str], bytes]] = []
+        hook = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                hook.got.append(({k.lower(): v for k, v in self.headers.items()}, body))
+                self.send_response(500 if len(hook.got) == 1 else 200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+
+
+def test_a_job_from_file_to_model(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    client = api.client(role="admin")
+    hook = Hook()
+    secret = client.post("/webhooks", cast_to=object, body={"url": hook.url})["secret"]
+    training, validation = api.upload(chat(32)), api.upload(chat(4, "blue"))
+    job = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=training,
+        validation_file=validation,
+        suffix="My team's!",
+        hyperparameters={"n_epochs": 4, "batch_size": 16},
+        extra_body={"train": {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}},
+    )
+    done = finished(client, job.id)
+    assert done.status == "succeeded", done
+    name = done.fine_tuned_model
+    assert name == f"ft:tiny:default:My-team-s-:{job.id[6:14]}"
+    assert done.hyperparameters.to_dict() == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1.0}
+    assert done.method.supervised.hyperparameters.n_epochs == 4
+    assert done.trained_tokens > 0 and done.finished_at >= done.created_at and done.error is None
+    openai.types.fine_tuning.FineTuningJob.model_validate(done.to_dict())
+    assert (
+        json.loads((api.service.artifacts.path(f"models/{job.id}/final") / "adapter_config.json").read_text())["r"] == 2
+    )
+
+    told = events(client, job.id)
+    said = [e.message for e in told if e.type == "message"]
+    assert said[:4] == [
+        f"Created fine-tuning job: {job.id}",
+        f"Validating training file: {training} and validation file: {validation}",
+        "Files validated, moving job to queued state",
+        "Fine-tuning job started",
+    ]
+    assert said[-2:] == [f"New fine-tuned model created: {name}", "The job has successfully completed"]
+    steps = [e for e in told if e.type == "metrics"]
+    assert [e.data["step"] for e in steps] == list(range(1, 9))
+    shown = r"Step 8/8: training loss=\d+\.\d\d, validation loss=\d+\.\d\d, full validation loss=\d+\.\d\d"
+    assert re.fullmatch(shown, steps[-1].message)
+    assert set(steps[-1].data) == {
+        *("step", "total_steps", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy"),
+        *("full_valid_loss", "full_valid_mean_token_accuracy"),
+    }
+    marks = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=2))
+    assert [c.step_number for c in marks] == [8, 6, 4]  # one an epoch, the last three
+    assert marks[0].fine_tuned_model_checkpoint == f"{name}:ckpt-step-8" and marks[0].metrics.full_valid_loss > 0
+    assert sum(m.startswith("Checkpoint created at step") for m in said) == 4
+    assert not api.service.artifacts.path(f"models/{job.id}/step-2").exists()
+
+    text = client.files.content(done.result_files[0]).text
+    rows = list(csv.DictReader(io.StringIO(base64.b64decode(text).decode())))
+    assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
+    assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
+    assert rows[0]["valid_loss"] == "" and float(rows[1]["valid_loss"]) > 0
+    assert not (api.service.runs / job.id).exists()  # rows are in it
+
+    wait(lambda: len(hook.got) >= 2, "the webhook")
+    headers, body = hook.got[-1]
+    event = client.webhooks.unwrap(body, headers, secret=secret)
+    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
+    assert hook.got[0][0]["webhook-id"] == headers["webhook-id"]
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.unwrap(body + b" ", headers, secret=secret)
+
+    again = client.fine_tuning.jobs.create(
+        model=name,
+        training_file=training,
+        hyperparameters={"n_epochs": 1},
+        extra_body={"train": {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}},
+    )
+    assert "model_in_use" in str(_refusal(lambda: client.models.delete(name)))
+    further = finished(client, again.id)
+    assert further.status == "succeeded" and further.fine_tuned_model.startswith("ft:tiny:default::"), further
+    assert client.models.delete(name).to_dict()["dependents"] == {"jobs": [again.id]}
+    assert not api.service.artifacts.path(f"models/{job.id}/final").exists()
+
+
+def _refusal(call: Any) -> Any:
+    with pytest.raises(openai.BadRequestError) as told:
+        call()
+    return told.value.response.json()["error"]
+
+
+def test_a_job_that_can_not_be_done_says_why(api: Running) -> None:
+    client = api.client()
+    long = chat(12)
+    long[4]["messages"][0]["content"] = "word " * 3000
+    jobs = {
+        "invalid_training_file": client.fine_tuning.jobs.create(model="tiny", training_file=api.upload(long)),
+        "insufficient_resources": client.fine_tuning.jobs.create(
+            model="tiny", training_file=api.upload(), extra_body={"resources": {"memory_gib": 0.01}}
+        ),
+    }
+    for code, job in jobs.items():
+        done = finished(client, job.id)
+        assert (done.status, done.error.code) == ("failed", code), done
+        assert "/" not in done.error.message.replace("file-", "").split(" ")[0]
+        last = events(client, job.id)[-1]
+        assert last.level == "error" and last.message == done.error.message
+        assert done.fine_tuned_model is None and done.finished_at
+
+
+@pytest.mark.long
+def test_pairs_and_proof(api: Running) -> None:
+    client = api.client()
+    dpo = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=api.upload(pairs(24)),
+        method={"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2}}},
+    )
+    proved = client.fine_tuning.jobs.create(
+        model="tiny",
+        training_file=api.upload(chat(40)),
+        extra_body={"evaluate": {"max_new_tokens": 4}, "gate": {"requires": ["exact_match >= 1.1"]}},
+    )
+    done = finished(client, dpo.id)
+    assert done.status == "succeeded" and done.method.dpo.hyperparameters.beta == 0.2, done
+    assert done.method.dpo.hyperparameters.n_epochs == 1
+    assert finished(client, proved.id).error.code == "gate_held"
+
+
+@pytest.mark.long
+def test_a_paused_job_ends_as_one_that_was_not(api: Running) -> None:
+    client = api.client()
+    ask = {
+        "model": "tiny",
+        "training_file": api.upload(chat(64)),
+        "seed": 5,
+        "hyperparameters": {"n_epochs": 50, "batch_size": 4},
+    }
+    whole = client.fine_tuning.jobs.create(**ask)
+    assert finished(client, whole.id).status == "succeeded"
+    job = client.fine_tuning.jobs.create(**ask)
+    wait(lambda: any(e.type == "metrics" for e in client.fine_tuning.jobs.list_events(job.id, limit=3).data), "a step")
+    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+    wait(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "the snapshot")
+    stopped = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number
+    assert 0 < stopped < 800
+    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
+    done = finished(client, job.id)
+    assert done.status == "succeeded"
+    steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
+    assert steps == list(range(1, 801))
+    assert files_of(api, done.fine_tuned_model) == files_of(
+        api, client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
+    )

@@ -1,0 +1,1 @@
+"""The HTTP application: OpenAI's API on models that are served here."""

@@ -1,0 +1,66 @@
+"""The models that answer: listed, and adapters loaded and unloaded while others answer, as vLLM has it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import PlainTextResponse
+
+from tunesmith.api.auth import Called, needs
+from tunesmith.api.bodies import LoadBody, UnloadBody
+from tunesmith.api.errors import ApiError
+from tunesmith.api.schemas import ERRORS, ModelCard, ModelList
+from tunesmith.errors import ModelError
+from tunesmith.serve.models import unknown
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", response_model=ModelList, responses=ERRORS)
+async def models(request: Request, who: Called) -> Any:
+    """All models that this key may ask, and the names of routes."""
+    serving = request.app.state.tunesmith.serving
+    found = [served.as_dict() for served in serving.models if served.visible(who.project)]
+    return {"object": "list", "data": found + [_route(name) for name in serving.routes]}
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
+async def model(model: str, request: Request, who: Called) -> Any:
+    """One model."""
+    serving = request.app.state.tunesmith.serving
+    return _route(model) if model in serving.routes else serving.models.get(model, who.project).as_dict()
+
+
+def _route(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "route"}
+
+
+@router.post("/v1/load_lora_adapter", responses=ERRORS)
+async def load_lora_adapter(body: LoadBody, request: Request, who: Any = needs("admin", "models")) -> PlainTextResponse:
+    """Have an adapter answer under a name. Its base must be served; requests go on meanwhile."""
+    models = request.app.state.tunesmith.serving.models
+    base = body.base_model_name or next((s.name for s in models if s.adapter is None), "")
+    path = Path(body.lora_path)
+    if not (path / "adapter_config.json").is_file():
+        raise ApiError(400, f"There is no adapter in '{body.lora_path}' on the server.", param="lora_path")
+    if body.load_inplace and body.lora_name in models:
+        await models.remove(body.lora_name)
+    try:
+        await models.add(body.lora_name, base, path)
+    except ModelError as error:
+        raise ApiError(400, f"The adapter can't be loaded: {error.what}.", param="lora_path") from error
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
+
+
+@router.post("/v1/unload_lora_adapter", responses=ERRORS)
+async def unload_lora_adapter(
+    body: UnloadBody, request: Request, who: Any = needs("admin", "models")
+) -> PlainTextResponse:
+    """Have an adapter answer no more. Requests that use it end first."""
+    models = request.app.state.tunesmith.serving.models
+    if body.lora_name not in models or models.get(body.lora_name, who.project).adapter is None:
+        raise unknown(body.lora_name, [s.name for s in models if s.adapter is not None])
+    await models.remove(body.lora_name)
+    return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")

@@ -1,0 +1,180 @@
+"""What `tunesmith serve` is given -> models that answer: runs, folders, hub ids, GGUF files, adapters on a base."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tunesmith import recipe as recipes
+from tunesmith import runs
+from tunesmith.errors import ModelError, RecipeError, RunError
+from tunesmith.journey import Journey
+from tunesmith.models.section import ModelSection
+from tunesmith.runs import Run
+from tunesmith.serve.models import Models, Served
+from tunesmith.serve.section import ServeSection
+
+if TYPE_CHECKING:
+    from tunesmith.models.resolve import ResolvedModel
+
+
+@dataclass
+class Opening:
+    """Models that are being put together.
+
+    Args:
+        force: serve what the gate holds, too; the run records it.
+        base: the base of adapters that name none.
+    """
+
+    settings: ServeSection
+    runs_folder: Path | None = None
+    force: bool = False
+    base: str | None = None
+    models: Models = field(default_factory=Models)
+    _bases: dict[str, Served] = field(default_factory=dict)
+
+    def open(self, target: str) -> str:
+        """Put a target, or NAME=TARGET, among the models; returns the name under which it will answer.
+
+        Raises:
+            TunesmithError: there is no such thing, or the gate holds it.
+        """
+        name, given = _named(target)
+        run = _run(given, self.runs_folder)
+        if run is not None:
+            return self._run(name or run.name, run)
+        folder = Path(given).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            return self.adapter(name or folder.name, folder)
+        return self._base(_resolved(given), name or _short(given)).name
+
+    async def fetch(self, name: str) -> None:
+        """Open a target while others answer.
+
+        Raises:
+            TunesmithError: as `open`.
+        """
+        await asyncio.to_thread(self.open, name)
+        await self.models.begin()
+
+    def adapter(self, name: str, folder: Path) -> str:
+        """Put an adapter's folder among the models, on the base that it names or the first that is there."""
+        config = folder / "adapter_config.json"
+        if not config.is_file():
+            raise ModelError(
+                "holds no adapter", where=str(folder), fix="Give NAME=FOLDER, with adapter_config.json in the folder."
+            )
+        first = next(iter(self._bases.values()), None)
+        if self.base is None and first is not None:
+            base = first
+        else:
+            of = self.base or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            if not of:
+                raise ModelError("names no base model", where=str(folder), fix="Give it: --base MODEL")
+            base = self._base(_resolved(of), _short(of))
+        self.models.later(name, base.name, folder)
+        return name
+
+    def _run(self, name: str, run: Run) -> str:
+        recipe, folder = recipes.load(run.recipe)
+        journey = Journey(recipe, folder, run)
+        if run.complete("train") is None:
+            raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
+        held = journey.held()
+        if held is not None:
+            if not self.force:
+                held.fix = "Train a better one, or serve it all the same: --force (recorded)."
+                raise held
+            run.event("served_though_held", gate=(run.scores or {})["gate"])
+        system = (run.manifest("data") or {}).get("system", recipe.data.system)
+        identity = runs.hash_json(run.manifest("train"))
+        if _loads(run.tuned) and not journey.model.new_words:
+            base = self._base(journey.model, _short(journey.model.name))
+            self.models.later(name, base.name, run.tuned, system=system, renderer=journey.renderer, identity=identity)
+            return name
+        packaged = run.complete("package")
+        if packaged is None or not packaged.get("merged", True):
+            raise RunError(
+                "what was trained is no plain LoRA adapter, so it is served as the package stage merges it",
+                where=str(run.path),
+                fix="Package it first: tunesmith package RECIPE",
+            )
+        served = self._base(_resolved(str(run.model)), name, identity)
+        self.models.put(replace(served, system=system, root=str(run.model)))
+        return name
+
+    def _base(self, model: ResolvedModel, name: str, identity: str | None = None) -> Served:
+        """A whole model, with an engine of its own; the one that is there already, if it is the same."""
+        from tunesmith.models.load import load_renderer
+
+        key = identity or model.identity
+        if key not in self._bases:
+            if name in self.models:
+                raise RunError(f"two models would be called '{name}'", fix="Give one another name: NAME=TARGET.")
+            engine = self.settings.engine.build(name, model)
+            served = Served(name, engine, load_renderer(model), root=str(model.path), identity=key)
+            self.models.put(served)
+            self._bases[key] = served
+        return self._bases[key]
+
+
+def settings_of(targets: Sequence[str], sets: Sequence[str], runs_folder: Path | None) -> ServeSection:
+    """The `serve:` keys: those of the first run among the targets, changed by `--set KEY=VALUE`.
+
+    Raises:
+        RecipeError: a key is wrong.
+    """
+    run = next((r for t in targets if (r := _run(_named(t)[1], runs_folder))), None)
+    overrides = [f"serve.{s}" for s in sets]
+    if run is None:
+        raw: dict[str, Any] = {"name": "serve", "model": "none", "data": {"sources": [{"path": "none"}]}}
+        return recipes.build(raw, overrides, "--set").serve
+    recipe, folder = recipes.load(run.recipe)
+    raw = recipe.model_dump(mode="json")
+    if (retrieve := raw["serve"].get("retrieve")) and retrieve.get("folder"):
+        retrieve["folder"] = str(folder / retrieve["folder"])
+    for guard in raw["serve"]["guards"]:
+        if guard.get("file"):
+            guard["file"] = str(folder / guard["file"])
+    return recipes.build(raw, overrides, "--set").serve
+
+
+def _named(target: str) -> tuple[str | None, str]:
+    name, mark, rest = target.partition("=")
+    return (name, rest) if mark and name and "/" not in name else (None, target)
+
+
+def _run(name: str, runs_folder: Path | None) -> Run | None:
+    try:
+        return runs.get(name, runs_folder)
+    except (RunError, RecipeError):
+        return None
+
+
+def _resolved(name: str) -> ResolvedModel:
+    from tunesmith.models.machine import machine
+    from tunesmith.models.resolve import resolve
+
+    machine()  # its limits must stand before torch is there
+    return resolve(ModelSection(name=name))
+
+
+def _short(name: str) -> str:
+    """What a model is called: a hub id as it is, a file or folder by its last part."""
+    path = Path(name).expanduser()
+    return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else name
+
+
+def _loads(tuned: Path) -> bool:
+    """Whether engines load what was trained as an adapter: plain LoRA, and nothing besides."""
+    config = tuned / "adapter_config.json"
+    if not config.is_file():
+        return False
+    told = json.loads(config.read_text(encoding="utf-8"))
+    plain = told.get("peft_type") == "LORA" and told.get("task_type") in (None, "CAUSAL_LM")
+    return plain and not any(told.get(k) for k in ("use_dora", "modules_to_save", "trainable_token_indices"))

@@ -1,0 +1,149 @@
+"""A job as a recipe. Nothing in it that a client wrote can name a file, an address or code of this machine."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from tunesmith.errors import RecipeError
+from tunesmith.recipe import Recipe, build
+from tunesmith.runs import STAGES
+
+KEPT = 3  # checkpoints of a job that answer as models
+METHODS = {"supervised": "sft", "dpo": "dpo"}
+TRAINABLE = ("sft", "text", "dpo", "cpo", "simpo", "orpo", "kto")  # what they make can be served
+PLACED = ("start_from", "trackers", "parallel", "snapshots", "keep")  # keys that name places, or are the service's own
+DATA = ("system", "over_length", "max_rejected", "split", "balance", "clean", "canaries", "answers")
+CLEAN = (
+    "unicode",
+    "turns",
+    "length",
+    "repetition",
+    "duplicates",
+    "conflicts",
+    "labels",
+    "language",
+    "personal",
+    "secrets",
+)
+EVALUATE = ("metrics", "rows", "max_new_tokens")
+
+
+def refuse(settings: dict[str, Any]) -> None:
+    """Raise where a client's settings name what is not theirs to name.
+
+    Raises:
+        RecipeError: `where` is the key.
+    """
+    train, data, evaluate = (settings.get(part, {}) for part in ("train", "data", "evaluate"))
+    _only(evaluate, EVALUATE, "evaluate")
+    _only(data, DATA, "data")
+    if isinstance(data.get("clean"), dict):
+        _only(data["clean"], CLEAN, "data.clean")
+    for key in PLACED:
+        if key in train:
+            raise RecipeError("can't be set in a job of the service", where=f"train.{key}", fix="Leave it out.")
+    method = train.get("method")
+    kind = method.get("kind") if isinstance(method, dict) else method
+    if kind is not None and kind not in TRAINABLE:
+        raise RecipeError(
+            f"'{kind}' does not make a model that can be served",
+            where="train.method",
+            fix=f"Take one of: {', '.join(TRAINABLE)}.",
+        )
+    adapter = train.get("adapter", "lora")
+    chosen = adapter if isinstance(adapter, dict) else {"kind": adapter}
+    if chosen.get("kind") != "lora" or chosen.get("dora"):
+        raise RecipeError(
+            "is no plain LoRA, and only such can be loaded beside others on a base that answers",
+            where="train.adapter",
+            fix="Leave it out, or give {kind: lora, ...}; tunesmith run trains the others.",
+        )
+    split = data.get("split", {})
+    for part in ("validation", "test"):
+        if isinstance(split, dict) and isinstance(split.get(part), str):
+            raise RecipeError(
+                "is a share or a number of rows here",
+                where=f"data.split.{part}",
+                fix="A file goes into validation_file.",
+            )
+    metrics = [*(evaluate.get("metrics") or []), (settings.get("goal") or {}).get("metric") or ""]
+    if any(".py:" in str(metric) for metric in metrics):
+        raise RecipeError(
+            "names Python code, which the service does not run", where="evaluate.metrics", fix="Take a built-in metric."
+        )
+
+
+def _only(given: Any, known: tuple[str, ...], where: str) -> None:
+    other = next((key for key in given if key not in known), None) if isinstance(given, dict) else None
+    if other is not None:
+        raise RecipeError(
+            "can't be set in a job of the service", where=f"{where}.{other}", fix=f"There are: {', '.join(known)}."
+        )
+
+
+def recipe_of(
+    name: str,
+    model: str,
+    seed: int,
+    method: dict[str, Any],
+    settings: dict[str, Any],
+    files: tuple[str, str | None],
+    start: str | None = None,
+    integrations: list[dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """A recipe's keys.
+
+    Args:
+        model: what a recipe's `model` takes.
+        method: the job's, as `{"type": "dpo", "dpo": {"hyperparameters": {...}}}`.
+        files: the training file's path and the validation file's.
+        start: the folder of an adapter that training goes on from.
+    """
+    kind = method["type"]
+    hyper = method[kind]["hyperparameters"]
+    loss: dict[str, Any] = {"kind": METHODS[kind]}
+    if kind == "supervised":
+        loss["accuracy"] = True
+    elif hyper.get("beta", "auto") != "auto":
+        loss["beta"] = hyper["beta"]
+    train = {
+        "method": loss,
+        "epochs": hyper["n_epochs"],
+        "batch_size": hyper["batch_size"],
+        "learning_rate": "auto",
+        "max_length": "auto",
+        **copy.deepcopy(settings.get("train", {})),
+        "snapshots": KEPT,
+        "trackers": [{"kind": i["type"], **{k: v for k, v in i[i["type"]].items() if v}} for i in integrations or []],
+        **({"start_from": start} if start else {}),
+    }
+    if train["method"] == "sft":
+        train["method"] = loss
+    proves = any(part in settings for part in ("evaluate", "goal", "gate"))
+    data = copy.deepcopy(settings.get("data", {}))
+    split = {"validation": 0, "test": 0.1 if proves else 0} | (data.get("split") or {})
+    if files[1] is not None:
+        split["validation"] = files[1]
+    return {
+        "name": name,
+        "seed": seed,
+        "model": model,
+        "data": data | {"sources": [{"path": files[0], "format": "jsonl"}], "split": split},
+        "train": train,
+        **{part: copy.deepcopy(settings[part]) for part in ("evaluate", "goal", "gate") if part in settings},
+    }
+
+
+def stages(recipe: dict[str, Any]) -> tuple[str, ...]:
+    """How far the job walks: it also proves what it made where that was asked for."""
+    return STAGES[: 3 if any(part in recipe for part in ("evaluate", "goal", "gate")) else 2]
+
+
+def checked(keys: dict[str, Any]) -> Recipe:
+    """The recipe, validated.
+
+    Raises:
+        RecipeError: a setting can't be meant.
+    """
+    return build(copy.deepcopy(keys), where="settings")

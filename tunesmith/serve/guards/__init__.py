@@ -1,0 +1,1 @@
+"""Guards: what may go in and come out."""

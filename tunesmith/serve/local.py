@@ -1,0 +1,172 @@
+"""A model of this server answers: rendered, asked of its engine, read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import asdict, replace
+from typing import Any
+
+from tunesmith.conversation.message import Message
+from tunesmith.errors import ModelError
+from tunesmith.inference.served import Request
+from tunesmith.runs import hash_json
+from tunesmith.serve import retrieve
+from tunesmith.serve.asked import Asked, Delta, Deltas, Passage, Refused, Started
+from tunesmith.serve.cache import Cache, packed, unpacked
+from tunesmith.serve.models import Served
+from tunesmith.serve.section import ServeSection
+from tunesmith.serve.streams import merged
+from tunesmith.serve.tools import Format, Reader, forced, format_of, prepared, read_calls
+
+Watch = Callable[[Deltas, bool], Deltas]  # puts guards around an answer; whether it is JSON
+
+
+class Local:
+    """Answers by models of this server."""
+
+    def __init__(self, settings: ServeSection, cache: Cache | None) -> None:
+        self._settings, self._cache = settings, cache
+
+    async def begin(self, served: Served, asked: Asked, passages: Sequence[Passage], watch: Watch) -> Started:
+        """An answer that is about to begin: nothing is asked of the engine before its first delta is.
+
+        Raises:
+            Refused: it does not fit, or names a tool that is not there.
+        """
+        renderer = served.renderer
+        of_tools = asked.tools or any(m.more or m.role == "tool" for m in asked.messages)
+        format = format_of(renderer) if of_tools else Format()
+        schema = forced(asked, format)
+        tools = asked.tools if asked.tool_choice != "none" else ()
+        prefix = ""
+        if asked.prompts:
+            prompts = [self._ids(served, p) for p in asked.prompts]
+        else:
+            prompts = [self._rendered(served, prepared(_opened(asked, served.system), format), passages)]
+        if schema is not None:
+            prompts, prefix = [ids + renderer.continued(format.before) for ids in prompts], format.open
+        elif asked.grammar is not None:
+            schema = asked.grammar
+            if tools and schema:
+                format = Format(before="", open="", close="", name=format.name, arguments=format.arguments)
+                calls = forced(replace(asked, tool_choice="required"), format)
+                schema = {"anyOf": [schema, calls]}
+        requests = [self._request(served, asked, ids, schema, choice) for ids in prompts for choice in range(asked.n)]
+        streams: list[Deltas] = []
+        hits = 0
+        for choice, request in enumerate(requests):
+            kept = await self._kept(served, request) if asked.deterministic else None
+            hits += kept is not None
+            stream = _replayed(kept, choice) if kept is not None else self._asked(served, request, choice, asked)
+            if tools:
+                stream = read_calls(stream, Reader(format, tools), asked.parallel, prefix)
+            streams.append(watch(stream, schema is not None and not tools))
+        return Started(
+            served.name,
+            sum(map(len, prompts)),
+            merged(streams, served.engine.slots),
+            tuple(p if isinstance(p, str) else renderer.tokenizer.decode(p) for p in asked.prompts),
+            tuple(passages),
+            hit=hits == len(requests),
+        )
+
+    def _rendered(self, served: Served, asked: Asked, passages: Sequence[Passage]) -> list[int]:
+        messages: Sequence[Message] = asked.messages
+        if passages and self._settings.retrieve is not None:
+            messages = retrieve.shown(messages, passages, self._settings.retrieve.instruction)
+        try:
+            return served.renderer.prompt(messages, asked.tools)
+        except ModelError as error:
+            raise Refused(
+                f"This model's chat template can't write these messages: {error.what}", param="messages"
+            ) from None
+
+    def _ids(self, served: Served, prompt: str | list[int]) -> list[int]:
+        if isinstance(prompt, str):
+            return served.renderer.text_ids(prompt) or [_first_token(served)]
+        size = len(served.renderer.tokenizer)
+        wrong = next((i for i in prompt if not 0 <= i < size), None)
+        if wrong is not None:
+            raise Refused(f"Token {wrong} is not in this model's vocabulary of {size}.", param="prompt")
+        return prompt
+
+    def _request(
+        self, served: Served, asked: Asked, ids: list[int], schema: dict[str, Any] | None, choice: int
+    ) -> Request:
+        context, wanted = served.engine.context, asked.max_tokens
+        if len(ids) + (1 if wanted is None else wanted) > context:
+            raise too_long(context, len(ids), wanted or 0)
+        most = context - len(ids)
+        return Request(
+            prompt=ids,
+            max_new_tokens=most if wanted is None else wanted,
+            stop_ids=tuple(served.renderer.stop_ids),
+            adapter=served.adapter,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            seed=None if asked.seed is None else asked.seed + choice,
+            presence_penalty=asked.presence_penalty,
+            frequency_penalty=asked.frequency_penalty,
+            logit_bias=asked.logit_bias,
+            stop=asked.stop,
+            top_logprobs=asked.top_logprobs,
+            grammar=schema,
+        )
+
+    async def _kept(self, served: Served, request: Request) -> list[Delta] | None:
+        if self._cache is None:
+            return None
+        kept = await self._cache.get(_key(served, request))
+        return unpacked(kept) if kept is not None else None
+
+    async def _asked(self, served: Served, request: Request, choice: int, asked: Asked) -> Deltas:
+        if request.max_new_tokens == 0:  # only an echo was asked for
+            yield Delta(choice, finish="length")
+            return
+        keep = self._cache is not None and asked.deterministic
+        deltas: list[Delta] = []
+        async with aclosing(served.engine.stream(request)) as pieces:
+            async for p in pieces:
+                delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), p.finish, p.cached, p.drafted, p.accepted)
+                if keep:
+                    deltas.append(delta)
+                yield delta
+        if keep and self._cache is not None and deltas and deltas[-1].finish:
+            await self._cache.put(_key(served, request), packed(deltas))
+
+
+async def _replayed(deltas: Sequence[Delta], choice: int) -> Deltas:
+    for delta in deltas:
+        yield replace(delta, choice=choice)
+
+
+def _opened(asked: Asked, system: str | None) -> Asked:
+    """Under the system message that the model was trained with, unless the conversation has its own."""
+    if system is None or (asked.messages and asked.messages[0].role == "system"):
+        return asked
+    return replace(asked, messages=(Message("system", system), *asked.messages))
+
+
+def _first_token(served: Served) -> int:
+    """What an empty prompt is: the model needs something to go on from."""
+    tokenizer = served.renderer.tokenizer
+    found = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    return int(found or 0)
+
+
+def _key(served: Served, request: Request) -> str:
+    return hash_json(
+        [served.identity, served.name, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}]
+    )
+
+
+def too_long(context: int, prompt: int, completion: int) -> Refused:
+    """In the words by which clients know it."""
+    return Refused(
+        f"This model's maximum context length is {context} tokens. However, you requested {prompt + completion} tokens "
+        f"({prompt} in the messages, {completion} in the completion). Please reduce the length of the messages or "
+        "completion.",
+        code="context_length_exceeded",
+        param="messages",
+    )
