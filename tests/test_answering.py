@@ -18,7 +18,6 @@ pytest.importorskip("llguidance")
 def test_a_run_is_evaluated_and_talked_with_through_llamacpp(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe["train"] |= {"max_steps": 40, "epochs": 8}  # it must say words, not bytes
     path = write_recipe(tmp_path, recipe)
     said = tunesmith("run", path)
     assert said.code in (0, 3, 4), said.err
