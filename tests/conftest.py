@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from tunesmith.models.machine import machine
+from tunesmith.models.resolve import cache_folder
 
 SHARED = Path(os.environ.get("TUNESMITH_TEST_DATA") or Path(__file__).parents[2] / "shared" / "data")
 COLOURS = ("red", "green", "blue", "black")
@@ -25,13 +28,23 @@ CHATML = (
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Converted models and the machine's probe go to a folder of the test session's own, which has what the processor
-    can't do before torch multiplies."""
+    can't do before torch multiplies. What the installation has found out of the machine is taken from there."""
     with pytest.MonkeyPatch.context() as patch:
         if not os.environ.get("TUNESMITH_CACHE"):
-            patch.setenv("TUNESMITH_CACHE", str(tmp_path_factory.mktemp("cache")))
+            own = tmp_path_factory.mktemp("cache")
+            for known in cache_folder().glob("machine-*.json"):
+                shutil.copy(known, own)
+            patch.setenv("TUNESMITH_CACHE", str(own))
         patch.delenv("TUNESMITH_RUNS", raising=False)
         machine()
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_not_garbage() -> None:
+    """A stage collects garbage between two models; among every library that tests import that takes a second."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ pytest.importorskip("llguidance")
 def test_a_run_is_evaluated_and_talked_with_through_llamacpp(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe["train"] |= {"max_steps": 40, "epochs": 8}  # it must say words, not bytes
     path = write_recipe(tmp_path, recipe)
     said = tunesmith("run", path)
     assert said.code in (0, 3, 4), said.err
@@ -27,8 +26,8 @@ def test_a_run_is_evaluated_and_talked_with_through_llamacpp(
     assert said.code in (0, 3, 4), said.err
     card = json.loads((tmp_path / "runs/tiny/scorecard.json").read_text())
     assert card["n"] == usual["n"] and "loss" in json.dumps(usual) and '"loss"' not in json.dumps(card["metrics"])
-    by_one = tunesmith("chat", "tiny", "--say", "Item 1 is green. What colour is it?", "--engine", "llamacpp")
-    by_other = tunesmith("chat", "tiny", "--say", "Item 1 is green. What colour is it?")
+    say = ("chat", "tiny", "--say", "Item 1 is green. What colour is it?", "--max-new-tokens", "6")
+    by_one, by_other = tunesmith(*say, "--engine", "llamacpp"), tunesmith(*say)
     assert by_one.code == by_other.code == 0, by_one.err
     assert by_one.out == by_other.out
 

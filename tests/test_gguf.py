@@ -105,6 +105,65 @@ def test_the_file_keeps_tokenizer_and_template(tmp_path: Path, tiny_model: Path)
     assert (read.bos_token_id, read.eos_token_id) == (own.bos_token_id, own.eos_token_id)
 
 
+def made_tokenizer(kind: str) -> Any:
+    """A small tokenizer of one of the ways that models' own take text apart."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from tunesmith.models.gguf_vocab import SPLITS
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "sentencepiece":
+        raw = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        alphabet = list("abcdefghijklmnopqrstuvwxyz▁.,?0123456789")
+    else:
+        (patterns,) = [patterns for patterns, name in SPLITS.items() if name == kind]
+        raw = Tokenizer(models.BPE(ignore_merges=kind == "llama-bpe"))
+        split = pre_tokenizers.Split(Regex(patterns[0]), "isolated")
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind in ("gpt-2", "smollm"))
+        first = {"gpt-2": [], "smollm": [pre_tokenizers.Digits(individual_digits=True)]}.get(kind, [split])
+        raw.pre_tokenizer = pre_tokenizers.Sequence([*first, byte_level])
+        raw.decoder = decoders.ByteLevel()
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256) if kind == "sentencepiece")]
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=special[:3], initial_alphabet=alphabet)
+    text = "the quick brown fox jumps over the lazy dog 1234 times, and it's what we've seen. don't you think so?"
+    raw.train_from_iterator([text, text.upper(), text.title()] * 3, trainer)
+    if kind == "sentencepiece":
+        told = json.loads(raw.to_str())
+        told["model"]["vocab"] |= {byte: len(told["model"]["vocab"]) + i for i, byte in enumerate(special[3:])}
+        raw = Tokenizer.from_str(json.dumps(told))
+    return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "sentencepiece"])
+def test_llama_cpp_takes_text_apart_as_the_tokenizer_does(tmp_path: Path, kind: str) -> None:
+    from tunesmith.inference.llamacpp import LlamaCppEngine, Settings
+
+    tokenizer = made_tokenizer(kind)
+    folder = make_model(tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    write_model(folder, tmp_path / "model.gguf", "q8_0")
+    texts = ["the quick brown fox", "It's 12345 times,\n\n  and don't  you?", "naïve Über 日本 🙂 FOX's", " lead"]
+
+    async def found() -> list[list[int]]:
+        base = resolve(ModelSection(name=str(folder)))
+        told = {"precision": "float32", "context": 256, "slots": 1, "threads": 1, "queue": 1}
+        engine = LlamaCppEngine("tiny", Settings(model=tmp_path / "model.gguf", base=base, **told))  # type: ignore[arg-type]
+        await engine.start()
+        try:
+            answers = []
+            for text in texts:
+                async with engine._child.session.post("/tokenize", json={"content": text}) as response:  # type: ignore[union-attr]
+                    answers.append((await response.json())["tokens"])
+            return answers
+        finally:
+            await engine.close()
+
+    assert asyncio.run(found()) == [tokenizer(text)["input_ids"] for text in texts]
+
+
 def test_what_can_not_be_written_says_why(tmp_path: Path) -> None:
     opt = make_model(tmp_path / "gpt2", architecture="gpt2")
     with pytest.raises(ModelError, match="model_type gpt2"):

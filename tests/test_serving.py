@@ -75,6 +75,21 @@ def test_text_ids_and_finish(served: Served) -> None:
     assert [i for piece in ended for i in piece.ids] == ids[: ids.index(ids[5])] and ended[-1].finish == "stop"
 
 
+def test_a_whole_answer_is_what_its_pieces_are(served: Served) -> None:
+    from dataclasses import replace
+
+    ids = served.run(served.ids(Request(prompts()[1], 12, (), logit_bias=ENDLESS)))
+    for stop_ids, stop in (((), ()), ((ids[6], *STOPS), ()), (STOPS, ("e",))):
+        request = Request(prompts()[1], 12, stop_ids, stop=stop, logit_bias=BIAS, top_logprobs=1)
+        pieces = served.run(served.pieces(request))
+        whole = served.run(served.pieces(replace(request, whole=True)))
+        assert "".join(p.text for p in whole) == "".join(p.text for p in pieces)
+        assert whole[-1].finish == pieces[-1].finish
+        if not stop:
+            assert [i for p in whole for i in p.ids] == [i for p in pieces for i in p.ids]
+            assert [lp.id for p in whole for lp in p.logprobs] == [i for p in whole for i in p.ids]
+
+
 def test_a_stop_text_is_not_told_nor_what_follows(served: Served) -> None:
     whole = "".join(p.text for p in served.run(served.pieces(Request(prompts()[1], 20, (), logit_bias=ENDLESS))))
     stop = whole[6:9]

@@ -57,7 +57,8 @@ class Answering:
         sampling: Sampling | None = None,
     ) -> list[list[int]]:
         async def one(prompt: list[int]) -> list[int]:
-            found = await self._ids(self._request(prompt, max_new_tokens, stop_ids, sampling), lambda token: None)
+            request = replace(self._request(prompt, max_new_tokens, stop_ids, sampling), whole=True)
+            found = await self._ids(request, lambda token: None)
             tick(1)
             return found
 

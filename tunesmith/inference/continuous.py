@@ -65,6 +65,7 @@ class Continuous:
         spelling = Spelling(self._tokenizer, request.stop)
         self._waiting.append(Answer(number, request, Chooser(request, grammar), spelling))
 
+    @torch.inference_mode()
     def cancel(self, number: int) -> None:
         """Forget a request; its row is free at once."""
         self._waiting = deque(a for a in self._waiting if a.number != number)
@@ -80,10 +81,12 @@ class Continuous:
         answers = [*self._waiting, *self._alive, *([self._reading[0]] if self._reading else [])]
         return any(answer.request.adapter == adapter for answer in answers)
 
+    @torch.inference_mode()
     def load(self, name: str, folder: Path) -> None:
         self.rows.forget(name)
         self.loras.add(name, folder)
 
+    @torch.inference_mode()
     def unload(self, name: str) -> None:
         self.loras.remove(name)
         self.rows.forget(name)
@@ -92,7 +95,7 @@ class Continuous:
     def turn(self) -> None:
         """Read some of a prompt, and give everybody a token."""
         budget = READ_TOKENS
-        while budget > 0 and (self._reading or self._waiting):
+        while budget > 0 and (self._reading or (self._waiting and len(self._alive) < self.rows.slots)):
             if not self._reading:
                 answer = self._waiting.popleft()
                 prompt = self.rows.begin(self._virtual + answer.request.prompt, answer.request.adapter)

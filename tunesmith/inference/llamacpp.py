@@ -21,7 +21,16 @@ from tunesmith.errors import ModelError
 from tunesmith.inference.child import Child
 from tunesmith.inference.grammar import enforceable
 from tunesmith.inference.hosted import Hosted
-from tunesmith.inference.served import EngineError, GrammarError, Piece, Request, TokenLogprob, TooLong, UnknownAdapter
+from tunesmith.inference.served import (
+    EngineError,
+    Finish,
+    GrammarError,
+    Piece,
+    Request,
+    TokenLogprob,
+    TooLong,
+    UnknownAdapter,
+)
 from tunesmith.inference.slots import Slots
 from tunesmith.inference.sse import events, told_error
 from tunesmith.models.load import refuse_anothers
@@ -143,7 +152,8 @@ class LlamaCppEngine(Hosted):
         held = list(request.prompt)
         try:
             async with self._asked(child, "/completion", self._body(child, request, place)) as response:
-                async for piece in _pieces(response, request, child):
+                found = _whole_answer if request.whole else _pieces
+                async for piece in found(response, request, child):
                     held += piece.ids
                     yield piece
                     if piece.finish:
@@ -161,7 +171,7 @@ class LlamaCppEngine(Hosted):
             "prompt": request.prompt,
             "id_slot": place,
             "n_predict": min(request.max_new_tokens, room),
-            "stream": True,
+            "stream": not request.whole,
             "return_tokens": True,
             "samplers": ["penalties", "temperature", "top_p"],
             "temperature": request.temperature,
@@ -201,6 +211,31 @@ class LlamaCppEngine(Hosted):
             response.close()  # an answer that was not read to its end: llama.cpp sees it, and frees the slot
 
 
+async def _whole_answer(response: aiohttp.ClientResponse, request: Request, child: LlamaCppChild) -> Any:
+    event = await response.json()
+    text, ids = event["content"], event["tokens"]
+    if event["stop_type"] == "eos":
+        ids = ids[:-1]
+    end = next((place for place, token in enumerate(ids) if token in request.stop_ids), None)
+    logprobs = _logprobs(event, request)[: len(ids) if end is None else end]
+    if end is not None:  # one that llama.cpp does not know as an end
+        ids = ids[:end]
+        async with child.session.post("/detokenize", json={"tokens": ids}) as detokenized:
+            text = (await detokenized.json())["content"]
+    yield Piece(text, tuple(ids), logprobs, **_ending(event, "stop" if end is not None else None))
+
+
+def _ending(event: dict[str, Any], finish: Finish | None = None) -> dict[str, Any]:
+    """What the last piece says."""
+    about = event["timings"]
+    return {
+        "finish": finish or ("length" if event["stop_type"] == "limit" else "stop"),
+        "cached": about.get("cache_n", 0),
+        "drafted": about.get("draft_n", 0),
+        "accepted": about.get("draft_n_accepted", 0),
+    }
+
+
 async def _pieces(response: aiohttp.ClientResponse, request: Request, child: LlamaCppChild) -> Any:
     counted = 0
     quiet: list[Piece] = []  # without a text: the token that ends an answer is not a part of it
@@ -208,16 +243,9 @@ async def _pieces(response: aiohttp.ClientResponse, request: Request, child: Lla
         if "error" in event:
             raise EngineError(f"llama.cpp gave up: {event['error'].get('message', event['error'])}")
         if event["stop"]:
-            about = event["timings"]
             for piece in quiet[: -1 if event["stop_type"] == "eos" else None]:
                 yield piece
-            yield Piece(
-                event["content"],
-                finish="length" if event["stop_type"] == "limit" else "stop",
-                cached=about.get("cache_n", 0),
-                drafted=about.get("draft_n", 0),
-                accepted=about.get("draft_n_accepted", 0),
-            )
+            yield Piece(event["content"], **_ending(event))
             return
         ids, behind = event["tokens"], event["tokens_predicted"] - counted
         counted = event["tokens_predicted"]

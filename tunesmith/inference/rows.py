@@ -179,16 +179,16 @@ class Rows:
 class Apart:
     """The same for any causal language model: rows are stepped one after another, each with a cache of its own."""
 
-    def __init__(self, model: Any, virtual: Sequence[int] = ()) -> None:
-        self.model, self.device = model, next(model.parameters()).device
-        self._rows: list[Any] = []
+    def __init__(self, model: Any, slots: int) -> None:
+        self.model, self.slots, self.device = model, slots, next(model.parameters()).device
+        self._rows: list[dict[str, Any]] = []
 
     def begin(self, ids: Sequence[int], adapter: str | None) -> Prompt:
-        return Prompt(ids, adapter, None, 0)
+        return Prompt(ids, adapter, {}, 0)
 
     def read(self, prompt: Prompt, count: int) -> Tensor:
         # At once: not every architecture goes on with a text in the middle.
-        logits, prompt.cache = self._forward(prompt.ids, None)
+        logits, prompt.cache = self._forward(prompt.ids, {})
         prompt.read = len(prompt.ids)
         return logits
 
@@ -215,6 +215,8 @@ class Apart:
         found: Tensor = out.hidden_states[-1][0]
         return found
 
-    def _forward(self, ids: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
-        out = self.model(input_ids=torch.tensor([list(ids)], device=self.device), past_key_values=cache, use_cache=True)
-        return out.logits[0, -1], out.past_key_values
+    def _forward(self, ids: Sequence[int], cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+        """The last logits [V], and what the next call is to be given of this one."""
+        out = self.model(input_ids=torch.tensor([list(ids)], device=self.device), use_cache=True, **cache)
+        kept = next(name for name in ("past_key_values", "cache_params") if getattr(out, name, None) is not None)
+        return out.logits[0, -1], {kept: out[kept]}

@@ -84,6 +84,7 @@ class Request:
         stop: texts; what is returned ends before the first of them.
         top_logprobs: how many of the likeliest tokens are told with each; None for no log-probabilities at all.
         grammar: a JSON schema that the answer must fulfil; {} for any JSON object.
+        whole: nobody reads along, so the answer may come in one piece, which takes an engine less.
     """
 
     prompt: list[int]
@@ -99,6 +100,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     grammar: dict[str, Any] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)

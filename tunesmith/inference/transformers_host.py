@@ -102,7 +102,7 @@ def opened(told: dict[str, Any], wire: Wire) -> Any:
         tolerance = 1e-3 if precision == "float32" else 0.1
         rows = Rows(whole, told["slots"], told["prefix_mb"] * 2**20, probe, tolerance)
     except CannotPack:
-        whole, rows = loaded, Apart(loaded)
+        whole, rows = loaded, Apart(loaded, told["slots"])
 
     @cache
     def grammars() -> Any:

@@ -28,7 +28,7 @@ class TransformersChild(Child):
     waiting: dict[int, asyncio.Queue[Any]]
 
     def listen(self) -> None:
-        self.waiting = {}
+        self.waiting, self.silent = {}, False
         self._hearing = asyncio.create_task(self._hear())
 
     async def asked(self, **message: Any) -> Any:
@@ -41,7 +41,7 @@ class TransformersChild(Child):
         answers = self.waiting[number] = asyncio.Queue()
         try:
             await self.tell({"number": number, **message})
-            found = None if self.ended.done() else await answers.get()
+            found = None if self.silent else await answers.get()
         finally:
             del self.waiting[number]
         if found is None:
@@ -59,6 +59,7 @@ class TransformersChild(Child):
                     self.waiting[piece[0]].put_nowait(piece)
             if message.get("done") in self.waiting:
                 self.waiting[message["done"]].put_nowait(message)
+        self.silent = True  # a moment before the process is known to have ended
         for answers in self.waiting.values():
             answers.put_nowait(None)
 
@@ -128,7 +129,7 @@ class TransformersServing(Hosted):
         try:
             await child.tell({"number": number, "do": "ask", "request": asdict(request)})
             while finish is None:
-                found = None if child.ended.done() and answers.empty() else await answers.get()
+                found = None if child.silent and answers.empty() else await answers.get()
                 if found is None:
                     raise self.down()
                 if isinstance(found, dict):

@@ -53,10 +53,12 @@ def add_vocabulary(writer: Any, folder: Path, size: int, stops: list[int]) -> No
     if split is None:  # as sentencepiece makes them
         if model.get("unk_token") is not None:
             kinds[model["vocab"][model["unk_token"]]] = TokenType.UNKNOWN
-        rank = {merge.replace(" ", ""): place for place, merge in enumerate(merges)}
+        rank: dict[str, int] = {}
+        for place, merge in enumerate(merges):
+            rank.setdefault(merge.replace(" ", ""), place)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        writer.add_token_scores([-float(rank.get(word, 0)) for word in words])
+        writer.add_token_scores([-float(rank.get(word, len(merges))) for word in words])
         writer.add_add_space_prefix(_prefixed(told))
     else:
         writer.add_tokenizer_model("gpt2")

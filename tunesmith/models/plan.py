@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BYTES = {"float32": 4, "bfloat16": 2}
-# Of the measured matrix-product rate, the share that a whole training step reaches (benchmarks/RESULTS.md).
-STEP_EFFICIENCY = 0.55
+# What a step does besides products, in units of the time that its products take in float32. It hardly gets faster with
+# them: steps in bfloat16 took 0.6 of those in float32 where products took an eighth to a third (benchmarks/LOG.md).
+BESIDES = 0.9
 STEP_SECONDS = 0.02  # what a step takes besides, however small the model
 # Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 9, 3
@@ -196,7 +197,7 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     changed = min(job.trained - job.added, products)
     work = computed * (4 * products + 6 * job.added + 2 * changed)
     work += 4 * round(job.loss_tokens * job.epochs) * shape.head
-    rate = max(machine.gflops.get(job.precision, 0.0), 1.0) * 1e9
+    rate, plain = (max(machine.gflops.get(name, 0.0), 1.0) * 1e9 for name in (job.precision, "float32"))
     memory = peak_memory(job)
     return Plan(
         parameters=shape.parameters + job.added,
@@ -206,7 +207,7 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
         tokens=tokens,
         precision=job.precision,
         memory=memory,
-        seconds=round(work / (rate * STEP_EFFICIENCY) + job.steps * STEP_SECONDS, 1),
+        seconds=round(work / rate + BESIDES * work / plain + job.steps * STEP_SECONDS, 1),
         available_bytes=free,
         changes=[] if sum(memory.values()) <= free else advise(job, free),
     )
