@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -600,6 +601,10 @@ def test_a_model_that_can_not_be_loaded_is_a_sentence(
     with pytest.raises(ModelError, match="can't be read"):
         server.serve(state_of(engine), port=0)
     assert "Traceback" not in capfd.readouterr().err
+    with socket.socket() as taken, pytest.raises(RunError, match="did not start"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server.serve(state_of(scripted()), port=taken.getsockname()[1])
 
 
 def test_the_api_needs_its_extra() -> None:

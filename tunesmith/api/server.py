@@ -102,7 +102,8 @@ def serve(
     noisy = logging.getLogger("uvicorn.error")
     noisy.addFilter(told_elsewhere)
     try:
-        server.run()
+        with contextlib.suppress(SystemExit):  # what went wrong is told below
+            server.run()
     finally:
         noisy.removeFilter(told_elsewhere)
     if state.failure is not None:
