@@ -235,9 +235,12 @@ class Walk:
     def _save(self, newest: str) -> None:
         """Keep the run's folder as an artifact, whole or not at all."""
         with tempfile_near(self.service.runs) as file:
-            with tarfile.open(fileobj=file, mode="w") as tar, contextlib.suppress(FileNotFoundError):
-                tar.add(self.run.path, self.run.name, filter=lambda m: None if "/." in m.name else m)
-                file.flush()
+            try:
+                with tarfile.open(fileobj=file, mode="w") as tar:
+                    tar.add(self.run.path, self.run.name, filter=lambda m: None if "/." in m.name else m)
+            except FileNotFoundError:
+                return  # something was removed while it was read
+            file.flush()
             file.seek(0)
             if watch.newest_checkpoint(self.run) != newest:
                 return  # it moved on while it was read
