@@ -208,7 +208,8 @@ def redis(monkeypatch: pytest.MonkeyPatch) -> str:
     from redis import asyncio as real
 
     server = fakeredis.FakeServer()
-    monkeypatch.setattr(real, "from_url", lambda url, **_: fakeredis.FakeAsyncRedis(server=server))
+    for owner in (real, real.Redis):
+        monkeypatch.setattr(owner, "from_url", lambda url, **_: fakeredis.FakeAsyncRedis(server=server))
     return "redis://cache:6379/0"
 
 
@@ -251,6 +252,22 @@ def test_a_key_may_ask_so_often_and_no_more() -> None:
         assert 1 <= int(late.headers["retry-after"]) <= 60 and late.json()["error"]["code"] == "rate_limit_exceeded"
         http.headers["authorization"] = "Bearer sk-b"
         assert ask(http).status_code == 200
+
+
+def test_limits_can_be_counted_in_redis_for_several_servers(redis: str) -> None:
+    limits = {"requests_per_minute": 3, "redis": redis}
+    with (
+        TestClient(build(state_of(scripted(), limits=limits))) as one,
+        TestClient(build(state_of(scripted(), limits=limits))) as other,
+    ):
+        assert [ask(http).status_code for http in (one, other, one, other)] == [200, 200, 200, 429]
+
+
+def test_where_redis_does_not_answer_requests_are_answered_and_not_counted() -> None:
+    away = {"redis": "redis://127.0.0.1:9/0"}
+    state = state_of(scripted(), limits=away | {"requests_per_minute": 1, "tokens_per_day": 1}, cache=away)
+    with TestClient(build(state)) as http:
+        assert [ask(http, temperature=0).status_code for _ in range(3)] == [200] * 3
 
 
 def test_a_key_has_so_many_tokens_a_day() -> None:

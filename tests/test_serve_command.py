@@ -89,7 +89,8 @@ def test_a_run_answers_as_chat_does_and_its_base_beside_it(run: Path, tmp_path: 
         base: Any = [{"role": "system", "content": "Say a colour."}, {"role": "user", "content": text}]
         said = client.chat.completions.create(model="tiny-llama", messages=base, temperature=0, max_tokens=8)
         assert said.choices[0].message.content == chat["base"]
-        schema = {"type": "object", "properties": {"c": {"enum": ["red", "blue"]}}, "required": ["c"]}
+        schema: dict[str, Any] = {"type": "object", "properties": {"c": {"enum": ["red", "blue"]}}, "required": ["c"]}
+        schema["additionalProperties"] = False
         for stream in (False, True):
             form: Any = {"type": "json_schema", "json_schema": {"name": "c", "schema": schema, "strict": True}}
             made = httpx2.post(
@@ -150,6 +151,7 @@ def test_what_serve_refuses(words: list[str], says: str, tiny_model: Path, tunes
     assert said.code == 2 and says in said.err and "Traceback" not in said.err
 
 
+@pytest.mark.long
 def test_an_engine_that_is_killed_comes_back_and_the_server_stays(tiny_model: Path, tmp_path: Path) -> None:
     with served(tiny_model, "--set", ENGINE, cwd=tmp_path) as (url, process):
         body: dict[str, Any] = {"model": "tiny-llama", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}

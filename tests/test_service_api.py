@@ -348,6 +348,24 @@ def test_keys_roles_and_scopes(api: Running, file: str) -> None:
     refused(lambda: late.files.list(), openai.AuthenticationError)
 
 
+def test_a_body_is_only_read_of_those_who_have_a_key(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    from starlette.formparsers import MultiPartParser
+
+    read: list[str] = []
+    parse = MultiPartParser.parse
+
+    async def watched(parser: Any) -> Any:
+        read.append("a body")
+        return await parse(parser)
+
+    monkeypatch.setattr(MultiPartParser, "parse", watched)
+    for secret, status in (("sk-none", 401), (api.secret, 200)):
+        headers, parts = {"Authorization": f"Bearer {secret}"}, {"file": b"0" * 100_000}
+        answer = httpx2.post(f"{api.url}/v1/files", headers=headers, files=parts, data={"purpose": "user_data"})
+        assert answer.status_code == status
+        assert bool(read) == (status == 200)
+
+
 def test_projects_people_and_keys(api: Running, client: Any) -> None:
     def call(method: str, path: str, body: Any = None, by: Any = client) -> Any:
         return getattr(by, method)(path, cast_to=object, **({"body": body} if body is not None else {}))

@@ -136,10 +136,12 @@ def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Pa
 def test_the_database_restarts_under_a_running_job(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
     with running(settings(tmp_path, tiny_model, lease=5.0, database=postgres.database())) as api:
         client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=10, timeout=PATIENCE)
-        ask = LONG_JOB | {"training_file": api.upload(chat(64))}
+        ask = LONG_JOB | {"training_file": api.upload(chat(64)), "metadata": {"a": "b"}}
         with team(api):
             job = client.fine_tuning.jobs.create(**ask)
             stepping(client, job.id, 20)
+            assert [j.id for j in client.fine_tuning.jobs.list(extra_query={"metadata[a]": "b"})] == [job.id]
+            assert list(client.fine_tuning.jobs.list(extra_query={"metadata": "null"})) == []
             postgres.stop()
             once = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=0)
             with pytest.raises(openai.InternalServerError) as told:
@@ -195,3 +197,15 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=PATIENCE) == 0
+
+
+@pytest.mark.long
+def test_the_example_goes_all_the_way(tiny_model: Path) -> None:
+    settings = {"EXAMPLE_MODEL": str(tiny_model), "EXAMPLE_ROWS": "24", "EXAMPLE_PORT": str(free_port())}
+    example = Path(__file__).parents[1] / "examples/openai_client.py"
+    done = subprocess.run([sys.executable, example], env=os.environ | settings, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (
+        "The job has successfully completed" in done.stdout
+        and "ft:smollm2-135m-instruct:default:triage:" in done.stdout
+    )

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import IO, TYPE_CHECKING, Annotated, Any, Literal
 
 import sqlalchemy as sa
 from fastapi import APIRouter, File, Form, Path, Query, Request, UploadFile
 from fastapi.responses import Response, StreamingResponse
+from fastapi.routing import APIRoute
 
 from tunesmith.api import shapes
+from tunesmith.api.auth import caller as caller_of
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
 from tunesmith.jobs import board
@@ -25,7 +27,21 @@ from tunesmith.store.audit import record
 if TYPE_CHECKING:
     from tunesmith.jobs.service import Service
 
-router = APIRouter(prefix="/v1", tags=["files"], max_body_size=(512 << 20) + (1 << 20))
+
+class KeyFirst(APIRoute):
+    """A route that looks at the key before it reads the body, so that nobody without one fills the disk."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            await caller_of(request)
+            return await handle(request)
+
+        return checked
+
+
+router = APIRouter(prefix="/v1", tags=["files"], route_class=KeyFirst, max_body_size=(512 << 20) + (1 << 20))
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 SHOWN_PROBLEMS = 100
 Id = Annotated[str, Path(max_length=255)]

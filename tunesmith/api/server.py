@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import logging
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,9 +19,19 @@ from tunesmith.errors import RunError
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which says that it is not ready as soon as it is told to stop."""
+    """uvicorn's, which says that it is not ready as soon as it is told to stop, and for which that is no failure."""
 
     state: State
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     ready: Callable[[], None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:

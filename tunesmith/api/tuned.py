@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import Any
 
 import sqlalchemy as sa
@@ -22,6 +23,7 @@ from tunesmith.store.audit import record
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 log = logging.getLogger("tunesmith.api")
+AGAIN = 30.0  # seconds before a model that could not be loaded is tried again
 EVERY = 0.5  # seconds between looks at the database
 
 
@@ -67,7 +69,7 @@ class Registry:
         self.service, self.models = service, models
         self._there: dict[str, frozenset[str]] = {}
         self._lock = asyncio.Lock()
-        self._failed: set[str] = set()
+        self._failed: dict[str, float] = {}  # when each could not be loaded
 
     async def sync(self) -> None:
         """Bring the served models up to date."""
@@ -79,7 +81,7 @@ class Registry:
                     await self.models.remove(name)
             for name, model in wanted.items():
                 projects = frozenset({model.project, *allowed.get(name, ())})
-                if name not in self._there and name not in self._failed:
+                if name not in self._there and time.monotonic() > self._failed.get(name, -AGAIN) + AGAIN:
                     await self._add(name, model, projects, systems.get(model.job))
                 elif self._there.get(name, projects) != projects:
                     self.models.share(name, projects)
@@ -105,7 +107,7 @@ class Registry:
             log.info("%s answers", name)
         except (TunesmithError, OSError) as error:
             log.error("%s can't be served: %s", name, error)
-            self._failed.add(name)
+            self._failed[name] = time.monotonic()
 
     async def __aenter__(self) -> Registry:
         await self.sync()

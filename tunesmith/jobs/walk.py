@@ -106,7 +106,8 @@ class Walk:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
-                env=os.environ | {"OMP_NUM_THREADS": str(self.cores)},
+                # Sets are then written in the same order by every process, so that equal models are equal files.
+                env=os.environ | {"OMP_NUM_THREADS": str(self.cores), "PYTHONHASHSEED": "0"},
             )
         kind = self.job.method["type"]
         multiplier = self.job.method[kind]["hyperparameters"]["learning_rate_multiplier"]

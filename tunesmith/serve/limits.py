@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from tunesmith.errors import MachineError
 from tunesmith.serve.asked import Refused
 from tunesmith.serve.section import LimitsSection
+
+log = logging.getLogger("tunesmith.serve")
 
 
 class Limits:
@@ -28,41 +33,41 @@ class Limits:
         self._minute, self._day = RateLimitItemPerMinute, RateLimitItemPerDay
         where = f"async+{section.redis}" if section.redis else "async+memory://"
         options = {"implementation": "redispy"} if section.redis else {}
-        storage: Any = storage_from_string(where, **options)
+        storage: Any = storage_from_string(where, wrap_exceptions=True, **options)
         self._requests, self._tokens = MovingWindowRateLimiter(storage), FixedWindowRateLimiter(storage)
         self._section = section
 
     async def enter(self, key: str, rpm: int | None = None) -> None:
-        """Count a request; `rpm` is the key's own limit.
+        """Count a request; `rpm` is the key's own limit. Where Redis does not answer, nothing is limited.
 
         Raises:
             Refused: it is one too many; says when to come again.
         """
-        most = rpm or self._section.requests_per_minute
-        if most and not await self._requests.hit(self._minute(most), key):
-            window = await self._requests.get_window_stats(self._minute(most), key)
-            raise Refused(
-                f"Rate limit reached: {most} requests a minute.",
-                status=429,
-                code="rate_limit_exceeded",
-                retry_after=_until(window.reset_time),
-            )
-        quota = self._section.tokens_per_day
-        if quota and not await self._tokens.test(self._day(quota), key):
-            window = await self._tokens.get_window_stats(self._day(quota), key)
-            raise Refused(
-                f"Token quota reached: {quota} tokens a day.",
-                status=429,
-                code="insufficient_quota",
-                retry_after=_until(window.reset_time),
-            )
+        most, quota = rpm or self._section.requests_per_minute, self._section.tokens_per_day
+        with self._unless_down():
+            if most and not await self._requests.hit(self._minute(most), key):
+                window = await self._requests.get_window_stats(self._minute(most), key)
+                raise _late(f"Rate limit reached: {most} requests a minute.", "rate_limit_exceeded", window.reset_time)
+            if quota and not await self._tokens.test(self._day(quota), key):
+                window = await self._tokens.get_window_stats(self._day(quota), key)
+                raise _late(f"Token quota reached: {quota} tokens a day.", "insufficient_quota", window.reset_time)
 
     async def spend(self, key: str, tokens: int) -> None:
         """Count an answer's tokens."""
         quota = self._section.tokens_per_day
         if quota and tokens:
-            await self._tokens.hit(self._day(quota), key, cost=tokens)
+            with self._unless_down():
+                await self._tokens.hit(self._day(quota), key, cost=tokens)
+
+    @contextlib.contextmanager
+    def _unless_down(self) -> Iterator[None]:
+        from limits.errors import StorageError
+
+        try:
+            yield
+        except StorageError as error:
+            log.warning("requests are not counted: %s", error)
 
 
-def _until(moment: float) -> int:
-    return max(1, math.ceil(moment - time.time()))
+def _late(message: str, code: str, until: float) -> Refused:
+    return Refused(message, status=429, code=code, retry_after=max(1, math.ceil(until - time.time())))

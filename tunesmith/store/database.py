@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -142,6 +143,7 @@ def _postgresql(address: sa.URL) -> sa.Engine:
 
 def migrate(engine: sa.Engine) -> None:
     """Bring the tables up to date; others that start at the same moment wait."""
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
     with _alone(engine), engine.connect() as connection:
