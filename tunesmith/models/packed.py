@@ -396,12 +396,11 @@ class PackedForward:
         """The pack's losses; or its rows' states, in units of their spread, where the model has no language head."""
         if self._scorer:
             return self._spread(self._ends(batch))
-        before_N, places_N = batch.before_N, batch.places_N
-        filling = -len(places_N) % LOSSES if batch.layout.few else 0
+        before_N, to_N = batch.before_N, batch.ids_T[batch.places_N]
+        filling = -len(to_N) % LOSSES if batch.layout.few else 0
         if filling:
-            before_N, places_N = F.pad(before_N, (0, filling)), F.pad(places_N, (0, filling))
-        head = self.model.get_output_embeddings()
-        loss_N = head_nll(self._hidden(batch, before_N), head, batch.ids_T[places_N], smoothing, hits)
+            before_N, to_N = F.pad(before_N, (0, filling)), F.pad(to_N, (0, filling))
+        loss_N = head_nll(self._hidden(batch, before_N), self.model.get_output_embeddings(), to_N, smoothing, hits)
         if hits and filling:
             hits[-1] = hits[-1][:-filling]
         return loss_N[: len(batch.places_N)]
