@@ -151,6 +151,15 @@ def test_a_file_that_is_too_large_is_refused(api: Running, client: Any) -> None:
     refused(lambda: client.files.create(file=b"0" * 200_001, purpose="user_data"), openai.APIStatusError)
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_is_read_no_further_than_a_file_may_be_large(api: Running, announced: bool) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"0" * 3_000_000
+    headers = {"Authorization": f"Bearer {api.secret}", "Content-Type": "multipart/form-data; boundary=x"}
+    content: Any = body if announced else (body[i : i + 65536] for i in range(0, len(body), 65536))
+    answer = httpx2.post(f"{api.url}/v1/files", headers=headers, content=content)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+
 def test_wrong_fields_name_themselves(client: Any) -> None:
     assert refused(lambda: client.files.create(file=b"x", purpose="nonsense"))["param"] == "purpose"
     seconds = {"anchor": "created_at", "seconds": 1}

@@ -41,11 +41,17 @@ class KeyFirst(APIRoute):
         return checked
 
 
-router = APIRouter(prefix="/v1", tags=["files"], route_class=KeyFirst, max_body_size=(512 << 20) + (1 << 20))
+router = APIRouter(prefix="/v1", tags=["files"], route_class=KeyFirst)
+FORM = 1 << 20  # bytes of a form beside its file
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 SHOWN_PROBLEMS = 100
 Id = Annotated[str, Path(max_length=255)]
 RESULT_TYPE = "application/octet-stream"  # never what a browser would show
+
+
+def largest(state: Any) -> int:
+    most: int = state.service.settings.max_file
+    return most + FORM
 
 
 def service_of(request: Request) -> Service:

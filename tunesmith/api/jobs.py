@@ -258,7 +258,9 @@ async def _read(request: Request, read: Callable[[Any], dict[str, Any]]) -> dict
     found = await run_in_threadpool(reading)
     registry = request.app.state.tunesmith.registry
     if registry is not None:
-        await registry.sync()
+        shown = found.get("data", [found])
+        names = (row.get("fine_tuned_model") or row.get("fine_tuned_model_checkpoint") for row in shown)
+        await registry.answer(*filter(None, names))
     return found
 
 

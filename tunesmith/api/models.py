@@ -13,7 +13,7 @@ from tunesmith.api.bodies import LoadBody, UnloadBody
 from tunesmith.api.errors import ApiError
 from tunesmith.api.schemas import ERRORS, ModelCard, ModelList
 from tunesmith.errors import ModelError
-from tunesmith.serve.models import unknown
+from tunesmith.serve.models import Models, unknown
 
 router = APIRouter(tags=["models"])
 
@@ -40,7 +40,7 @@ def _route(name: str) -> dict[str, Any]:
 @router.post("/v1/load_lora_adapter", responses=ERRORS)
 async def load_lora_adapter(body: LoadBody, request: Request, who: Any = needs("admin", "models")) -> PlainTextResponse:
     """Have an adapter answer under a name. Its base must be served; requests go on meanwhile."""
-    models = request.app.state.tunesmith.serving.models
+    models = _ours(request)
     base = body.base_model_name or next((s.name for s in models if s.adapter is None), "")
     path = Path(body.lora_path)
     if not (path / "adapter_config.json").is_file():
@@ -59,8 +59,22 @@ async def unload_lora_adapter(
     body: UnloadBody, request: Request, who: Any = needs("admin", "models")
 ) -> PlainTextResponse:
     """Have an adapter answer no more. Requests that use it end first."""
-    models = request.app.state.tunesmith.serving.models
+    models = _ours(request)
     if body.lora_name not in models or models.get(body.lora_name, who.project).adapter is None:
         raise unknown(body.lora_name, [s.name for s in models if s.adapter is not None])
     await models.remove(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+
+def _ours(request: Request) -> Models:
+    """The models of a server of one's own.
+
+    Raises:
+        ApiError: 403: a service's models belong to projects, and come and go by their jobs.
+    """
+    state = request.app.state.tunesmith
+    if state.service is not None:
+        what = "Here models come of jobs, and go by DELETE /v1/models/{model}; adapters are not loaded by hand."
+        raise ApiError(403, what, code="unsupported")
+    models: Models = state.serving.models
+    return models

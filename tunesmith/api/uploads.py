@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tunesmith.api import shapes
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
-from tunesmith.api.files import Id, KeyFirst, Purpose, keep, plain_name, service_of, too_large
+from tunesmith.api.files import FORM, Id, KeyFirst, Purpose, keep, plain_name, service_of, too_large
 from tunesmith.jobs.artifacts import TooLarge, part_key
 from tunesmith.jobs.service import Service
 from tunesmith.store import ids
@@ -23,7 +23,11 @@ from tunesmith.store import tables as t
 
 LARGEST_PART = 64 << 20
 LASTS = 3600  # seconds
-router = APIRouter(prefix="/v1/uploads", tags=["files"], route_class=KeyFirst, max_body_size=LARGEST_PART + (1 << 20))
+router = APIRouter(prefix="/v1/uploads", tags=["files"], route_class=KeyFirst)
+
+
+def largest(state: Any) -> int:
+    return min(LARGEST_PART, state.service.settings.max_upload) + FORM
 
 
 class ExpiresAfter(BaseModel):
