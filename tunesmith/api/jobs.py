@@ -37,6 +37,7 @@ View, Run, Admin = needs("viewer", "jobs"), needs("runner", "jobs"), needs("admi
 def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, Any]:
     """Create a job. What can be seen to be wrong is refused here, before anything starts."""
     service = service_of(request)
+    shapes.keepable(body.model_dump())
     method = body.asked
     if method.type == "reinforcement":
         raise ApiError(
@@ -174,12 +175,20 @@ def _retried(request: Request, session: Any, key: str, hash: str) -> t.Job | Non
 async def list_jobs(request: Request, after: After = None, limit: Limit20 = 20, caller: Any = View) -> dict[str, Any]:
     """The project's jobs, newest first; `metadata[key]=value` keeps those with it, `metadata=null` those without."""
     asked = sa.select(t.Job).where(t.Job.project == caller.project)
+    postgresql = service_of(request).store.postgresql
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":
             asked = asked.where(sa.cast(t.Job.info, sa.String) == "{}")
         elif name.startswith("metadata[") and name.endswith("]"):
-            asked = asked.where(t.Job.info[name[9:-1]].as_string() == value)
+            asked = asked.where(_holds(name[9:-1], value, postgresql))
     return await _read(request, lambda s: shapes.listed(*shapes.page(s, asked, t.Job, after, limit), shapes.job))
+
+
+def _holds(name: str, value: str, postgresql: bool) -> sa.ColumnElement[bool]:
+    """Whether a job's metadata has that value. Pairs are compared, since not every key can stand in a JSON path."""
+    pairs = (sa.func.json_each_text if postgresql else sa.func.json_each)(t.Job.info).table_valued("key", "value")
+    there = sa.select(sa.literal(1)).select_from(pairs).where(pairs.c.key == name, pairs.c.value == value)
+    return there.correlate(t.Job).exists()
 
 
 @router.get("/jobs/{id}")
