@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
 from tests.service import Running, chat, events, jsonl, openai, pairs, running, settings
 
@@ -247,6 +248,49 @@ def test_a_new_job_has_every_key(client: Any, api: Running) -> None:
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     gone = client.files.delete(file).to_dict()
     assert gone["dependents"]["jobs"] == [job.id]
+
+
+def test_an_upload_completed_twice_is_one_file(api: Running, client: Any) -> None:
+    expires = {"anchor": "created_at", "seconds": 7200}
+    ask = {"bytes": 3, "filename": "x", "mime_type": "text/plain", "purpose": "user_data"}
+    upload = client.uploads.create(**ask, expires_after=expires)
+    part = client.uploads.parts.create(upload.id, data=b"abc").id
+    done = [client.uploads.complete(upload.id, part_ids=[part]).file for _ in range(2)]
+    assert done[0].id == done[1].id and done[0].expires_at == done[0].created_at + 7200
+    refused(lambda: client.uploads.cancel(upload.id))
+    gone = client.uploads.create(**ask)
+    client.uploads.cancel(gone.id)
+    told = [(line["action"], line["target"]) for line in api.service.store.audit.export()]
+    assert told[-2:] == [("upload.create", gone.id), ("upload.cancel", gone.id)]
+
+
+def test_a_part_that_comes_after_the_end_is_not_kept(
+    api: Running, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = client.uploads.create(bytes=3, filename="x", mime_type="text/plain", purpose="user_data")
+    put = api.service.artifacts.put
+
+    def late(*args: Any) -> Any:
+        client.uploads.cancel(upload.id)
+        return put(*args)
+
+    monkeypatch.setattr(api.service.artifacts, "put", late)
+    refused(lambda: client.uploads.parts.create(upload.id, data=b"abc"))
+    assert not [p for p in Path(api.service.artifacts.root).glob(f"uploads/{upload.id}/*") if p.is_file()]
+
+
+def test_deleting_bytes_holds_up_nobody(api: Running, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, forget = api.upload(), api.service.artifacts.delete
+    wrote: list[str] = []
+
+    def slow(key: str) -> None:
+        with api.service.store.write() as session:  # would wait for the lock of a transaction around it
+            session.execute(sa.text("UPDATE keys SET rpm = rpm"))
+        wrote.append(key)
+        forget(key)
+
+    monkeypatch.setattr(api.service.artifacts, "delete", slow)
+    assert client.files.delete(made).deleted and wrote == [f"files/{made}"]
 
 
 def test_a_retried_request_makes_one_job(client: Any, api: Running) -> None:

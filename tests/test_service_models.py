@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +18,11 @@ from tunesmith.api import tuned
 from tunesmith.api.app import SERVING, State, build
 from tunesmith.api.tuned import Registry
 from tunesmith.api.up import MANAGING
+from tunesmith.errors import RunError
 from tunesmith.jobs.chores import Chores
 from tunesmith.jobs.service import Service, open_service
+from tunesmith.serve.models import Models
+from tunesmith.serve.section import ServeSection
 from tunesmith.store import tables as t
 
 TINY = "ft:tiny:default::"
@@ -97,6 +101,46 @@ def test_nobody_loads_or_unloads_by_hand(service: Service, http: TestClient, tmp
             assert answer.status_code == 403 and answer.json()["error"]["code"] == "unsupported"
             assert name not in answer.text
     assert name in [m["id"] for m in http.get("/v1/models", headers=own).json()["data"]]
+
+
+def test_figures_and_paths_are_the_servers(service: Service, http: TestClient) -> None:
+    other = service.store.keys.create_project("other").id
+    for more, status in (
+        ({"project": other, "role": "admin"}, 403),
+        ({"role": "runner"}, 403),
+        ({"role": "admin", "scopes": ("feedback",)}, 200),
+    ):
+        assert http.get("/metrics", headers=key(service, **more)[1]).status_code == status, more
+    for scope, status in (("files", 403), ("models", 200), ("chat", 200)):
+        headers = key(service, scopes=(scope,))[1]
+        assert http.get("/v1/models", headers=headers).status_code == status
+        assert http.get("/v1/models/tiny", headers=headers).status_code == status
+    project, mine = key(service)
+    name = add(service, project, "mine")
+    id = job(service, project, name)
+    http.get(f"/v1/fine_tuning/jobs/{id}", headers=mine)
+    shown = http.get(f"/v1/models/{name}", headers=mine)
+    assert shown.json()["root"] == name and str(service.settings.folder) not in shown.text
+
+
+def test_the_first_key_is_made_when_it_can_be_told(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.api import up
+
+    monkeypatch.setattr(up, "opened", lambda *_: Models())
+    monkeypatch.setattr(up.signal, "signal", lambda *_: None)
+    wanted = up.Settings(settings(tmp_path, tiny_model), ServeSection())
+    said: list[dict[str, Any]] = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises((RunError, SystemExit)):
+            up.up(wanted, up.Place(port=taken.getsockname()[1]), "api", said.append)
+    assert not said
+    service = open_service(wanted.service)
+    assert not service.store.keys.any()
+    service.store.close()
 
 
 def test_a_model_that_hangs_or_fails_holds_up_no_other(

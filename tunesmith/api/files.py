@@ -191,6 +191,8 @@ def delete(request: Request, id: Id, caller: Any = needs("runner", "files")) -> 
     service = service_of(request)
     row = found(service, id, caller.project)
     with service.store.write() as session:
+        if session.scalar(sa.select(t.File.n).where(t.File.id == id).with_for_update()) is None:
+            raise _none(id)
         uses = sa.or_(t.Job.training_file == id, t.Job.validation_file == id)
         jobs = list(session.scalars(sa.select(t.Job).where(t.Job.project == caller.project, uses).order_by(t.Job.n)))
         active = [job.id for job in jobs if job.status not in board.FINAL]
@@ -203,9 +205,9 @@ def delete(request: Request, id: Id, caller: Any = needs("runner", "files")) -> 
             )
         models = [job.fine_tuned_model for job in jobs if job.fine_tuned_model]
         session.execute(sa.delete(t.File).where(t.File.id == id))
-        service.forget(file_key(row.id))
         depend = [job.id for job in jobs]
         record(session, caller.project, caller.key, "file.delete", id, {"jobs": depend, "models": models})
+    service.forget(file_key(row.id))
     return {"id": id, "object": "file", "deleted": True, "dependents": {"jobs": depend, "models": models}}
 
 
@@ -218,8 +220,12 @@ def found(service: Service, id: str, project: str) -> t.File:
     with service.store.read() as session:
         row = session.scalar(sa.select(t.File).where(t.File.id == id, t.File.project == project, *_alive()))
     if row is None:
-        raise ApiError(404, f"No such File object: {id[:80]}", param="id")
+        raise _none(id)
     return row
+
+
+def _none(id: str) -> ApiError:
+    return ApiError(404, f"No such File object: {id[:80]}", param="id")
 
 
 def _alive() -> list[Any]:

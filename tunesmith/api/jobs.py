@@ -77,9 +77,14 @@ def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, A
     )
     _sensible(row, service.settings.models)
     with service.store.write() as session:
+        session.scalar(sa.select(t.Key.n).where(t.Key.id == caller.key).with_for_update())  # a key's, one at a time
         earlier = _retried(request, session, caller.key, hash)
         if earlier is not None:
             return shapes.job(earlier)
+        if body.model not in service.settings.models:  # what began from it is looked at by whoever deletes it
+            beside = sa.select(t.Model.n).where(t.Model.id == body.model).with_for_update()
+            if session.scalar(beside) is None:
+                raise ApiError(400, f"Model {body.model} has been deleted.", param="model", code="model_not_available")
         for param, least in (("training_file", LEAST_ROWS), ("validation_file", 1)):
             _file(session, row, param, least, _kinds(body))
         board.create(session, row)
@@ -133,7 +138,8 @@ def _file(session: Any, row: t.Job, param: str, least: int, kinds: Sequence[str]
     if id is None:
         return
     alive = sa.or_(t.File.expires_at.is_(None), t.File.expires_at > int(time.time()))
-    file = session.scalar(sa.select(t.File).where(t.File.id == id, t.File.project == row.project, alive))
+    asked = sa.select(t.File).where(t.File.id == id, t.File.project == row.project, alive)
+    file = session.scalar(asked.with_for_update())
     what = "Training" if param == "training_file" else "Validation"
     if file is None:
         raise ApiError(400, f"{what} file {id[:80]} does not exist.", param=param, code="file_not_found")

@@ -13,7 +13,8 @@ from tunesmith.api.bodies import LoadBody, UnloadBody
 from tunesmith.api.errors import ApiError
 from tunesmith.api.schemas import ERRORS, ModelCard, ModelList
 from tunesmith.errors import ModelError
-from tunesmith.serve.models import Models, unknown
+from tunesmith.serve.models import Models, Served, unknown
+from tunesmith.store.callers import Caller
 
 router = APIRouter(tags=["models"])
 
@@ -21,16 +22,30 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models", response_model=ModelList, responses=ERRORS)
 async def models(request: Request, who: Called) -> Any:
     """All models that this key may ask, and the names of routes."""
+    _may_look(who)
     serving = request.app.state.tunesmith.serving
-    found = [served.as_dict() for served in serving.models if served.visible(who.project)]
+    found = [_shown(request, served) for served in serving.models if served.visible(who.project)]
     return {"object": "list", "data": found + [_route(name) for name in serving.routes]}
 
 
 @router.get("/v1/models/{model:path}", response_model=ModelCard, responses=ERRORS)
 async def model(model: str, request: Request, who: Called) -> Any:
     """One model."""
+    _may_look(who)
     serving = request.app.state.tunesmith.serving
-    return _route(model) if model in serving.routes else serving.models.get(model, who.project).as_dict()
+    return _route(model) if model in serving.routes else _shown(request, serving.models.get(model, who.project))
+
+
+def _may_look(who: Caller) -> None:
+    """Raise unless a key is for models, or for asking them."""
+    if (lacks := who.lacks("viewer", "models")) and who.lacks("viewer", "chat"):
+        raise ApiError(403, f"Your key may not do this: it takes {lacks}.", code="insufficient_permissions")
+
+
+def _shown(request: Request, served: Served) -> dict[str, Any]:
+    """A model as it is listed; a service does not tell where it lies."""
+    hidden = {"root": served.name} if request.app.state.tunesmith.service is not None else {}
+    return served.as_dict() | hidden
 
 
 def _route(name: str) -> dict[str, Any]:

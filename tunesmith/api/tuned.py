@@ -48,7 +48,8 @@ async def delete(request: Request, model: str, caller: Any = needs("admin", "mod
 
 def _delete(service: Service, name: str, caller: Any) -> dict[str, Any]:
     with service.store.write() as session:
-        model = session.scalar(sa.select(t.Model).where(t.Model.id == name, t.Model.project == caller.project))
+        asked = sa.select(t.Model).where(t.Model.id == name, t.Model.project == caller.project)
+        model = session.scalar(asked.with_for_update())
         if model is None:
             raise ApiError(404, f"The model '{name[:200]}' does not exist.", param="model", code="model_not_found")
         jobs = list(session.scalars(sa.select(t.Job).where(t.Job.model == name).order_by(t.Job.n)))
@@ -63,9 +64,9 @@ def _delete(service: Service, name: str, caller: Any) -> dict[str, Any]:
         session.execute(sa.delete(t.Permission).where(t.Permission.model == name))
         session.execute(sa.delete(t.Checkpoint).where(t.Checkpoint.model == name))
         session.execute(sa.delete(t.Model).where(t.Model.id == name))
-        service.forget(model.artifact)
         depend = [job.id for job in jobs]
         record(session, caller.project, caller.key, "model.delete", name, {"jobs": depend})
+    service.forget(model.artifact)
     return {"id": name, "object": "model", "deleted": True, "dependents": {"jobs": depend}}
 
 

@@ -25,10 +25,12 @@ def expire(service: Service) -> int:
     now, gone = int(time.time()), 0
     with service.store.read() as session:
         files = list(session.scalars(sa.select(t.File).where(t.File.expires_at <= now)))
-        waiting = t.Upload.status == "pending"
+        waiting = t.Upload.status.in_(("pending", "completing"))
         uploads = list(session.scalars(sa.select(t.Upload).where(waiting, t.Upload.expires_at <= now)))
     for file in files:
         with service.store.write() as session:
+            if session.scalar(sa.select(t.File.n).where(t.File.id == file.id).with_for_update()) is None:
+                continue
             uses = sa.or_(t.Job.training_file == file.id, t.Job.validation_file == file.id)
             if session.scalar(sa.select(t.Job.n).where(uses, t.Job.status.not_in(board.FINAL))) is not None:
                 continue

@@ -86,11 +86,11 @@ def deliver(store: Store, private: bool = False) -> int:
     due = _claim(store)
     if due:
         with ThreadPoolExecutor(len(due)) as pool:
-            list(pool.map(lambda claimed: _try(store, *claimed, private), due))
+            list(pool.map(lambda claimed: _try(store, private, *claimed), due))
     return len(due)
 
 
-def _try(store: Store, delivery: Delivery, url: str, secret: str, private: bool) -> None:
+def _try(store: Store, private: bool, delivery: Delivery, url: str, secret: str) -> None:
     error = send(url, secret, delivery.id, delivery.payload, private)
     with store.write() as session:
         row = session.scalar(sa.select(Delivery).where(Delivery.id == delivery.id))
@@ -157,7 +157,7 @@ def send(url: str, secret: str, id: str, payload: dict[str, Any], private: bool 
             session.trust_env = False  # a proxy would connect for us, unfiltered
             for scheme in ("http://", "https://"):
                 adapter = session.get_adapter(scheme)
-                adapter.get_connection_with_tls_context = _noted(  # type: ignore[method-assign]
+                adapter.get_connection_with_tls_context = _noted(
                     adapter.get_connection_with_tls_context, connections, private
                 )
             answer = session.post(url, data=body.encode(), headers=headers, stream=True, allow_redirects=False)
@@ -178,7 +178,7 @@ def _noted(get: Callable[..., Any], connections: list[Any], private: bool) -> Ca
         if not private and not _outside(found.host):
             raise InvalidIPAddress(found.host)
 
-        class Noted(found.ConnectionCls):  # type: ignore[name-defined, misc]
+        class Noted(found.ConnectionCls):  # type: ignore[name-defined]
             def connect(self) -> None:
                 connections.append(self)
                 super().connect()

@@ -190,7 +190,7 @@ def _made(
         person = session.scalar(sa.select(User).filter_by(id=user, project=owner.id))
         if person is None:
             raise RunError(f"no user '{user}' in project '{owner.name}'", fix="Make the user first.")
-        if ROLES.index(role) > ROLES.index(person.role):  # type: ignore[arg-type]
+        if ROLES.index(role) > ROLES.index(person.role):
             raise RunError(f"'{person.name}' is a {person.role}, no {role}", fix="Give their role, or a lower one.")
     secret = "sk-" + secrets.token_urlsafe(32)
     key = Key(
