@@ -19,6 +19,7 @@ from tunesmith.api.app import SERVING, State, build
 from tunesmith.api.tuned import Registry
 from tunesmith.api.up import MANAGING
 from tunesmith.errors import RunError
+from tunesmith.jobs import chores
 from tunesmith.jobs.chores import Chores
 from tunesmith.jobs.service import Service, open_service
 from tunesmith.serve.models import Models
@@ -121,6 +122,19 @@ def test_figures_and_paths_are_the_servers(service: Service, http: TestClient) -
     http.get(f"/v1/fine_tuning/jobs/{id}", headers=mine)
     shown = http.get(f"/v1/models/{name}", headers=mine)
     assert shown.json()["root"] == name and str(service.settings.folder) not in shown.text
+
+
+def test_a_cache_keeps_nothing_that_was_deleted_elsewhere(service: Service) -> None:
+    project = key(service)[0]
+    name = add(service, project, "kept")
+    cache = service.artifacts.cache
+    for artifact in ("models/ftjob-kept/final", "models/ftjob-gone/step-3"):
+        (cache / artifact).mkdir(parents=True)
+        (cache / artifact / "adapter_model.safetensors").write_bytes(b"weights")
+    (cache / "files").mkdir()
+    (cache / "files/file-gone").write_bytes(b"rows")
+    assert chores.sweep(service) == 2 and service.model(name) is not None
+    assert [p.parent.parent.name for p in cache.rglob("*") if p.is_file()] == ["ftjob-kept"]
 
 
 def test_the_first_key_is_made_when_it_can_be_told(
