@@ -106,6 +106,29 @@ def test_the_chart_starts_what_the_command_line_knows(helm: Any, tmp_path: Path)
         assert words[0] == "up" and {w for w in words if w.startswith("--")} <= known
 
 
+def test_a_worker_that_has_gone_is_seen(helm: Any, tmp_path: Path) -> None:
+    found = next(r for r in rendered(helm, {}) if r["kind"] == "Deployment" and r["metadata"]["name"] == "demo-worker")
+    probe = found["spec"]["template"]["spec"]["containers"][0]["livenessProbe"]["exec"]["command"]
+    code = probe[2].replace("/proc", str(tmp_path))
+    for number, words in ((1, probe), (2, ["python", "-m", "tunesmith.jobs.worker", "7"])):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "cmdline").write_bytes(b"".join(w.encode() + b"\0" for w in words))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+        assert done.returncode == (1 if number == 1 else 0), done.stderr  # it does not find itself
+
+
+def test_pods_have_the_time_that_the_code_takes_to_end(helm: Any) -> None:
+    pytest.importorskip("fastapi")
+    from tunesmith.api.up import GRACE
+    from tunesmith.serve.section import ServeSection
+
+    pods = {
+        r["metadata"]["name"]: r["spec"]["template"]["spec"] for r in rendered(helm, {}) if r["kind"] == "Deployment"
+    }
+    assert pods["demo-worker"]["terminationGracePeriodSeconds"] > GRACE
+    assert pods["demo-api"]["terminationGracePeriodSeconds"] > ServeSection().deadline
+
+
 def test_yaml_is_tidy() -> None:
     pytest.importorskip("yamllint", reason="pip install yamllint")
     files = [str(CHART / "Chart.yaml"), str(CHART / "values.yaml")]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import hashlib
 import io
 import json
 import pickle
 import re
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
 from tests.service import Running, chat, events, jsonl, openai, pairs, running, settings
 
@@ -151,12 +155,21 @@ def test_a_file_that_is_too_large_is_refused(api: Running, client: Any) -> None:
     refused(lambda: client.files.create(file=b"0" * 200_001, purpose="user_data"), openai.APIStatusError)
 
 
+@pytest.mark.parametrize("announced", [True, False])
+def test_a_body_is_read_no_further_than_a_file_may_be_large(api: Running, announced: bool) -> None:
+    body = b'--x\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n' + b"0" * 3_000_000
+    headers = {"Authorization": f"Bearer {api.secret}", "Content-Type": "multipart/form-data; boundary=x"}
+    content: Any = body if announced else (body[i : i + 65536] for i in range(0, len(body), 65536))
+    answer = httpx2.post(f"{api.url}/v1/files", headers=headers, content=content)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "request_too_large"
+
+
 def test_wrong_fields_name_themselves(client: Any) -> None:
     assert refused(lambda: client.files.create(file=b"x", purpose="nonsense"))["param"] == "purpose"
     seconds = {"anchor": "created_at", "seconds": 1}
     wrong = refused(lambda: client.files.create(file=b"x", purpose="batch", expires_after=seconds))
     assert wrong["param"] == "expires_after[seconds]"
-    refused(lambda: client.files.list(after="file-none"))
+    assert client.files.list(after="file-none").data == []
     refused(lambda: client.files.list(limit=0))
     for id in ("file-none", "..%2F..%2Fetc%2Fpasswd", "../../etc/passwd"):
         refused(lambda id=id: client.files.retrieve(id), openai.NotFoundError)
@@ -235,6 +248,49 @@ def test_a_new_job_has_every_key(client: Any, api: Running) -> None:
     assert client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
     gone = client.files.delete(file).to_dict()
     assert gone["dependents"]["jobs"] == [job.id]
+
+
+def test_an_upload_completed_twice_is_one_file(api: Running, client: Any) -> None:
+    expires = {"anchor": "created_at", "seconds": 7200}
+    ask = {"bytes": 3, "filename": "x", "mime_type": "text/plain", "purpose": "user_data"}
+    upload = client.uploads.create(**ask, expires_after=expires)
+    part = client.uploads.parts.create(upload.id, data=b"abc").id
+    done = [client.uploads.complete(upload.id, part_ids=[part]).file for _ in range(2)]
+    assert done[0].id == done[1].id and done[0].expires_at == done[0].created_at + 7200
+    refused(lambda: client.uploads.cancel(upload.id))
+    gone = client.uploads.create(**ask)
+    client.uploads.cancel(gone.id)
+    told = [(line["action"], line["target"]) for line in api.service.store.audit.export()]
+    assert told[-2:] == [("upload.create", gone.id), ("upload.cancel", gone.id)]
+
+
+def test_a_part_that_comes_after_the_end_is_not_kept(
+    api: Running, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = client.uploads.create(bytes=3, filename="x", mime_type="text/plain", purpose="user_data")
+    put = api.service.artifacts.put
+
+    def late(*args: Any) -> Any:
+        client.uploads.cancel(upload.id)
+        return put(*args)
+
+    monkeypatch.setattr(api.service.artifacts, "put", late)
+    refused(lambda: client.uploads.parts.create(upload.id, data=b"abc"))
+    assert not [p for p in Path(api.service.artifacts.root).glob(f"uploads/{upload.id}/*") if p.is_file()]
+
+
+def test_deleting_bytes_holds_up_nobody(api: Running, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, forget = api.upload(), api.service.artifacts.delete
+    wrote: list[str] = []
+
+    def slow(key: str) -> None:
+        with api.service.store.write() as session:  # would wait for the lock of a transaction around it
+            session.execute(sa.text("UPDATE keys SET rpm = rpm"))
+        wrote.append(key)
+        forget(key)
+
+    monkeypatch.setattr(api.service.artifacts, "delete", slow)
+    assert client.files.delete(made).deleted and wrote == [f"files/{made}"]
 
 
 def test_a_retried_request_makes_one_job(client: Any, api: Running) -> None:
@@ -328,6 +384,64 @@ def test_pages_follow_after(client: Any, file: str) -> None:
     assert [job.id for job in second.data] == [made[2], made[1]] and second.has_more
 
 
+def test_pages_go_on_when_their_last_row_has_gone(api: Running) -> None:
+    client = api.client(project=api.service.store.keys.create_project("pruned").id)
+    made = [client.files.create(file=b"x", purpose="user_data").id for _ in range(3)]
+    client.files.delete(made[2])
+    assert client.files.list(after=made[2]).data == [] and len(client.files.list(after=made[1]).data) == 1
+    other = api.client(project=api.service.store.keys.create_project("looking").id)
+    other.files.create(file=b"x", purpose="user_data")
+    assert other.files.list(after=made[1], order="asc").data == []  # nothing is told of others' rows
+
+
+def test_a_key_gives_no_more_than_it_has(api: Running) -> None:
+    at = f"/organization/projects/{api.service.store.keys.create_project('held').id}"
+    held = api.client(role="admin", scopes=("admin", "files"))
+    ask = {"cast_to": object, "body": {"name": "x", "scopes": ["files", "jobs"]}}
+    error = refused(lambda: held.post(f"{at}/api_keys", **ask), openai.PermissionDeniedError)
+    assert error["param"] == "scopes"
+    assert held.post(f"{at}/api_keys", cast_to=object, body={"name": "x"})["scopes"] == ["admin", "files"]
+    ask["body"] = {"name": "x", "scopes": ["files"]}
+    assert held.post(f"{at}/api_keys", **ask)["scopes"] == ["files"]
+    person = api.client(role="admin").post(f"{at}/users", cast_to=object, body={"name": "Bo", "role": "viewer"})
+    ask["body"] = {"name": "x", "scopes": ["files"], "user": person["id"]}
+    assert "viewer" in refused(lambda: held.post(f"{at}/api_keys", **ask))["message"]
+    ask["body"]["role"] = "viewer"
+    assert held.post(f"{at}/api_keys", **ask)["role"] == "viewer"
+
+
+def test_metadata_is_found_by_any_key(client: Any, file: str) -> None:
+    odd = {'a"b': "x", "a.b[0]": "y", "back\\slash": "z", "plain": "A"}
+    made = client.fine_tuning.jobs.create(model="tiny", training_file=file, metadata=odd)
+    for key, value in odd.items():
+        assert made.id in [job.id for job in client.fine_tuning.jobs.list(metadata={key: value})], key
+        assert made.id not in [job.id for job in client.fine_tuning.jobs.list(metadata={key: value.swapcase() + "-"})]
+    assert list(client.fine_tuning.jobs.list(metadata={"plain": "a"})) == []
+    assert list(client.fine_tuning.jobs.list(metadata={'"': "x"})) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [
+        ({"metadata": {"a": "x\0"}}, "metadata.a"),
+        ({"metadata": {"a\0": "x"}}, "metadata"),
+        ({"suffix": "a\0b"}, "suffix"),
+        ({"extra_body": {"data": {"system": "\0"}}}, "data.system"),
+    ],
+)
+def test_what_a_database_can_not_keep_is_a_400(client: Any, file: str, wrong: dict[str, Any], param: str) -> None:
+    error = refused(lambda: client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": file} | wrong))
+    assert error["param"] == param
+
+
+def test_a_number_without_end_is_a_400(api: Running, file: str) -> None:
+    headers = {"Authorization": f"Bearer {api.secret}", "content-type": "application/json"}
+    for part in ('"train": {"learning_rate": 1e999}', '"resources": {"memory_gib": 1e999}'):
+        body = f'{{"model": "tiny", "training_file": "{file}", {part}}}'
+        answer = httpx2.post(f"{api.url}/v1/fine_tuning/jobs", headers=headers, content=body)
+        assert answer.status_code == 400, answer.text
+
+
 def test_keys_roles_and_scopes(api: Running, file: str) -> None:
     wrong = openai.OpenAI(base_url=f"{api.url}/v1", api_key="sk-wrong", max_retries=0)
     assert refused(lambda: wrong.files.list(), openai.AuthenticationError)["code"] == "invalid_api_key"
@@ -372,7 +486,7 @@ def test_projects_people_and_keys(api: Running, client: Any) -> None:
 
     project = call("post", "/organization/projects", {"name": "team-x"})
     at = f"/organization/projects/{project['id']}"
-    ada = call("post", f"{at}/users", {"name": "Ada"})
+    ada = call("post", f"{at}/users", {"name": "Ada", "role": "admin"})
     made = call("post", f"{at}/api_keys", {"name": "hers", "role": "admin", "user": ada["id"], "rpm": 60})
     theirs = openai.OpenAI(base_url=f"{api.url}/v1", api_key=made["value"], max_retries=0)
     assert [p["id"] for p in call("get", "/organization/projects", by=theirs)["data"]] == [project["id"]]
@@ -399,6 +513,7 @@ def test_projects_people_and_keys(api: Running, client: Any) -> None:
         "http://127.0.0.1/x", "http://localhost:8000/", "http://10.0.0.1/", "http://192.168.1.1/", "http://169.254.169.254/latest",
         "http://[::1]/", "http://[::ffff:127.0.0.1]/", "http://0.0.0.0/", "http://2130706433/", "http://0x7f000001/", "http://100.64.0.1/",
         "file:///etc/passwd", "ftp://example.com/", "gopher://x", "http://user:pass@example.com/", "http:///x", "nonsense", "http://x:99999/",
+        "http://[::127.0.0.1]/", "http://[fec0::1]/", "http://no-such-host.invalid/",
     ],
 )  # fmt: skip
 def test_webhooks_never_lead_inside(client: Any, url: str) -> None:
@@ -409,7 +524,52 @@ def test_webhooks_never_lead_inside(client: Any, url: str) -> None:
 def test_a_webhook_that_turns_inside_later_is_not_called_either() -> None:
     from tunesmith.jobs.webhooks import new_secret, send
 
-    assert send("http://127.0.0.1:1/", new_secret(), "evt_1", {}) == "InvalidIPAddress"
+    for host in ("127.0.0.1", "[::127.0.0.1]", "[fec0::1]"):
+        assert send(f"http://{host}:1/", new_secret(), "evt_1", {}) == "InvalidIPAddress"
+
+
+def test_a_webhook_that_never_answers_delays_no_other(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith import store
+    from tunesmith.jobs import webhooks
+    from tunesmith.store.tables import Delivery, Webhook
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            if "drip" in self.path:  # a byte now and then, for ever
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(b"H")
+                        time.sleep(0.1)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(webhooks, "LONGEST", 0.5)
+    opened = store.open(database)
+    project = opened.keys.create_project("p").id
+    with opened.write() as session:
+        for name in ("drip", "good"):
+            at = f"http://127.0.0.1:{server.server_port}/{name}"
+            session.add(
+                Webhook(id=name, project=project, url=at, events=[], secret=webhooks.new_secret(), created_at=1)
+            )
+            session.flush()
+            for i in range(30 if name == "drip" else 2):
+                id = f"{name}-{i}"
+                session.add(Delivery(id=id, webhook=name, type="x", payload={}, created_at=1, next_at=1.0))
+                session.flush()
+    assert webhooks.deliver(opened, private=True) == 6
+    with opened.read() as session:
+        rows = {row.id: row for row in session.query(Delivery)}
+    assert rows["good-0"].delivered_at and rows["good-1"].delivered_at
+    assert rows["drip-0"].last_error and rows["drip-0"].next_at > time.time() and rows["drip-4"].attempts == 0
+    server.shutdown()
+    opened.close()
 
 
 def test_checkpoint_permissions(api: Running, client: Any) -> None:

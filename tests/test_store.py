@@ -101,6 +101,30 @@ def test_tokens_are_counted_by_many_at_once(database: str) -> None:
     opened.close()
 
 
+def test_a_key_opens_while_nothing_can_be_written(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = store.open(database)
+    _, secret = opened.keys.create("mine")
+
+    def busy() -> None:
+        raise sa.exc.OperationalError("BEGIN IMMEDIATE", {}, Exception("database is locked"))
+
+    monkeypatch.setattr(opened, "write", busy)
+    assert opened.keys.caller(secret) is not None
+    monkeypatch.undo()
+    opened.close()
+
+
+def test_postgresql_refuses_values_and_that_is_a_400(database: str) -> None:
+    from tunesmith.api.errors import told
+
+    opened = store.open(database)
+    try:
+        opened.keys.create_user("a\0b", "default")
+    except sa.exc.SQLAlchemyError as error:
+        assert told(error).status == 400
+    opened.close()
+
+
 def test_feedback_is_on_answers_of_ones_own_and_goes_with_them(database: str) -> None:
     opened = store.open(database)
     mine, other = opened.keys.create_project("mine"), opened.keys.create_project("other")

@@ -151,9 +151,13 @@ def delete_user(request: Request, id: Id, user_id: Id, caller: Any = Admin) -> d
 
 @router.post("/organization/projects/{id}/api_keys")
 def create_key(request: Request, id: Id, body: NewKey, caller: Any = Admin) -> dict[str, Any]:
-    """A new key. `value` is the secret, which is shown this once."""
+    """A new key. `value` is the secret, which is shown this once. Who is held to scopes gives no others."""
     _within(request, caller, id)
-    settings = body.model_dump() | {"scopes": tuple(body.scopes)}
+    scopes = body.scopes or sorted(caller.scopes)
+    if caller.scopes and (wider := sorted({*scopes} - caller.scopes)):
+        lacks = f"Your key may not do this: it has not the scope {wider[0][:80]} itself."
+        raise ApiError(403, lacks, param="scopes", code="insufficient_permissions")
+    settings = body.model_dump() | {"scopes": tuple(scopes)}
     row, secret = _ours(lambda: service_of(request).store.keys.create(project=id, by=caller.key, **settings))
     return key(row) | {"value": secret}
 

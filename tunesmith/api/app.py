@@ -63,7 +63,7 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
     """The application over a state.
 
     Args:
-        routers: modules that each have a `router`.
+        routers: modules that each have a `router`, and may have `largest(state)`: bytes of its largest body.
     """
 
     @asynccontextmanager
@@ -106,7 +106,8 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
             expose_headers=["x-request-id"],
         )
     app.add_middleware(Frame)
-    for module in routers:
-        # A router's own max_body_size is the stronger one.
-        app.router.include_router(import_module(module).router, max_body_size=state.settings.max_body)
+    for name in routers:
+        module = import_module(name)
+        most = module.largest(state) if hasattr(module, "largest") else state.settings.max_body
+        app.router.include_router(module.router, max_body_size=most)
     return app

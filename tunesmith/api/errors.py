@@ -105,9 +105,11 @@ def disk_full() -> ApiError:
 
 
 def _outside(error: BaseException | None) -> ApiError | None:
-    """What is neither the request's fault nor the code's: a full disk, a database that is away."""
+    """What comes of where things are kept: a full disk, a database that is away or can't hold a value."""
     if isinstance(error, OSError) and error.errno in FULL:
         return disk_full()
+    if type(error).__module__ == "sqlalchemy.exc" and type(error).__name__ == "DataError":
+        return ApiError(400, "The request holds a value that can't be kept, such as a NUL.", code="invalid_value")
     if type(error).__module__ == "sqlalchemy.exc" and type(error).__name__ in ("OperationalError", "InterfaceError"):
         if "is full" in str(error):
             return disk_full()

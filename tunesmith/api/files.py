@@ -41,11 +41,17 @@ class KeyFirst(APIRoute):
         return checked
 
 
-router = APIRouter(prefix="/v1", tags=["files"], route_class=KeyFirst, max_body_size=(512 << 20) + (1 << 20))
+router = APIRouter(prefix="/v1", tags=["files"], route_class=KeyFirst)
+FORM = 1 << 20  # bytes of a form beside its file
 Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
 SHOWN_PROBLEMS = 100
 Id = Annotated[str, Path(max_length=255)]
 RESULT_TYPE = "application/octet-stream"  # never what a browser would show
+
+
+def largest(state: Any) -> int:
+    most: int = state.service.settings.max_file
+    return most + FORM
 
 
 def service_of(request: Request) -> Service:
@@ -185,6 +191,8 @@ def delete(request: Request, id: Id, caller: Any = needs("runner", "files")) -> 
     service = service_of(request)
     row = found(service, id, caller.project)
     with service.store.write() as session:
+        if session.scalar(sa.select(t.File.n).where(t.File.id == id).with_for_update()) is None:
+            raise _none(id)
         uses = sa.or_(t.Job.training_file == id, t.Job.validation_file == id)
         jobs = list(session.scalars(sa.select(t.Job).where(t.Job.project == caller.project, uses).order_by(t.Job.n)))
         active = [job.id for job in jobs if job.status not in board.FINAL]
@@ -197,9 +205,9 @@ def delete(request: Request, id: Id, caller: Any = needs("runner", "files")) -> 
             )
         models = [job.fine_tuned_model for job in jobs if job.fine_tuned_model]
         session.execute(sa.delete(t.File).where(t.File.id == id))
-        service.forget(file_key(row.id))
         depend = [job.id for job in jobs]
         record(session, caller.project, caller.key, "file.delete", id, {"jobs": depend, "models": models})
+    service.forget(file_key(row.id))
     return {"id": id, "object": "file", "deleted": True, "dependents": {"jobs": depend, "models": models}}
 
 
@@ -212,8 +220,12 @@ def found(service: Service, id: str, project: str) -> t.File:
     with service.store.read() as session:
         row = session.scalar(sa.select(t.File).where(t.File.id == id, t.File.project == project, *_alive()))
     if row is None:
-        raise ApiError(404, f"No such File object: {id[:80]}", param="id")
+        raise _none(id)
     return row
+
+
+def _none(id: str) -> ApiError:
+    return ApiError(404, f"No such File object: {id[:80]}", param="id")
 
 
 def _alive() -> list[Any]:

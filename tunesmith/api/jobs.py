@@ -37,6 +37,7 @@ View, Run, Admin = needs("viewer", "jobs"), needs("runner", "jobs"), needs("admi
 def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, Any]:
     """Create a job. What can be seen to be wrong is refused here, before anything starts."""
     service = service_of(request)
+    shapes.keepable(body.model_dump())
     method = body.asked
     if method.type == "reinforcement":
         raise ApiError(
@@ -76,9 +77,14 @@ def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, A
     )
     _sensible(row, service.settings.models)
     with service.store.write() as session:
+        session.scalar(sa.select(t.Key.n).where(t.Key.id == caller.key).with_for_update())  # a key's, one at a time
         earlier = _retried(request, session, caller.key, hash)
         if earlier is not None:
             return shapes.job(earlier)
+        if body.model not in service.settings.models:  # what began from it is looked at by whoever deletes it
+            beside = sa.select(t.Model.n).where(t.Model.id == body.model).with_for_update()
+            if session.scalar(beside) is None:
+                raise ApiError(400, f"Model {body.model} has been deleted.", param="model", code="model_not_available")
         for param, least in (("training_file", LEAST_ROWS), ("validation_file", 1)):
             _file(session, row, param, least, _kinds(body))
         board.create(session, row)
@@ -132,7 +138,8 @@ def _file(session: Any, row: t.Job, param: str, least: int, kinds: Sequence[str]
     if id is None:
         return
     alive = sa.or_(t.File.expires_at.is_(None), t.File.expires_at > int(time.time()))
-    file = session.scalar(sa.select(t.File).where(t.File.id == id, t.File.project == row.project, alive))
+    asked = sa.select(t.File).where(t.File.id == id, t.File.project == row.project, alive)
+    file = session.scalar(asked.with_for_update())
     what = "Training" if param == "training_file" else "Validation"
     if file is None:
         raise ApiError(400, f"{what} file {id[:80]} does not exist.", param=param, code="file_not_found")
@@ -174,12 +181,20 @@ def _retried(request: Request, session: Any, key: str, hash: str) -> t.Job | Non
 async def list_jobs(request: Request, after: After = None, limit: Limit20 = 20, caller: Any = View) -> dict[str, Any]:
     """The project's jobs, newest first; `metadata[key]=value` keeps those with it, `metadata=null` those without."""
     asked = sa.select(t.Job).where(t.Job.project == caller.project)
+    postgresql = service_of(request).store.postgresql
     for name, value in request.query_params.multi_items():
         if name == "metadata" and value == "null":
             asked = asked.where(sa.cast(t.Job.info, sa.String) == "{}")
         elif name.startswith("metadata[") and name.endswith("]"):
-            asked = asked.where(t.Job.info[name[9:-1]].as_string() == value)
+            asked = asked.where(_holds(name[9:-1], value, postgresql))
     return await _read(request, lambda s: shapes.listed(*shapes.page(s, asked, t.Job, after, limit), shapes.job))
+
+
+def _holds(name: str, value: str, postgresql: bool) -> sa.ColumnElement[bool]:
+    """Whether a job's metadata has that value. Pairs are compared, since not every key can stand in a JSON path."""
+    pairs = (sa.func.json_each_text if postgresql else sa.func.json_each)(t.Job.info).table_valued("key", "value")
+    there = sa.select(sa.literal(1)).select_from(pairs).where(pairs.c.key == name, pairs.c.value == value)
+    return there.correlate(t.Job).exists()
 
 
 @router.get("/jobs/{id}")
@@ -258,7 +273,9 @@ async def _read(request: Request, read: Callable[[Any], dict[str, Any]]) -> dict
     found = await run_in_threadpool(reading)
     registry = request.app.state.tunesmith.registry
     if registry is not None:
-        await registry.sync()
+        shown = found.get("data", [found])
+        names = (row.get("fine_tuned_model") or row.get("fine_tuned_model_checkpoint") for row in shown)
+        await registry.answer(*filter(None, names))
     return found
 
 

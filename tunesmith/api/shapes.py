@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,18 +104,35 @@ def permission(row: Permission) -> dict[str, Any]:
     return {"id": row.id, "object": "checkpoint.permission", "created_at": row.created_at, "project_id": row.project}
 
 
+def keepable(value: Any, path: str = "") -> None:
+    """Look for what a database can't keep, in a body.
+
+    Raises:
+        ApiError: 400: a text holds NUL or half a letter, or a number is not finite.
+    """
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            keepable(str(key), path)
+            keepable(inner, f"{path}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            keepable(inner, f"{path}.{number}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ApiError(400, f"'{path}' is not a finite number.", param=path, code="invalid_value")
+    elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        what = "holds NUL or half a letter, which can't be kept"
+        raise ApiError(400, f"A text in '{path}' {what}.", param=path or None, code="invalid_value")
+
+
 def page(
     session: Session, asked: sa.Select[Any], table: Any, after: str | None, limit: int, newest: bool = True
 ) -> tuple[Sequence[Any], bool]:
-    """A page of rows after a row's id, and whether there are more.
-
-    Raises:
-        ApiError: 400: there is no such row.
-    """
+    """A page of rows after a row's id, and whether there are more. After one that is not among them, there are none:
+    it may have been deleted since the page before."""
     if after is not None:
-        place = session.scalar(sa.select(table.n).where(table.id == after))
+        place = session.scalar(asked.with_only_columns(table.n).where(table.id == after))
         if place is None:
-            raise ApiError(400, f"No such item: {after[:80]}", param="after")
+            return [], False
         asked = asked.where(table.n < place if newest else table.n > place)
     rows = list(session.scalars(asked.order_by(table.n.desc() if newest else table.n).limit(limit + 1)))
     return rows[:limit], len(rows) > limit

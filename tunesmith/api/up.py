@@ -101,9 +101,9 @@ def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, A
         return
     service = open_service(settings.service)
     state = state_of(service, settings.serve)
-    first = service.store.keys.first()
 
     def ready() -> None:
+        first = service.store.keys.first()  # no sooner, since it is told but once
         told({"url": place.url} | ({"admin_key": first} if first else {}))
 
     for number in (signal.SIGINT, signal.SIGTERM):

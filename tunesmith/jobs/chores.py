@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import threading
 import time
 from types import TracebackType
@@ -18,6 +19,7 @@ from tunesmith.store.audit import record
 
 log = logging.getLogger("tunesmith.chores")
 EVERY = 1.0
+SWEEP = 60.0  # seconds between looks through the cache
 
 
 def expire(service: Service) -> int:
@@ -25,10 +27,12 @@ def expire(service: Service) -> int:
     now, gone = int(time.time()), 0
     with service.store.read() as session:
         files = list(session.scalars(sa.select(t.File).where(t.File.expires_at <= now)))
-        waiting = t.Upload.status == "pending"
+        waiting = t.Upload.status.in_(("pending", "completing"))
         uploads = list(session.scalars(sa.select(t.Upload).where(waiting, t.Upload.expires_at <= now)))
     for file in files:
         with service.store.write() as session:
+            if session.scalar(sa.select(t.File.n).where(t.File.id == file.id).with_for_update()) is None:
+                continue
             uses = sa.or_(t.Job.training_file == file.id, t.Job.validation_file == file.id)
             if session.scalar(sa.select(t.Job.n).where(uses, t.Job.status.not_in(board.FINAL))) is not None:
                 continue
@@ -44,11 +48,25 @@ def expire(service: Service) -> int:
     return gone
 
 
+def sweep(service: Service) -> int:
+    """Remove from this machine's cache what others have deleted among the artifacts; returns how many."""
+    cache, gone = service.artifacts.cache, 0
+    there = {p.relative_to(cache).as_posix(): p for p in [*cache.glob("files/[!.]*"), *cache.glob("models/*/[!.]*")]}
+    with service.store.read() as session:
+        wanted = {file_key(id) for id in session.scalars(sa.select(t.File.id))}
+        wanted.update(session.scalars(sa.select(t.Model.artifact)))
+    for key in there.keys() - wanted:
+        shutil.rmtree(there[key], ignore_errors=True) if there[key].is_dir() else there[key].unlink(missing_ok=True)
+        gone += 1
+    return gone
+
+
 class Chores:
     """Does them in a thread while it is entered."""
 
     def __init__(self, service: Service) -> None:
         self.service, self._stop = service, threading.Event()
+        self._sweep_at = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
@@ -57,6 +75,9 @@ class Chores:
                 while webhooks.deliver(self.service.store, self.service.settings.private_webhooks):
                     pass
                 expire(self.service)
+                if time.monotonic() >= self._sweep_at:
+                    sweep(self.service)
+                    self._sweep_at = time.monotonic() + SWEEP
             except Exception as error:  # the database may be away for a while
                 log.warning("chores were left: %s", type(error).__name__)
 

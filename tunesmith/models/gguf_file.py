@@ -201,8 +201,12 @@ def adapter_gguf(path: Path, base: Path) -> Path:
     """The same of an adapter's folder, for the base whose config.json lies in the folder `base`."""
     if path.suffix == ".gguf":
         return path
-    target = cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-lora.gguf"
-    return _made(target, lambda temporary: write_adapter(path, base, temporary))
+    return _made(adapter_place(path), lambda temporary: write_adapter(path, base, temporary))
+
+
+def adapter_place(path: Path) -> Path:
+    """Where the cache has it."""
+    return cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-lora.gguf"
 
 
 def _made(target: Path, write: Any) -> Path:

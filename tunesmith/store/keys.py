@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import secrets
 import time
@@ -40,7 +41,7 @@ class Keys:
         if key is None or (key.expires_at is not None and key.expires_at <= now):
             return None
         if key.used_at is None or now - key.used_at >= USED_EVERY:
-            with self.store.write() as session:
+            with contextlib.suppress(sa.exc.DBAPIError), self.store.write() as session:  # a key opens all the same
                 session.execute(sa.update(Key).where(Key.id == key.id).values(used_at=now))
         return Caller(key.id, key.project, key.role, frozenset(key.scopes), key.rpm, key.token_quota)  # type: ignore[arg-type]
 
@@ -70,7 +71,7 @@ class Keys:
             by: the key that asks for it, for the audit log.
 
         Raises:
-            RunError: no such project, user, role or scope.
+            RunError: no such project, user, role or scope, or the role is above the user's.
         """
         _known("role", role, ROLES)
         for scope in scopes:
@@ -185,8 +186,12 @@ def _made(
 ) -> tuple[Key, str]:
     """A key's row, and its secret."""
     owner = _project(session, project)
-    if user is not None and session.scalar(sa.select(User).filter_by(id=user, project=owner.id)) is None:
-        raise RunError(f"no user '{user}' in project '{owner.name}'", fix="Make the user first.")
+    if user is not None:
+        person = session.scalar(sa.select(User).filter_by(id=user, project=owner.id))
+        if person is None:
+            raise RunError(f"no user '{user}' in project '{owner.name}'", fix="Make the user first.")
+        if ROLES.index(role) > ROLES.index(person.role):
+            raise RunError(f"'{person.name}' is a {person.role}, no {role}", fix="Give their role, or a lower one.")
     secret = "sk-" + secrets.token_urlsafe(32)
     key = Key(
         id=ids.new("key_"),

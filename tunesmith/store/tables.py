@@ -103,7 +103,7 @@ class File(Table):
 
 
 class Upload(Table):
-    """A file that comes in parts."""
+    """A file that comes in parts; `keep_for` is for how many seconds from then on it is kept."""
 
     __tablename__ = "uploads"
     id: Mapped[str] = _id()
@@ -117,6 +117,7 @@ class Upload(Table):
     file: Mapped[str | None] = mapped_column(String(255))
     created_at: Mapped[int]
     expires_at: Mapped[int]
+    keep_for: Mapped[int | None]
 
 
 class Part(Table):
