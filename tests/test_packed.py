@@ -68,8 +68,9 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
     batch = forward.pack(rows(shared))
     count = sum(map(len, rows())) + shared
     assert batch.layout.families[0].shared == shared and len(batch.ids_T) == (rounded(count) if few else count)
-    nll_N = forward.nll(batch)
-    assert len(nll_N) == sum(r.trained for r in rows(shared))
+    hits: list[torch.Tensor] = []
+    nll_N = forward.nll(batch, hits=hits)
+    assert len(nll_N) == sum(r.trained for r in rows(shared)) == sum(map(len, hits))
     nll_N.sum().backward()
     total = torch.stack([plain_loss(reference, row) for row in rows(shared)]).sum()
     total.backward()

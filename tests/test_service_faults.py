@@ -110,6 +110,7 @@ def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_mo
         assert sum("worker was lost" in m for m in told) == 2
         steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
         assert steps == list(range(1, 801))
+        assert (api.service.logs / f"{job.id}.log").read_text().count("Going on from step") == 2
         final = client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
         assert files_of(api, done.fine_tuned_model) == files_of(api, final)
 

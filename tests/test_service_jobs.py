@@ -197,6 +197,7 @@ def test_a_paused_job_ends_as_one_that_was_not(api: Running) -> None:
     assert done.status == "succeeded"
     steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
     assert steps == list(range(1, 801))
+    assert (api.service.logs / f"{job.id}.log").read_text().count("Going on from step") == 1
     assert files_of(api, done.fine_tuned_model) == files_of(
         api, client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
     )

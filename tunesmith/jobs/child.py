@@ -46,9 +46,11 @@ def main() -> None:
     order = json.loads(orders.readline())
     try:
         if order["plan"]:
-            tell(answers, planned(order))
+            plan = planned(order)
+            tell(answers, plan)
             if not orders.readline():  # the worker has changed its mind
                 return
+            order["recipe"] = plan["recipe"]  # what whoever goes on is given too
         walk(order["recipe"], order["runs"], order["stages"])
         tell(answers, {"kind": "done"})
     except Interrupted as stop:

@@ -397,13 +397,13 @@ class PackedForward:
         if self._scorer:
             return self._spread(self._ends(batch))
         before_N, places_N = batch.before_N, batch.places_N
-        if batch.layout.few:
-            filled = (0, -len(places_N) % LOSSES)
-            before_N, places_N = F.pad(before_N, filled), F.pad(places_N, filled)
+        filling = -len(places_N) % LOSSES if batch.layout.few else 0
+        if filling:
+            before_N, places_N = F.pad(before_N, (0, filling)), F.pad(places_N, (0, filling))
         head = self.model.get_output_embeddings()
         loss_N = head_nll(self._hidden(batch, before_N), head, batch.ids_T[places_N], smoothing, hits)
-        if hits:
-            hits[-1] = hits[-1][: len(batch.places_N)]
+        if hits and filling:
+            hits[-1] = hits[-1][:-filling]
         return loss_N[: len(batch.places_N)]
 
     def _one_by_one(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
