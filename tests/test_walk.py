@@ -217,18 +217,20 @@ def test_what_is_left_of_jobs_and_models_is_swept(service: Service) -> None:
     found._keep(1, snapshot(found, 1))
     other = add(service.store)
     place = service.artifacts
-    for key in (run_key(found.job.id), run_key(other), "runs/ftjob-none.tar"):
+    for key in (run_key(found.job.id), run_key(other), "runs/ftjob-anothers.tar"):
         place.put(key, io.BytesIO(b"rows"))
     for key in ("files/file-gone", f"{model_key('ftjob-gone')}/x", f"{model_key(found.job.id, 1)}/x"):
         (place.cache / key).parent.mkdir(parents=True, exist_ok=True)
         (place.cache / key).write_text("fetched")
     (place.cache / "files/.coming").write_text("")
-    place.put(f"{model_key('ftjob-gone')}/x", io.BytesIO(b"weights"))
+    for job in (other, "ftjob-anothers"):
+        place.put(f"{model_key(job)}/x", io.BytesIO(b"weights"))
     (service.runs / other).mkdir()
     with service.store.write() as session:
         board.cancel(session, board.held(session, other), None)  # type: ignore[arg-type]
     sweep.sweep(service)
-    assert place.names("runs") == [f"{found.job.id}.tar"] and place.names("models/ftjob-gone") == []
+    assert place.names("runs") == sorted([f"{found.job.id}.tar", "ftjob-anothers.tar"])
+    assert place.names(f"models/{other}") == [] and place.names("models/ftjob-anothers") == ["final"]
     assert place.path(model_key(found.job.id, 1)).is_dir() and found.run.path.is_dir()
     assert not (service.runs / other).exists()
     cached = {p.relative_to(place.cache).as_posix() for p in place.cache.rglob("*") if p.is_file()}

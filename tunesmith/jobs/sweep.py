@@ -20,13 +20,14 @@ def sweep(service: Service) -> None:
     here, kept = [path for path in _inside(service.runs) if path.is_dir()], service.artifacts.names("runs")
     with service.store.read() as session:  # after the look, so that what is new is not taken for old
         active = set(session.scalars(sa.select(Job.id).where(Job.status.not_in(FINAL))))
+        over = set(session.scalars(sa.select(Job.id).where(Job.status.in_(FINAL))))
     for path in here:
         if path.name not in active:
             shutil.rmtree(path, ignore_errors=True)
     for name in kept:
-        if name.removesuffix(".tar") not in active:
+        if name.removesuffix(".tar") in over:  # what is of no job here may be another service's
             service.forget(f"runs/{name}")
-    for job in service.artifacts.names("models"):
+    for job in over.intersection(service.artifacts.names("models")):
         models(service, job)
     _cache(service)
 
