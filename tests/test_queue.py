@@ -40,17 +40,15 @@ def add(opened: Store, status: str = "queued", key: str | None = None, **more: A
         project=opened.keys.projects()[0].id,
         key=key,
         status=status,
-        model="tiny",
         training_file="file-x",
         result_files=[],
         seed=1,
         method=method,
         hyperparameters={},
-        settings={},
         info={},
         integrations=[],
         created_at=int(time.time()),
-        **{"needs": {"cores": 1, "memory": 1000}} | more,
+        **{"model": "tiny", "settings": {}, "needs": {"cores": 1, "memory": 1000}} | more,
     )
     with opened.write() as session:
         board.create(session, job)
@@ -136,6 +134,29 @@ def test_limits_of_a_key_and_room_of_a_machine(opened: Store) -> None:
     with opened.write() as session:
         board.fail(session, board.held(session, first.id), "x", "x")  # type: ignore[arg-type]
     assert mine.claim().key == key.id  # type: ignore[union-attr]
+
+
+def test_many_who_must_wait_keep_nobody_from_the_front(opened: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tunesmith.jobs.queue.LOOKED_AT", 3)
+    key, _ = opened.keys.create("k", jobs_at_once=1)
+    for _ in range(5):
+        add(opened, key=key.id)
+    for _ in range(5):
+        add(opened, needs={"cores": 3, "memory": 3500})
+    other = add(opened)
+    mine, beside = worker(opened, "a"), worker(opened, "b")
+    assert mine.claim().key == key.id  # type: ignore[union-attr]
+    assert beside.claim().id == other  # type: ignore[union-attr]
+
+
+def test_a_job_that_fits_nowhere_is_told_so_once(opened: Store) -> None:
+    large, huge = add(opened, needs={"cores": 8, "memory": 1}), add(opened, needs={"cores": 64, "memory": 1})
+    mine = worker(opened, "a")
+    worker(opened, "b", room=Capacity(cores=16, memory=4000))
+    for _ in range(2):
+        assert mine.claim() is None
+    assert len(said(opened, large)) == 1
+    assert [m for m in said(opened, huge)[1:] if "64 cores" in m] == said(opened, huge)[1:] != []
 
 
 def test_a_plan_starts_the_job_or_lets_go_of_it(opened: Store) -> None:

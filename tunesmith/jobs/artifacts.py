@@ -130,8 +130,20 @@ class Artifacts:
         """Remove a key's content, here and from this machine's cache."""
         with contextlib.suppress(FileNotFoundError):
             self.files.rm(self._at(key), recursive=True)
+        self.uncache(key)
+
+    def uncache(self, key: str) -> None:
+        """Remove what this machine has fetched of a key."""
         cached = self.cache / key
         shutil.rmtree(cached, ignore_errors=True) if cached.is_dir() else cached.unlink(missing_ok=True)
+
+    def names(self, folder: str) -> list[str]:
+        """What lies right below a key."""
+        self.files.invalidate_cache()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = (path.rstrip("/").rpartition("/")[2] for path in self.files.ls(self._at(folder), detail=False))
+            return sorted(name for name in found if not name.startswith("."))
+        return []
 
 
 def file_key(id: str) -> str:

@@ -134,12 +134,24 @@ def metrics_of(line: dict[str, Any], epoch: bool = True) -> dict[str, Any]:
 
 
 def checkpoint(
-    session: Session, job: Job, number: int, metrics: dict[str, Any], artifact: str, whole: bool, keep: int
+    session: Session,
+    job: Job,
+    number: int,
+    metrics: dict[str, Any],
+    artifact: str,
+    whole: bool,
+    keep: int,
+    held: bool = False,
 ) -> list[str]:
-    """A model from the middle of the job; returns the artifacts of those that go because of it."""
+    """A model from the middle of the job; returns the artifacts of those that go because of it.
+
+    Args:
+        held: it is not served before the job's gate has let it pass.
+    """
     name = f"{model_name(session, job)}:ckpt-step-{number}"
-    if session.scalar(sa.select(Model).where(Model.id == name)) is not None:
+    if number <= job.seen:  # it was there, and may have been deleted since
         return []
+    job.seen = number
     now = int(time.time())
     session.add(
         Checkpoint(
@@ -160,6 +172,7 @@ def checkpoint(
             step=number,
             artifact=artifact,
             whole=whole,
+            held=held,
             created_at=now,
         )
     )
@@ -172,6 +185,9 @@ def checkpoint(
     )
     artifacts = []
     for old in gone:
+        begun = sa.select(Job.n).where(Job.model == old.model, Job.status.not_in(FINAL))
+        if session.scalar(begun) is not None:  # another job trains on it
+            continue
         model = session.scalar(sa.select(Model).where(Model.id == old.model))
         if model is not None:
             artifacts.append(model.artifact)
@@ -209,6 +225,12 @@ def fail(session: Session, job: Job, code: str, message: str, param: str | None 
 
 def _end(session: Session, job: Job, status: str) -> None:
     job.status, job.finished_at, job.estimated_finish = status, int(time.time()), None
+    waiting = sa.and_(Model.job == job.id, Model.held)
+    if status == "succeeded":
+        session.execute(sa.update(Model).where(waiting).values(held=False))
+    else:
+        session.execute(sa.delete(Checkpoint).where(Checkpoint.model.in_(sa.select(Model.id).where(waiting))))
+        session.execute(sa.delete(Model).where(waiting))
     tell(session, job.project, f"fine_tuning.job.{status}", {"id": job.id})
 
 
@@ -258,11 +280,11 @@ def say(
     session.flush()
 
 
-def say_once(session: Session, job: str, message: str) -> bool:
+def say_once(session: Session, job: str, message: str, level: str = "info") -> bool:
     """Add an event unless it is there; returns whether it was not."""
     if session.scalar(sa.select(Event.n).where(Event.job == job, Event.message == message)) is not None:
         return False
-    say(session, job, message)
+    say(session, job, message, level)
     return True
 
 

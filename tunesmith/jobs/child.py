@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,6 +35,7 @@ CODES = {
     MachineError: ("insufficient_resources", None),
     TrainingError: ("training_diverged", "hyperparameters"),
 }
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EAGAIN)
 BUSY = "busy"  # another process still works in the run's folder
 
 
@@ -54,16 +57,18 @@ def main() -> None:
         tell(answers, {"kind": "stopped", "message": stop.what})
     except TunesmithError as error:
         tell(answers, told(error))
-    except OSError as error:
-        tell(
-            answers,
-            {
-                "kind": "error",
-                "code": "insufficient_resources",
-                "message": f"{error.strerror or error}.",
-                "param": None,
-            },
-        )
+    except Exception as error:  # what nobody foresaw fails the job, instead of coming again with each worker
+        traceback.print_exc()
+        tell(answers, unforeseen(error))
+
+
+def unforeseen(error: Exception) -> dict[str, Any]:
+    """What is told of an error that is none of ours: a full machine by its name, others by their kind alone."""
+    if isinstance(error, OSError) and error.errno in FULL:
+        code, message = "insufficient_resources", f"{error.strerror}."
+    else:
+        code, message = "server_error", f"The job's process had an error ({type(error).__name__})."
+    return {"kind": "error", "code": code, "message": message, "param": None}
 
 
 def tell(answers: IO[str], message: dict[str, Any]) -> None:

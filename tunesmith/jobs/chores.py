@@ -11,7 +11,7 @@ from types import TracebackType
 
 import sqlalchemy as sa
 
-from tunesmith.jobs import board, webhooks
+from tunesmith.jobs import board, sweep, webhooks
 from tunesmith.jobs.artifacts import file_key
 from tunesmith.jobs.service import Service
 from tunesmith.store import tables as t
@@ -70,8 +70,12 @@ class Chores:
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
+        swept = -sweep.EVERY
         while not self._stop.wait(EVERY):
             try:
+                if time.monotonic() >= swept + sweep.EVERY:
+                    swept = time.monotonic()
+                    sweep.sweep(self.service)
                 while webhooks.deliver(self.service.store, self.service.settings.private_webhooks):
                     pass
                 expire(self.service)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 LOCK = 0x6A6F6273  # of PostgreSQL's advisory locks, the one that who chooses a job holds
 GRACE = 3600  # seconds that a worker is listed after its last sign
-LOOKED_AT = 200  # jobs from the front of the queue
+LOOKED_AT = 200  # jobs of the queue at a time
+SILENT = 60.0  # seconds after whose last sign a worker is not counted on
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,33 @@ class Capacity:
     cores: int
     memory: int
     gpus: int = 0
+
+
+def fits(needs: dict[str, Any], capacity: Capacity) -> bool:
+    return all(needs.get(what, 0) <= getattr(capacity, what) for what in ("cores", "memory", "gpus"))
+
+
+@dataclass(frozen=True)
+class Room:
+    """What is left now.
+
+    Attributes:
+        beside: what the jobs need that run on this machine.
+        full: keys that have as many jobs running as they may.
+    """
+
+    capacity: Capacity
+    beside: list[dict[str, Any]]
+    full: frozenset[str]
+
+    def has(self, needs: dict[str, Any]) -> bool:
+        taken = {what: sum(other.get(what, 0) for other in self.beside) for what in ("cores", "memory", "gpus")}
+        return fits({what: needs.get(what, 0) + taken[what] for what in taken}, self.capacity)
+
+    def devices(self, count: int) -> list[int]:
+        """The first GPUs that no other job has."""
+        taken = {place for other in self.beside for place in other.get("devices", ())}
+        return [place for place in range(self.capacity.gpus) if place not in taken][:count]
 
 
 class Queue:
@@ -84,13 +113,17 @@ class Queue:
         with self.store.write() as session:
             self._alone(session)
             now = _now(session)
+            room = self._room(session, now)
             free = sa.or_(Job.worker.is_(None), Job.lease_until < now)
             wanted = sa.or_(
                 sa.and_(Job.status.in_(board.WAITING), free), sa.and_(Job.status == "running", Job.lease_until < now)
             )
-            asked = sa.select(Job).where(wanted).order_by(Job.priority.desc(), Job.n).limit(LOOKED_AT)
-            for job in session.scalars(asked.with_for_update(skip_locked=True)):
-                if job.status != "validating_files" and not self._may_start(session, job, now):
+            full = sa.and_(Job.status != "validating_files", Job.key.is_not(None), Job.key.in_(room.full))
+            asked = sa.select(Job).where(wanted, ~full).order_by(Job.priority.desc(), Job.n)
+            for job in self._all(session, asked):
+                if job.status != "validating_files" and not room.has(job.needs):
+                    if not fits(job.needs, self.capacity):
+                        self._nowhere(session, job, now)
                     continue
                 if job.worker is not None and not self._believed(session, job):
                     continue
@@ -98,9 +131,26 @@ class Queue:
                 if job.status == "validating_files":
                     board.validate(session, job)
                 else:
-                    self._start(session, job)
+                    self._start(session, job, room)
                 return job
         return None
+
+    def _all(self, session: Session, asked: sa.Select[Any]) -> Iterator[Job]:
+        """The queue from its front, some jobs at a time."""
+        place = 0
+        while page := list(session.scalars(asked.offset(place).limit(LOOKED_AT).with_for_update(skip_locked=True))):
+            yield from page
+            place += LOOKED_AT
+
+    def _nowhere(self, session: Session, job: Job, now: float) -> None:
+        """Say so, once, where no worker that is there could ever take the job."""
+        alive = sa.select(Worker).where(Worker.seen_at > now - max(SILENT, self.lease))
+        if not any(fits(job.needs, Capacity(w.cores, w.memory, w.gpus)) for w in session.scalars(alive)):
+            needs = f"{job.needs.get('cores', 0)} cores, {job.needs.get('memory', 0) / 2**30:.1f} GiB of memory"
+            more = f" and {job.needs['gpus']} GPUs" if job.needs.get("gpus") else ""
+            board.say_once(
+                session, job.id, f"No machine has room for this job ({needs}{more}); it waits for one that has", "warn"
+            )
 
     def _believed(self, session: Session, job: Job) -> bool:
         """Whether a job that has lost its worker gets another."""
@@ -118,44 +168,41 @@ class Queue:
         )
         return False
 
-    def planned(self, job: str, numbers: dict[str, Any], needs: dict[str, Any], recipe: dict[str, Any]) -> bool:
-        """Note a plan; whether this worker may start the job now. If not, it has let go of it."""
+    def planned(
+        self, job: str, numbers: dict[str, Any], needs: dict[str, Any], recipe: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Note a plan; returns what the job was given if this worker may start it now. If not, it has let go of it."""
         with self.store.write() as session:
             self._alone(session)
             found = self._mine(session, job)
             if found is None or found.status != "validating_files":
                 if found is not None:
                     found.worker = found.lease_until = None
-                return False
+                return None
             board.validated(session, found, numbers, needs, recipe)
-            if not self._may_start(session, found, _now(session)):
+            room = self._room(session, _now(session))
+            if found.key in room.full or not room.has(found.needs):
                 found.worker = found.lease_until = None
-                return False
-            self._start(session, found)
-            return True
+                return None
+            self._start(session, found, room)
+            return found.needs
 
-    def _start(self, session: Session, job: Job) -> None:
+    def _start(self, session: Session, job: Job, room: Room) -> None:
         board.start(session, job)
+        if job.needs.get("gpus"):
+            job.needs = job.needs | {"devices": room.devices(job.needs["gpus"])}
         job.machine = job.machine or self.machine
 
-    def _may_start(self, session: Session, job: Job, now: float) -> bool:
-        """Whether the key's limit and this machine's room allow it."""
-        running = list(
-            session.scalars(sa.select(Job).where(Job.status == "running", Job.lease_until >= now, Job.id != job.id))
-        )
-        own = session.scalar(sa.select(Key.jobs_at_once).where(Key.id == job.key)) if job.key else None
-        limit = own or self.at_once
-        if limit is not None and sum(other.key == job.key for other in running) >= limit:
-            return False
+    def _room(self, session: Session, now: float) -> Room:
+        running = list(session.scalars(sa.select(Job).where(Job.status == "running", Job.lease_until >= now)))
+        counts = Counter(job.key for job in running if job.key)
+        own = dict(session.execute(sa.select(Key.id, Key.jobs_at_once).where(Key.id.in_(counts))).tuples().all())
+        limits = {key: own.get(key) or self.at_once for key in counts}
         here = set(session.scalars(sa.select(Worker.id).where(Worker.machine == self.machine)))
-        beside = [other.needs for other in running if other.worker in here]
-        return all(
-            sum(needs.get(what, 0) for needs in beside) + job.needs.get(what, 0) <= room
-            for what, room in (
-                ("cores", self.capacity.cores),
-                ("memory", self.capacity.memory),
-                ("gpus", self.capacity.gpus),
-            )
+        return Room(
+            self.capacity,
+            [job.needs for job in running if job.worker in here],
+            frozenset(key for key, limit in limits.items() if limit is not None and counts[key] >= limit),
         )
 
     def beat(self, job: str | None = None) -> str | None:

@@ -27,6 +27,15 @@ CLEAN = (
     "secrets",
 )
 EVALUATE = ("metrics", "rows", "max_new_tokens")
+# Metrics that neither run a row's text nor open or fetch what a row or the name says.
+METRICS = (
+    *("exact_match", "accuracy", "macro_f1", "macro_precision", "macro_recall", "micro_f1", "micro_precision"),
+    *("micro_recall", "weighted_f1", "multilabel_f1", "multilabel_macro_f1", "multilabel_exact", "json_valid"),
+    *("json_field_f1", "tool_call", "tool_name", "span_f1", "numeric", "rouge_1", "rouge_2", "rouge_l", "bleu"),
+    *("chrf", "meteor", "wer", "cer", "choice_accuracy", "choice_accuracy_norm", "ece", "preference", "loss"),
+    *("perplexity", "bits_per_token", "bits_per_byte"),
+)
+NAMES = ("auto", "none")  # models of people's names; others are folders and hub ids
 
 
 def refuse(settings: dict[str, Any]) -> None:
@@ -35,11 +44,19 @@ def refuse(settings: dict[str, Any]) -> None:
     Raises:
         RecipeError: `where` is the key.
     """
-    train, data, evaluate = (settings.get(part, {}) for part in ("train", "data", "evaluate"))
+    train, data, evaluate, goal = (_mapping(settings, part) for part in ("train", "data", "evaluate", "goal"))
     _only(evaluate, EVALUATE, "evaluate")
     _only(data, DATA, "data")
-    if isinstance(data.get("clean"), dict):
-        _only(data["clean"], CLEAN, "data.clean")
+    clean, split = _mapping(data, "clean", "data."), _mapping(data, "split", "data.")
+    _only(clean, CLEAN, "data.clean")
+    for step, key, known in (("personal", "names", NAMES), ("duplicates", "model", ())):
+        chosen = clean.get(step)
+        if isinstance(chosen, dict) and key in chosen and chosen[key] not in known:
+            raise RecipeError(
+                "names a model of the server",
+                where=f"data.clean.{step}.{key}",
+                fix=f"Take one of: {', '.join(known)}." if known else "Leave it out.",
+            )
     for key in PLACED:
         if key in train:
             raise RecipeError("can't be set in a job of the service", where=f"train.{key}", fix="Leave it out.")
@@ -59,18 +76,37 @@ def refuse(settings: dict[str, Any]) -> None:
             where="train.adapter",
             fix="Leave it out, or give {kind: lora, ...}; tunesmith run trains the others.",
         )
-    split = data.get("split", {})
     for part in ("validation", "test"):
-        if isinstance(split, dict) and isinstance(split.get(part), str):
+        if isinstance(split.get(part), str):
             raise RecipeError(
                 "is a share or a number of rows here",
                 where=f"data.split.{part}",
                 fix="A file goes into validation_file.",
             )
-    metrics = [*(evaluate.get("metrics") or []), (settings.get("goal") or {}).get("metric") or ""]
-    if any(".py:" in str(metric) for metric in metrics):
+    asked = evaluate.get("metrics") or []
+    if not isinstance(asked, list):
+        raise RecipeError("is not a list of metrics", where="evaluate.metrics", fix="Give [exact_match, ...].")
+    _metrics(asked, "evaluate.metrics", METRICS)
+    _metrics([goal["metric"]] if goal.get("metric") is not None else [], "goal.metric", METRICS)
+    _metrics([train["best_by"]] if "best_by" in train else [], "train.best_by", METRICS)
+
+
+def _mapping(given: dict[str, Any], key: str, above: str = "") -> dict[str, Any]:
+    """A part of the settings, empty if it is not given."""
+    found = given.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise RecipeError("is not a mapping of settings", where=f"{above}{key}", fix="Give {key: value, ...}.")
+    return found
+
+
+def _metrics(asked: list[Any], where: str, known: tuple[str, ...]) -> None:
+    if any(name not in known for name in asked):
         raise RecipeError(
-            "names Python code, which the service does not run", where="evaluate.metrics", fix="Take a built-in metric."
+            "names what is no metric of the service",
+            where=where,
+            fix=f"Take one of: {', '.join(known)}.",
         )
 
 

@@ -16,14 +16,14 @@ class Hyperparameters(Section):
     """Passes over the training file."""
     batch_size: Annotated[int, *or_auto(int, ge=1, le=256)] = AUTO  # type: ignore[assignment]
     """Rows in a step."""
-    learning_rate_multiplier: Annotated[float, *or_auto(float, gt=0)] = AUTO  # type: ignore[assignment]
+    learning_rate_multiplier: Annotated[float, *or_auto(float, gt=0, allow_inf_nan=False)] = AUTO  # type: ignore[assignment]
     """Of the rate that the rule chooses; auto is 1."""
 
 
 class DpoHyperparameters(Hyperparameters):
     """Those of pairs."""
 
-    beta: Annotated[float, *or_auto(float, gt=0, le=2)] = AUTO  # type: ignore[assignment]
+    beta: Annotated[float, *or_auto(float, gt=0, le=2, allow_inf_nan=False)] = AUTO  # type: ignore[assignment]
     """How strongly the model is held near where it began; auto is 0.1."""
 
 
@@ -68,7 +68,7 @@ class Resources(Section):
     """What the job may take at most; its plan is held against it before it starts."""
 
     cores: int | None = Field(None, ge=1)
-    memory_gib: float | None = Field(None, gt=0)
+    memory_gib: float | None = Field(None, gt=0, allow_inf_nan=False)
     gpus: int | None = Field(None, ge=0)
 
 

@@ -116,10 +116,12 @@ def _parsed(line: bytes, number: int) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        raise ValueError(f"the key '{next(k for k in keys if keys.count(k) > 1)}' is there twice")
-    return dict(pairs)
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key '{key[:80]}' is there twice")
+        found[key] = value
+    return found
 
 
 def _kind(row: dict[str, Any]) -> str:

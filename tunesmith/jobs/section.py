@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tunesmith.section import Section
 
@@ -39,6 +39,14 @@ class ServiceSection(Section):
     """Largest file in bytes that comes in parts."""
     private_webhooks: bool = False
     """Let webhooks go to private and loopback addresses."""
+
+    @field_validator("models")
+    @classmethod
+    def _plain(cls, value: dict[str, str]) -> dict[str, str]:
+        wrong = next((name for name in value if not name or ":" in name), None)
+        if wrong is not None:
+            raise ValueError(f"'{wrong}' can't be a model's name: colons divide the names of tuned models")
+        return value
 
     @property
     def folder(self) -> Path:

@@ -39,9 +39,14 @@ class Service:
         return self.artifacts.path(file_key(id))
 
     def model(self, name: str) -> Model | None:
-        """A tuned model, by its `ft:` name."""
+        """A tuned model that no gate holds, by its `ft:` name."""
         with self.store.read() as session:
-            return session.scalar(sa.select(Model).where(Model.id == name))
+            return session.scalar(sa.select(Model).where(Model.id == name, ~Model.held))
+
+    @property
+    def several(self) -> bool:
+        """Whether other machines may work here too, which must find a run's folder among the artifacts."""
+        return self.store.postgresql or not self.artifacts.local
 
     def forget(self, *artifacts: str) -> None:
         for key in artifacts:

@@ -15,9 +15,10 @@ import tarfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from tunesmith.jobs import board, watch
+from tunesmith.jobs import board, gpus, sweep, watch
 from tunesmith.jobs.artifacts import file_key, model_key, run_key
 from tunesmith.jobs.child import BUSY
 from tunesmith.jobs.queue import Queue
@@ -50,21 +51,28 @@ class Walk:
         self.metrics = watch.Metrics(self.run, job.progress)
         self.answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
         self.saved = watch.newest_checkpoint(self.run)
+        self.known = job.seen  # the last step whose snapshot became a model
 
     def __call__(self) -> None:
         """Work until it is done, or until somebody else wants it otherwise."""
         self.fetch()
+        ended = self.attempt()
+        if ended["kind"] == "planned":  # it has devices now, of which a process must know from its start
+            ended = self.attempt()
+        if ended["kind"] not in ("lost", "cancelled", "left"):
+            self.tick()
+        self.settle(ended)
+
+    def attempt(self) -> dict[str, Any]:
+        """A process, from its start to its end; what it said."""
         process = self.begin()
         try:
-            ended = self.follow(process)
+            return self.follow(process)
         except BaseException:
             process.kill()
             raise
         finally:
             _close(process)
-        if ended["kind"] not in ("lost", "cancelled", "left"):
-            self.tick()
-        self.settle(ended)
 
     def fetch(self) -> None:
         """The run's folder, where another machine began it."""
@@ -97,7 +105,9 @@ class Walk:
 
     def begin(self) -> subprocess.Popen[str]:
         self.service.logs.mkdir(parents=True, exist_ok=True)
-        self.service.runs.mkdir(parents=True, exist_ok=True)
+        temporary = self.run.path / ".tmp"  # what a killed process leaves of the rows goes with the run's folder
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         keys = self.recipe()
         with (self.service.logs / f"{self.job.id}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -107,7 +117,9 @@ class Walk:
                 stderr=log,
                 text=True,
                 # Sets are then written in the same order by every process, so that equal models are equal files.
-                env=os.environ | {"OMP_NUM_THREADS": str(self.cores), "PYTHONHASHSEED": "0"},
+                env=os.environ
+                | {"OMP_NUM_THREADS": str(self.cores), "PYTHONHASHSEED": "0", "TMPDIR": str(temporary)}
+                | gpus.visible(self.job.needs),
             )
         kind = self.job.method["type"]
         multiplier = self.job.method[kind]["hyperparameters"]["learning_rate_multiplier"]
@@ -138,20 +150,24 @@ class Walk:
                 if said is None:
                     code = process.wait()
                     return last or {"kind": "died", "code": code}
-                if said["kind"] == "planned":
-                    if not self.planned(said):
-                        process.kill()
-                        last = {"kind": "left"}
-                    else:
-                        _send(process, "go")
-                else:
+                if last is not None:  # the first verdict stands
+                    continue
+                if said["kind"] != "planned":
                     last = said
+                elif not self.planned(said):
+                    process.kill()
+                    last = {"kind": "left"}
+                elif self.job.needs.get("devices"):
+                    last = said
+                    _hang_up(process)
+                else:
+                    _send(process, "go")
             except queue.Empty:
                 pass
             status = self.asked()
             if status is None or status == "cancelled":
                 process.kill()
-                last = {"kind": "lost" if status is None else "cancelled"}
+                last = last or {"kind": "lost" if status is None else "cancelled"}
             elif status not in ("running", "validating_files") and last is None:
                 if deadline is None:
                     deadline = time.monotonic() + STOPPING
@@ -185,9 +201,9 @@ class Walk:
         )
         if "beta" in numbers:
             numbers["beta"] = plan["beta"] if plan["beta"] is not None else 0.1
-        go_on = patiently(lambda: self.queue.planned(job.id, numbers, needs, {"train": train}))
-        job.needs = needs
-        return go_on
+        begun = patiently(lambda: self.queue.planned(job.id, numbers, needs, {"train": train}))
+        job.needs, job.recipe = begun or needs, {"train": train}
+        return begun is not None
 
     def tick(self) -> None:
         """Tell of new steps and snapshots, and keep the run's folder for other machines."""
@@ -199,7 +215,7 @@ class Walk:
             if step > self.known:
                 self._keep(step, path)
         newest = watch.newest_checkpoint(self.run)
-        if newest and newest != self.saved and not self.service.artifacts.local:
+        if newest and newest != self.saved and self.service.several:
             self._save(newest)
 
     def _tell(self, lines: list[dict[str, Any]]) -> None:
@@ -210,50 +226,68 @@ class Walk:
                 if job is not None:
                     board.step(session, job, line, total, line["epoch"] == int(line["epoch"]) or line["step"] == total)
 
-    known = 0  # the last step whose snapshot is a model
+    def mine(self) -> Job | None:
+        """The job as it is now, while it is this worker's and not over."""
 
-    def _keep(self, step: int, path: Any) -> None:
-        key = model_key(self.job.id, step)
+        def read() -> Job | None:
+            with self.service.store.read() as session:
+                job = self.queue.held(session, self.job.id)
+                return job if job is not None and job.status not in board.FINAL else None
+
+        return patiently(read)
+
+    def _keep(self, step: int, path: Path) -> None:
+        """Make a snapshot a model, once."""
+        job, key = self.mine(), model_key(self.job.id, step)
+        if job is None or job.seen >= step:
+            self.known = step
+            return
+        whole = not (path / "adapter_config.json").is_file()
         line = next((line for line in watch.lines_of(self.run) if line["step"] == step), None)
         try:
             self.service.artifacts.put_folder(key, path)
-        except FileNotFoundError:  # a newer one has taken its place
-            self.known = step
+        except (FileNotFoundError, shutil.Error):  # a newer one takes its place; if not, the next look has it
             return
         metrics = board.metrics_of(line) if line else {}
+        held = self.job.settings.get("gate") not in (None, False)
 
         def note() -> list[str]:
             with self.service.store.write() as session:
                 job = self.queue.held(session, self.job.id)
-                whole = not (path / "adapter_config.json").is_file()
-                return board.checkpoint(session, job, step, metrics, key, whole, KEPT) if job is not None else []
+                if job is None:
+                    return []
+                if job.status in board.FINAL:
+                    return [key]
+                return board.checkpoint(session, job, step, metrics, key, whole, KEPT, held)
 
-        gone = patiently(note)
-        self.service.forget(*gone)
+        self.service.forget(*patiently(note))
         self.known = step
 
     def _save(self, newest: str) -> None:
         """Keep the run's folder as an artifact, whole or not at all."""
+        if self.mine() is None:
+            return
         with tempfile_near(self.service.runs) as file:
             try:
                 with tarfile.open(fileobj=file, mode="w") as tar:
                     tar.add(self.run.path, self.run.name, filter=lambda m: None if "/." in m.name else m)
             except FileNotFoundError:
-                return  # something was removed while it was read
-            file.flush()
+                return  # it moved on while it was read; the next look has it
             file.seek(0)
-            if watch.newest_checkpoint(self.run) != newest:
-                return  # it moved on while it was read
+            if watch.newest_checkpoint(self.run) != newest or self.mine() is None:
+                return
             key = run_key(self.job.id)
             self.service.artifacts.put(key, file)
 
-        def note() -> None:
+        def note() -> bool:
             with self.service.store.write() as session:
                 job = self.queue.held(session, self.job.id)
                 if job is not None:
                     job.snapshot, job.machine = key, self.queue.machine
+                return job is not None and job.status in board.FINAL
 
-        patiently(note)
+        if patiently(note):
+            self.service.forget(key)
         self.saved = newest
 
     def settle(self, ended: dict[str, Any]) -> None:
@@ -264,13 +298,13 @@ class Walk:
             self.finish()
         elif kind == "error":
             self.fail(ended["code"], ended["message"], ended["param"])
-        elif kind == "died" and status == "running":
+        elif kind == "died" and status in ("running", "validating_files"):
             patiently(lambda: self.queue.lost(self.job.id, f"its process ended with code {ended['code']}"))
         elif kind in ("stopped", "died", BUSY):
             patiently(lambda: self.queue.release(self.job.id, again=True))
         elif kind in ("cancelled", "left"):
             patiently(lambda: self.queue.release(self.job.id))
-        if kind == "cancelled":
+        if "cancelled" in (kind, status):
             self.clear()
         if kind == BUSY:
             time.sleep(min(self.queue.lease, 5.0))
@@ -278,6 +312,9 @@ class Walk:
     def finish(self) -> None:
         """Put the model and the results where they belong, and tell."""
         service, job = self.service, self.job
+        if self.mine() is None:
+            patiently(lambda: self.queue.release(job.id))
+            return
         gate = (self.run.scores or {}).get("gate") or {}
         if gate.get("enforced") and gate["decision"] == "hold":
             broken = "; ".join(f"{c['condition']} ({c['why']})" for c in gate["conditions"] if c["state"] == "broken")
@@ -290,21 +327,24 @@ class Walk:
         if self.run.scores:
             results.append(self._result("scorecard.json", json.dumps(self.run.scores, indent=2).encode()))
 
-        def note() -> bool:
+        def note() -> str:
             with service.store.write() as session:
                 found = self.queue.held(session, job.id)
-                if found is None or found.status in board.FINAL:
-                    return False
+                if found is None:
+                    return "lost"
+                found.worker = found.lease_until = None
+                if found.status in board.FINAL:
+                    return "over"
                 session.add_all(results)
                 tokens = sum(line["tokens"] for line in lines)
                 board.succeed(session, found, key, tuned.name == "model", tokens, [r.id for r in results])
-                found.worker = found.lease_until = None
-                return True
+                return "made"
 
-        if patiently(note):
-            self.clear()
-        else:
+        became = patiently(note)
+        if became != "made":
             service.forget(*(file_key(r.id) for r in results))
+        if became != "lost":  # else it is another worker's, which makes the same model
+            self.clear()
 
     def _result(self, name: str, content: bytes) -> File:
         id = ids.new("file-")
@@ -336,9 +376,10 @@ class Walk:
             self.clear()
 
     def clear(self) -> None:
-        """Remove what the run leaves on this machine: rows are in it."""
+        """Remove what a job that is over leaves: its run's folder, in which rows are, and models that nobody knows."""
         shutil.rmtree(self.run.path, ignore_errors=True)
         self.service.forget(run_key(self.job.id))
+        sweep.models(self.service, self.job.id)
 
 
 def patiently(what: Callable[[], Result], seconds: float = 600.0) -> Result:
@@ -369,10 +410,15 @@ def _send(process: subprocess.Popen[str], line: str) -> None:
         process.stdin.flush()
 
 
-def _close(process: subprocess.Popen[str]) -> None:
+def _hang_up(process: subprocess.Popen[str]) -> None:
+    """Send nothing more."""
+    assert process.stdin
     with contextlib.suppress(BrokenPipeError, OSError):
-        if process.stdin:
-            process.stdin.close()
+        process.stdin.close()
+
+
+def _close(process: subprocess.Popen[str]) -> None:
+    _hang_up(process)
     try:
         process.wait(timeout=30)
     except subprocess.TimeoutExpired:

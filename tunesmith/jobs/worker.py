@@ -5,27 +5,26 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
+from pathlib import Path
 
 import psutil
-import sqlalchemy as sa
+from filelock import FileLock
 
-from tunesmith.jobs.board import FINAL
 from tunesmith.jobs.child import end_with
+from tunesmith.jobs.gpus import devices
 from tunesmith.jobs.queue import Capacity, Queue
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
+from tunesmith.jobs.sweep import EVERY, sweep
 from tunesmith.jobs.walk import GIB, Walk, patiently
-from tunesmith.runs import hash_json
 from tunesmith.store.tables import Job
 
 log = logging.getLogger("tunesmith.worker")
-SWEEP = 600.0  # seconds between looks for what is left of finished jobs
 IDLE = 1.0  # seconds between looks at an empty queue
 
 
@@ -34,16 +33,15 @@ class Worker:
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
-        host, capacity = socket.gethostname(), capacity_of(settings)
-        machine = f"{host}-{hash_json(str(settings.folder))[:8]}"  # runs lie in a folder of a host
-        name = f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+        machine, capacity = machine_of(settings.folder), capacity_of(settings)
+        name = f"{machine}-{os.getpid()}-{secrets.token_hex(3)}"
         self.service, self.cores = service, max(1, capacity.cores // max(settings.workers, 1))
         self.queue = Queue(
             service.store, name, capacity, settings.lease, settings.jobs_at_once, settings.attempts, machine
         )
         self.leaving = threading.Event()
         self._job: Job | None = None
-        self._swept = -SWEEP
+        self._swept = -EVERY
         self._status: str | None = None
 
     def run(self) -> None:
@@ -68,16 +66,13 @@ class Worker:
         patiently(self.queue.sign_off)
 
     def sweep(self) -> None:
-        """Remove what runs of finished jobs left here, as where another machine has finished them: rows are in it."""
-        if time.monotonic() < self._swept + SWEEP or not self.service.runs.is_dir():
-            return
-        self._swept = time.monotonic()
-        there = {path.name: path for path in self.service.runs.iterdir() if path.is_dir()}
-        with self.service.store.read() as session:
-            asked = sa.select(Job.id).where(Job.id.in_(there), Job.status.not_in(FINAL))
-            wanted = set(session.scalars(asked))
-        for name in there.keys() - wanted:
-            shutil.rmtree(there[name], ignore_errors=True)
+        """Remove, from time to time, what is left of jobs that are over."""
+        if time.monotonic() >= self._swept + EVERY:
+            self._swept = time.monotonic()
+            try:
+                sweep(self.service)
+            except Exception as error:  # the database or the artifacts may be away for a while
+                log.warning("nothing was swept: %s", type(error).__name__)
 
     def _lost(self, job: Job, error: Exception) -> None:
         patiently(lambda: self.queue.lost(job.id, f"its worker had an error ({type(error).__name__})"))
@@ -103,14 +98,17 @@ def capacity_of(settings: ServiceSection) -> Capacity:
     """What this machine's jobs may take together."""
     cores = settings.cores or len(os.sched_getaffinity(0))
     memory = round(settings.memory_gib * GIB) if settings.memory_gib else psutil.virtual_memory().total
-    return Capacity(cores, memory, gpus())
+    return Capacity(cores, memory, len(devices()))
 
 
-def gpus() -> int:
-    """How many NVIDIA devices the system shows, without loading torch."""
-    from pathlib import Path
-
-    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+def machine_of(folder: Path) -> str:
+    """A name for this host and that folder of it, where runs lie. Hosts may have equal names, so it holds a number
+    that the folder keeps."""
+    kept = folder / "machine"
+    with FileLock(folder / ".machine.lock"):
+        if not kept.is_file():
+            kept.write_text(secrets.token_hex(4), encoding="utf-8")
+    return f"{socket.gethostname()}-{kept.read_text(encoding='utf-8')}"
 
 
 def main() -> None:

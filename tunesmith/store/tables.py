@@ -138,7 +138,7 @@ class Job(Table):
         worker, lease_until: who holds it, and until when that is believed without a heartbeat.
         attempts: workers lost since it last got on; progress: the last step seen.
         recipe: what `pipeline` is given; needs: cores, memory and GPUs that the plan found.
-        seen: lines of the run's metrics that events tell of.
+        seen: the last step whose snapshot became a model.
         machine: where its run's folder lies; snapshot: the artifact that holds it for other machines.
     """
 
