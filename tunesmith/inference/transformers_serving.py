@@ -69,7 +69,7 @@ class TransformersServing(Hosted):
 
     def __init__(self, name: str, model: ResolvedModel, section: Transformers) -> None:
         super().__init__(name, section.tokens(model), section.slots, section.queue)
-        self._model = model
+        self._model, self.precision = model, section.precision
         self._told = {
             "model": {**asdict(model), "path": str(model.path)},
             "precision": section.precision,

@@ -160,9 +160,9 @@ def _first_token(served: Served) -> int:
 
 
 def _key(served: Served, request: Request) -> str:
-    return hash_json(
-        [served.identity, served.name, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}]
-    )
+    engine = served.engine
+    weights = [served.identity, served.name, engine.kind, getattr(engine, "precision", None)]
+    return hash_json([*weights, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}])
 
 
 def unknown_token(token: int, size: int, param: str) -> Refused:
