@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -115,6 +116,53 @@ def test_a_server_that_ends_is_started_again_with_its_adapters(served: Served, t
 
     served.run(through())
     assert told(served)["pid"] != pid
+
+
+def test_an_adapter_that_is_gone_leaves_no_server_behind(tiny_model: Path, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+
+    def servers() -> set[int]:
+        found = set()
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if FAKE[1] in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE:
+                    found.add(process.pid)
+        return found
+
+    async def through() -> None:
+        before = servers()
+        engine = build(Vllm(command=FAKE, context=256), tiny_model)
+        await engine.start()
+        for name in ("first", "second"):
+            await engine.load_adapter(name, tmp_path / name)
+        (tmp_path / "first" / "adapter_config.json").unlink()
+        (pid,) = servers() - before
+        os.kill(pid, signal.SIGKILL)
+        until = time.monotonic() + 90
+        while (engine.adapters() != ["second"] or engine.health() != "ready") and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        assert [i async for p in engine.stream(Request([20], 2, adapter="second")) for i in p.ids] == [31, 42]
+        assert len(servers() - before) == 1
+        await engine.close()
+        assert servers() == before
+
+    asyncio.run(through())
+
+
+def test_what_vllm_takes_otherwise_is_told_otherwise(served: Served, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    async def through() -> None:
+        await served.engine.load_adapter("base", tmp_path)
+        assert await served.ids(Request([20], 2, top_p=0.0, seed=-1)) == [21, 22]
+        assert await served.ids(Request([20], 2, adapter="base")) == [31, 42]
+        await served.engine.unload_adapter("base")
+
+    served.run(through())
+    bodies = told(served)["seen"][-2:]
+    assert 0 < bodies[0]["top_p"] < 1e-3 and bodies[0]["seed"] >= 0
 
 
 def test_it_ends_with_the_engine_and_errors_are_told(tiny_model: Path) -> None:

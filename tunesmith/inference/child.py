@@ -77,13 +77,17 @@ class Child:
             await self.process.stdin.drain()
 
     async def hear(self) -> dict[str, Any] | None:
-        """The next message; None once the process has ended."""
+        """The next message; None once the process has ended. One that can't be understood is killed."""
         assert self.process.stdout
-        with contextlib.suppress(ValueError, ConnectionError):  # cut short by its end
-            line = await self.process.stdout.readline()
-            if line.endswith(b"\n"):
-                message: dict[str, Any] = json.loads(line)
-                return message
+        with contextlib.suppress(ConnectionError):
+            try:
+                line = await self.process.stdout.readline()
+                if line.endswith(b"\n"):  # else cut short by its end
+                    message: dict[str, Any] = json.loads(line)
+                    return message
+            except ValueError as error:  # longer than a message may be, or no JSON
+                self._words.append(f"what it said can't be read: {error}")
+                self._kill()
         return None
 
     def take(self) -> None:
@@ -107,11 +111,14 @@ class Child:
         if self.process.stdin:
             self.process.stdin.close()
         if not patience or not (await asyncio.wait([self.ended], timeout=patience))[0]:
-            with contextlib.suppress(ProcessLookupError):
-                self.process.kill()
+            self._kill()
         await asyncio.wait([self.ended])
         self._listener.cancel()
         rmtree(self.folder, ignore_errors=True)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
 
     @property
     def last_words(self) -> str:

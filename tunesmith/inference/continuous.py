@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tunesmith.errors import first_line
 from tunesmith.inference.chooser import Chooser, matcher
 from tunesmith.inference.letters import Spelling, Words
 from tunesmith.inference.rows import Apart, Prompt, Rows
@@ -17,6 +18,7 @@ from tunesmith.inference.served import Request
 from tunesmith.models.loras import Loras
 
 READ_TOKENS = 512  # of a prompt between two steps of the others
+FAILED = "failed"
 
 
 class Answer:
@@ -34,7 +36,8 @@ class Continuous:
 
     Args:
         tokenizer: transformers' own, of the fast kind.
-        tell: gets each step's pieces, as [number, text, ids, log-probabilities, finish, cached tokens].
+        tell: gets each step's pieces, as [number, text, ids, log-probabilities, finish, cached tokens]; one that
+            can't be answered ends with the finish FAILED, and why as its text.
         grammars: makes an llguidance tokenizer when the first schema comes.
         virtual: ids that every prompt begins with.
     """
@@ -101,7 +104,14 @@ class Continuous:
                 prompt = self.rows.begin(self._virtual + answer.request.prompt, answer.request.adapter)
                 answer.cached = prompt.cached
                 self._reading = (answer, prompt)
-            budget -= self._read(*self._reading, budget)
+            answer, prompt = self._reading
+            try:
+                budget -= self._read(answer, prompt, budget)
+            except torch.AcceleratorError:  # nothing can be computed any more
+                raise
+            except Exception as error:
+                self._reading = None
+                self._fail(answer, error)
         if self._alive:
             spare = self.rows.padded(len(self._alive)) - len(self._alive)
             self.loras.choose([answer.request.adapter for answer in self._alive] + [None] * spare)
@@ -111,11 +121,12 @@ class Continuous:
             self._pieces = []
 
     @torch.inference_mode()
-    def embed(self, prompts: list[list[int]]) -> list[list[float]]:
-        """Means of the last layer's outputs, of length 1."""
+    def embed(self, prompt: list[int]) -> list[float]:
+        """The mean of the last layer's outputs, of length 1."""
         self.loras.choose([None])
-        found = [self.rows.hidden(self._virtual + ids).float().mean(0) for ids in prompts]
-        return [(x / x.norm()).tolist() for x in found]
+        mean = self.rows.hidden(self._virtual + prompt).float().mean(0)
+        found: list[float] = (mean / mean.norm()).tolist()
+        return found
 
     def _read(self, answer: Answer, prompt: Prompt, count: int) -> int:
         """Read up to so many of a prompt's tokens; how many it were."""
@@ -134,16 +145,25 @@ class Continuous:
         likeliest = logits_BV.argmax(-1).tolist()
         ended = []
         for row, answer in enumerate(answers):
-            wanted = answer.request.top_logprobs is not None
-            told = logits_BV[row].float().log_softmax(-1) if wanted else None
-            plain = answer.chooser.plain
-            token = (
-                likeliest[row] if plain else answer.chooser.choose(logits_BV[row].to("cpu", torch.float32, copy=True))
-            )
-            if self._ended(answer, token, told):
+            try:
+                if self._next(answer, logits_BV[row], likeliest[row]):
+                    ended.append(answer)
+            except Exception as error:
+                self._fail(answer, error)
                 ended.append(answer)
         for answer in ended:
             self._leave(self._alive.index(answer))
+
+    def _next(self, answer: Answer, logits_V: Tensor, likeliest: int) -> bool:
+        """Choose and tell an answer's next token, and whether it was the last."""
+        told = logits_V.float().log_softmax(-1) if answer.request.top_logprobs is not None else None
+        plain = answer.chooser.plain
+        token = likeliest if plain else answer.chooser.choose(logits_V.to("cpu", torch.float32, copy=True))
+        return self._ended(answer, token, told)
+
+    def _fail(self, answer: Answer, error: Exception) -> None:
+        """Tell the one who asked; the others are answered on."""
+        self._pieces.append([answer.number, f"{type(error).__name__}: {first_line(error)}", [], [], FAILED, 0])
 
     def _ended(self, answer: Answer, token: int, told: Tensor | None) -> bool:
         """Tell a token, and whether it was the last."""

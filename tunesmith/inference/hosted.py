@@ -10,7 +10,7 @@ from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from tunesmith.errors import TunesmithError, nearest
+from tunesmith.errors import nearest
 from tunesmith.inference.child import Child
 from tunesmith.inference.served import (
     EngineDown,
@@ -37,6 +37,7 @@ class Hosted:
     """
 
     kind = "hosted"
+    precision = "auto"
 
     def __init__(self, name: str, context: int, slots: int, queue: int) -> None:
         self.name, self.context, self.slots, self.queue = name, context, slots, queue
@@ -56,6 +57,10 @@ class Hosted:
 
     def _answer(self, child: Child, request: Request) -> AsyncGenerator[Piece, None]:
         """What a child gives; closing it frees what the child has for the request."""
+        raise NotImplementedError
+
+    async def load_adapter(self, name: str, path: Path) -> None:
+        """See `ServingEngine`."""
         raise NotImplementedError
 
     async def start(self) -> None:
@@ -161,12 +166,32 @@ class Hosted:
             await asyncio.sleep(WAITS[min(self._in_a_row, len(WAITS) - 1)])
             self.restarts, self._in_a_row = self.restarts + 1, self._in_a_row + 1
             try:
-                async with self._changing:
-                    self._adapters = {name: path for name, path in self._adapters.items() if path.exists()}
-                    self._adopt(await self._launch(self._adapters))
+                await self._again()
                 return
-            except TunesmithError as error:
+            except Exception as error:
                 failures += 1
                 log.error("the engine of '%s' does not start: %s", self.name, error)
                 if failures >= GIVEN_UP:
                     self._state = "failed"
+
+    async def _again(self) -> None:
+        """Start with the adapters that were loaded; where that fails, without any, and load those that can be."""
+        late: dict[str, Path] = {}
+        async with self._changing:
+            adapters = {name: path for name, path in self._adapters.items() if path.exists()}
+            try:
+                child = await self._launch(adapters)
+            except Exception as error:
+                if not adapters:
+                    raise
+                log.error("the engine of '%s' does not start with its adapters: %s", self.name, error)
+                child, adapters, late = await self._launch({}), {}, adapters
+            self._adapters = adapters
+            self._adopt(child)
+        for name, path in late.items():
+            try:
+                await self.load_adapter(name, path)
+            except EngineDown:  # for the next start
+                self._adapters.setdefault(name, path)
+            except Exception as error:
+                log.error("'%s' is served without its adapter '%s': %s", self.name, name, error)

@@ -80,7 +80,7 @@ class LlamaCppEngine(Hosted):
 
     def __init__(self, name: str, settings: Settings) -> None:
         super().__init__(name, settings.context, settings.slots, settings.queue)
-        self._settings = settings
+        self._settings, self.precision = settings, settings.precision
         self._embedder: LlamaCppChild | None = None
         self._embedding = asyncio.Lock()
 
@@ -185,7 +185,7 @@ class LlamaCppEngine(Hosted):
             "lora": [{"id": i, "scale": float(i == wanted)} for i in child.index.values()],
         }
         if request.seed is not None:
-            body["seed"] = request.seed % 2**32
+            body["seed"] = request.seed % (2**32 - 1)  # llama.cpp draws anew for the greatest
         if request.logit_bias:
             body["logit_bias"] = [[token, bias] for token, bias in request.logit_bias.items()]
         if request.top_logprobs is not None:

@@ -21,6 +21,7 @@ from typing import Any, Literal, Protocol
 
 from tunesmith.errors import TunesmithError
 
+COLDEST = 1e-4  # a lower temperature is 0: scores that are divided by it leave the range of numbers
 Health = Literal["starting", "ready", "restarting", "failed"]
 Finish = Literal["stop", "length"]
 
@@ -79,7 +80,7 @@ class Request:
         prompt: token ids, from the renderer.
         stop_ids: ids that end the answer; none of them is returned.
         adapter: the name of one that is loaded; None for the model as it is.
-        temperature: 0 takes the likeliest token.
+        temperature: 0 takes the likeliest token, as anything below `COLDEST` does.
         logit_bias: what is added to the scores of ids.
         stop: texts; what is returned ends before the first of them.
         top_logprobs: how many of the likeliest tokens are told with each; None for no log-probabilities at all.
@@ -101,6 +102,10 @@ class Request:
     top_logprobs: int | None = None
     grammar: dict[str, Any] | None = None
     whole: bool = False
+
+    def __post_init__(self) -> None:
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 @dataclass(frozen=True)

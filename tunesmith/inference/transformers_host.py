@@ -61,7 +61,7 @@ def _handle(engine: Any, wire: Wire, leaving: dict[str, int], message: dict[str,
         elif kind == "unload":
             leaving[message["name"]] = number
         elif kind == "embed":
-            wire.tell(done=number, found=engine.embed(message["prompts"]))
+            wire.tell(done=number, found=engine.embed(message["prompt"]))
     except TunesmithError as error:
         wire.tell(done=number, error=error.as_dict())
     except Exception as error:

@@ -69,7 +69,7 @@ class TransformersServing(Hosted):
 
     def __init__(self, name: str, model: ResolvedModel, section: Transformers) -> None:
         super().__init__(name, section.tokens(model), section.slots, section.queue)
-        self._model = model
+        self._model, self.precision = model, section.precision
         self._told = {
             "model": {**asdict(model), "path": str(model.path)},
             "precision": section.precision,
@@ -95,8 +95,8 @@ class TransformersServing(Hosted):
         for prompt in prompts:
             if len(prompt) > self.context:
                 raise TooLong(len(prompt), self.context)
-        found: list[list[float]] = (await self._asked(do="embed", prompts=list(prompts)))["found"]
-        return found
+        # One at a time: answers go on between them, and no message grows with their number.
+        return [(await self._asked(do="embed", prompt=prompt))["found"] for prompt in prompts]
 
     async def _gone(self, name: str) -> None:
         self._named(name)
@@ -135,6 +135,8 @@ class TransformersServing(Hosted):
                 if isinstance(found, dict):
                     raise EngineError(found["error"]["what"])
                 _, text, ids, logprobs, finish, cached = found
+                if finish == "failed":
+                    raise EngineError(f"transformers can't answer it: {text}")
                 yield Piece(text, tuple(ids), tuple(map(_logprob, logprobs)), finish, cached if finish else 0)
         finally:
             del child.waiting[number]

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 HOST = "tunesmith.inference.vllm_host"
 BASE = "base"  # the name under which the model without an adapter answers
+ADAPTER = "lora:"  # what the names of adapters begin with, since one may be called as the model is
+LEAST = 1e-6  # top-p: vLLM refuses 0
 PATIENCE = 900.0  # seconds for it to load a model
 GONE = (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, asyncio.IncompleteReadError)
 
@@ -58,7 +60,7 @@ class VllmEngine(Hosted):
         self._named(name)
         async with self._changing:
             del self._adapters[name]
-            async with self._asked(self._child_here(), "/v1/unload_lora_adapter", {"lora_name": name}):
+            async with self._asked(self._child_here(), "/v1/unload_lora_adapter", {"lora_name": ADAPTER + name}):
                 pass
 
     async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
@@ -96,12 +98,16 @@ class VllmEngine(Hosted):
             timeout=aiohttp.ClientTimeout(),
             read_bufsize=2**20,
         )
-        for name, path in adapters.items():
-            await self._load(child, name, path)
+        try:
+            for name, path in adapters.items():
+                await self._load(child, name, path)
+        except BaseException:
+            await child.end()
+            raise
         return child
 
     async def _load(self, child: VllmChild, name: str, path: Path) -> None:
-        body = {"lora_name": name, "lora_path": str(path.resolve())}
+        body = {"lora_name": ADAPTER + name, "lora_path": str(path.resolve())}
         try:
             async with self._asked(child, "/v1/load_lora_adapter", body):
                 pass
@@ -133,7 +139,7 @@ class VllmEngine(Hosted):
     def _body(self, request: Request) -> dict[str, Any]:
         room = self.context - len(request.prompt)
         body: dict[str, Any] = {
-            "model": request.adapter or self._served,
+            "model": self._served if request.adapter is None else ADAPTER + request.adapter,
             "prompt": request.prompt,
             "max_tokens": min(request.max_new_tokens, room),
             "stream": True,
@@ -141,14 +147,14 @@ class VllmEngine(Hosted):
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "temperature": request.temperature,
-            "top_p": request.top_p,
+            "top_p": max(request.top_p, LEAST),
             "presence_penalty": request.presence_penalty,
             "frequency_penalty": request.frequency_penalty,
             "stop": list(request.stop),
             "stop_token_ids": list(request.stop_ids),
         }
         if request.seed is not None:
-            body["seed"] = request.seed
+            body["seed"] = request.seed % 2**63  # vLLM draws anew for -1
         if request.logit_bias:
             body["logit_bias"] = {str(token): bias for token, bias in request.logit_bias.items()}
         if request.top_logprobs is not None:

@@ -4,6 +4,7 @@ package; torch is not needed."""
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -178,8 +179,9 @@ def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
     """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023)."""
     alpha = float(about["lora_alpha"])
     for pattern, own in (about.get("alpha_pattern") or {}).items():
-        if module == pattern or module.endswith(f".{pattern}"):
+        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT does it: the first one that fits
             alpha = float(own)
+            break
     return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 

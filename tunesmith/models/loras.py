@@ -76,6 +76,8 @@ class Loras:
                 fix="Package its run and serve that model by itself.",
             )
         found = self._read(folder)
+        if not found:
+            raise ModelError("holds no matrices", where=str(folder), fix="Train the adapter anew, or copy it again.")
         self._held[name] = found
         self._lay()
 

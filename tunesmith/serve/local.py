@@ -88,7 +88,7 @@ class Local:
         size = len(served.renderer.tokenizer)
         wrong = next((i for i in prompt if not 0 <= i < size), None)
         if wrong is not None:
-            raise Refused(f"Token {wrong} is not in this model's vocabulary of {size}.", param="prompt")
+            raise unknown_token(wrong, size, "prompt")
         return prompt
 
     def _request(
@@ -97,6 +97,10 @@ class Local:
         context, wanted = served.engine.context, asked.max_tokens
         if len(ids) + (1 if wanted is None else wanted) > context:
             raise too_long(context, len(ids), wanted or 0)
+        size = len(served.renderer.tokenizer)
+        wrong = next((token for token in asked.logit_bias if not 0 <= token < size), None)
+        if wrong is not None:
+            raise unknown_token(wrong, size, "logit_bias")
         most = context - len(ids)
         return Request(
             prompt=ids,
@@ -156,9 +160,13 @@ def _first_token(served: Served) -> int:
 
 
 def _key(served: Served, request: Request) -> str:
-    return hash_json(
-        [served.identity, served.name, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}]
-    )
+    engine = served.engine
+    weights = [served.identity, served.name, engine.kind, getattr(engine, "precision", None)]
+    return hash_json([*weights, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}])
+
+
+def unknown_token(token: int, size: int, param: str) -> Refused:
+    return Refused(f"Token {token} is not in this model's vocabulary of {size}.", param=param)
 
 
 def too_long(context: int, prompt: int, completion: int) -> Refused:
