@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import MachineError, TunesmithError
 from tunesmith.inference.served import (
     EngineDown,
     EngineError,
@@ -87,7 +87,7 @@ def told(error: Exception) -> ApiError:
         return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))
     if isinstance(error, EngineError):
         return _of_engine(error)
-    if isinstance(error, TunesmithError):
+    if isinstance(error, TunesmithError) and not isinstance(error, MachineError):
         return ApiError(400, error.what)
     if isinstance(error, RecursionError):
         return ApiError(400, "The request is nested too deep.", code="invalid_json")

@@ -46,6 +46,14 @@ class Guard(Section):
         """How many characters of a stream are held back."""
         return self.span
 
+    def load(self) -> None:
+        """Have what it takes in memory before the first request.
+
+        Raises:
+            TunesmithError: a library, file or model is missing.
+        """
+        self.find("Good morning.")
+
     def find(self, text: str) -> list[Finding]:
         """What a text holds."""
         raise NotImplementedError
