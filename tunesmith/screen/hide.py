@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tunesmith.screen.inside import in_json
+from tunesmith.screen.inside import Cut, replaced
 from tunesmith.screen.personal import finder, personal
-from tunesmith.screen.secrets import secrets
+from tunesmith.screen.secrets import secret_cuts
 
 COUNTRIES = ("us", "uk")
 THRESHOLD = 0.4
@@ -12,14 +12,9 @@ THRESHOLD = 0.4
 
 def hidden(text: str) -> str:
     """The text with marks in the place of personal data that has a pattern, and of secrets; JSON stays JSON."""
-    return in_json(text, _plain)
+    return replaced(text, _found)
 
 
-def _plain(text: str) -> str:
-    for _, secret in sorted(secrets(text), key=lambda s: -len(s[1])):
-        text = text.replace(secret, "[SECRET]")
-    parts, at = [], 0
-    for found in personal(finder("none", COUNTRIES), text, THRESHOLD, ()):
-        parts += [text[at : found.start], f"[{found.kind}]"]
-        at = found.end
-    return "".join([*parts, text[at:]])
+def _found(text: str) -> list[Cut]:
+    own = personal(finder("none", COUNTRIES), text, THRESHOLD, ())
+    return [*secret_cuts(text), *((f.start, f.end, f"[{f.kind}]") for f in own)]

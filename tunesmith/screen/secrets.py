@@ -6,6 +6,7 @@ import re
 from functools import cache
 from typing import Any
 
+from tunesmith.screen.inside import Cut
 from tunesmith.screen.library import need
 
 # Whole keys, of which the detector only knows the first line, and issuers that it does not know.
@@ -18,6 +19,7 @@ OURS = {
 LEFT_OUT = ("BasePlugin", "RegexBasedDetector", "HighEntropyStringsPlugin", "PrivateKeyDetector", "IPPublicDetector")
 ENTROPY = ("Base64HighEntropyString", "HexHighEntropyString")
 FEWEST = 6
+MARK = "[SECRET]"
 
 
 def secrets(text: str, entropy: bool = False) -> list[tuple[str, str]]:
@@ -26,10 +28,16 @@ def secrets(text: str, entropy: bool = False) -> list[tuple[str, str]]:
     for line in text.splitlines():
         for detector in detectors(entropy):
             for secret in _secrets(detector, line):
-                if len(secret) >= FEWEST and secret != "[SECRET]":
+                if len(secret) >= FEWEST and secret != MARK:
                     found.setdefault(secret, detector.secret_type)
     whole = [s for s in found if not any(s != other and s in other for other in found)]
     return [(found[secret], secret) for secret in whole]
+
+
+def secret_cuts(text: str, entropy: bool = False) -> list[Cut]:
+    """Where secrets stand, wherever they stand again, in order; [SECRET] belongs there."""
+    found = [s for _, s in secrets(text, entropy)]
+    return sorted((m.start(), m.end(), MARK) for s in found for m in re.finditer(re.escape(s), text))
 
 
 def _secrets(detector: Any, line: str) -> list[str]:

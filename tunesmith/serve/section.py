@@ -83,7 +83,7 @@ class TrafficSection(Section):
     """What is kept of requests and answers, where the server has a database."""
 
     text: Literal["none", "redacted", "full"] = "redacted"
-    """Their text: not at all, without personal data and secrets, or as it is."""
+    """Their text, and that of feedback: not at all, without personal data and secrets, or as it is."""
     days: float = Field(30, gt=0)
     """How long it is kept."""
 

@@ -77,9 +77,7 @@ class Serving:
         began = time.perf_counter()
         try:
             way = self._way(asked, key)
-            messages, flags = await self._guards.asked(asked.messages)
-            asked, prompt_flags = await self._guarded_prompts(replace(asked, messages=messages))
-            flags += prompt_flags
+            asked, flags = await self._guarded(asked, way.models, project)
             passages = await self._passages(asked)
             started = await self._answer(way.models, asked, project, passages, flags)
         except BaseException as error:
@@ -150,15 +148,27 @@ class Serving:
         self.routes = found
         log.info("routes: %s", {name: dict(r.versions) for name, r in found.items()})
 
-    async def _guarded_prompts(self, asked: Asked) -> tuple[Asked, list[str]]:
-        """Completions' prompts that are texts are looked at as a user's are."""
-        if not self._guards.input or not any(isinstance(p, str) for p in asked.prompts):
+    async def _guarded(self, asked: Asked, models: Sequence[str], project: str | None) -> tuple[Asked, list[str]]:
+        """What is asked, as guards let it pass, and what they found. Prompts of token ids are looked at as the texts
+        that they are to each model that may answer."""
+        if not self._guards.input:
             return asked, []
-        messages = [Message("user", p) for p in asked.prompts if isinstance(p, str)]
-        passed, flags = await self._guards.asked(messages)
-        texts = iter(passed)
-        prompts = tuple(next(texts).content if isinstance(p, str) else p for p in asked.prompts)
-        return replace(asked, prompts=prompts), flags
+        messages, flags = await self._guards.asked(asked.messages)
+        tools = tuple(await self._guards.json(list(asked.tools), "user", "tools", flags))
+        prompts: list[str | list[int]] = []
+        for prompt in asked.prompts:
+            texts = [prompt] if isinstance(prompt, str) else self._texts(prompt, models, project)
+            for text in texts:
+                passed = await self._guards.text(text, "user", "prompt", flags)
+                if passed != text:
+                    prompt = passed
+                    break
+            prompts.append(prompt)
+        return replace(asked, messages=messages, tools=tools, prompts=tuple(prompts)), flags
+
+    def _texts(self, ids: list[int], models: Sequence[str], project: str | None) -> list[str]:
+        tokenizers = [s.renderer.tokenizer for s in self.models if s.name in models and s.visible(project)]
+        return list(dict.fromkeys(t.decode([i for i in ids if 0 <= i < len(t)]) for t in tokenizers))
 
     async def _passages(self, asked: Asked) -> list[Passage]:
         question = next((m.content for m in reversed(asked.messages) if m.role == "user"), "")
@@ -191,7 +201,7 @@ class Serving:
 
         if is_endpoint(name):
             started = self._remote.begin(name, asked)
-            started.deltas = watch(started.deltas, asked.grammar is not None)
+            started.deltas = self._guards.answered(started.deltas, flags, asked.grammar is not None, asked.n)
             return started
         return await self._local.begin(self.models.get(name, project), asked, passages, watch)
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.serve.section import TrafficSection
@@ -15,6 +15,7 @@ from tunesmith.serve.section import TrafficSection
 if TYPE_CHECKING:
     from tunesmith.store.database import Store
 
+Told = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]  # request, response, about
 log = logging.getLogger("tunesmith.serve")
 MOST = 10_000  # answers that may wait to be written; beyond them the oldest are lost, and that is told
 AT_ONCE = 200
@@ -26,8 +27,9 @@ class Traffic:
 
     def __init__(self, store: Store, section: TrafficSection) -> None:
         self._store, self._section = store, section
-        self._waiting: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = []
-        self._spent: Counter[str] = Counter()
+        self._waiting: list[Told] = []
+        self._spent: Counter[str] = Counter()  # used, as far as the store does not know of it
+        self._owed: Counter[str] = Counter()  # of these, what could not be charged
         self._wake = asyncio.Event()
         self._writing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -39,6 +41,8 @@ class Traffic:
         self._waiting.append((request, response, about))
         if len(self._waiting) > MOST:
             log.error("the database is too slow: %d answers were not kept", len(self._waiting) - MOST)
+            for _, _, about in self._waiting[:-MOST]:  # lost, but not free
+                self._owed[about["key"]] += about["prompt_tokens"] + about["completion_tokens"]
             del self._waiting[:-MOST]
         self._wake.set()
 
@@ -49,7 +53,10 @@ class Traffic:
     async def feedback(self, answer: str, **said: Any) -> str | None:
         """Keep what somebody says of an answer; its id, or None where there is no such answer."""
         await self._write()  # it may be of the answer just given
-        return await asyncio.to_thread(lambda: self._store.feedback.add(answer, **said))
+        own = {k: said[k] for k in ("correction", "comment") if said.get(k)}
+        none = self._section.text == "none"
+        kept = dict.fromkeys(own) if none else await asyncio.to_thread(_each, own, self._change)
+        return await asyncio.to_thread(lambda: self._store.feedback.add(answer, **(said | kept)))
 
     async def __aenter__(self) -> Traffic:
         self._task = asyncio.create_task(self._work())
@@ -74,33 +81,51 @@ class Traffic:
         async with self._writing:
             while self._waiting:
                 some, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
-                spent: Counter[str] = Counter()
-                for _, _, about in some:
-                    spent[about["key"]] += about["prompt_tokens"] + about["completion_tokens"]
                 try:
-                    await asyncio.to_thread(self._keep, some, spent)
+                    await asyncio.to_thread(self._keep, some)
                 except Exception:  # the database's troubles are not the answers'
                     log.exception("%d answers could not be kept", len(some))
-                self._spent -= spent
+                await self._spend(some)
             if time.monotonic() - self._swept > SWEEP or not self._swept:
                 self._swept = time.monotonic()
                 with contextlib.suppress(Exception):
                     before = time.time() - self._section.days * 86_400
                     await asyncio.to_thread(self._store.traffic.forget, before)
 
-    def _keep(self, some: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]], spent: Counter[str]) -> None:
-        from tunesmith.screen.hide import hidden
+    async def _spend(self, some: Sequence[Told]) -> None:
+        """Charge keys for answers. What can't be charged now counts on here, and is charged with what comes next."""
+        for _, _, about in some:
+            self._owed[about["key"]] += about["prompt_tokens"] + about["completion_tokens"]
+        for key, tokens in [(k, t) for k, t in self._owed.items() if t]:
+            try:
+                await asyncio.to_thread(self._store.keys.spend, key, tokens)
+            except Exception:
+                log.exception("%d tokens could not be charged yet", tokens)
+                continue
+            self._owed[key] -= tokens
+            self._spent[key] -= tokens
+
+    def _keep(self, some: Sequence[Told]) -> None:
         from tunesmith.store.answers import Answered
 
         rows: list[Answered] = []
         for request, response, about in some:
-            texts = {} if self._section.text == "none" else {"request": request, "response": response}
-            change = hidden if self._section.text == "redacted" else str
-            rows.append(Answered(**about, **{side: _each(value, change) for side, value in texts.items()}))
+            try:
+                rows.append(Answered(**about, **self._texts(request, response)))
+            except Exception:  # one that can't be redacted is kept without its text
+                log.exception("the text of answer %s could not be kept", about["id"])
+                rows.append(Answered(**about))
         self._store.traffic.add(*rows)
-        for key, tokens in spent.items():
-            if tokens:
-                self._store.keys.spend(key, tokens)
+
+    def _texts(self, request: dict[str, Any], response: dict[str, Any]) -> dict[str, Any]:
+        if self._section.text == "none":
+            return {}
+        return {"request": _each(request, self._change), "response": _each(response, self._change)}
+
+    def _change(self, text: str) -> str:
+        from tunesmith.screen.hide import hidden
+
+        return hidden(text) if self._section.text == "redacted" else text
 
 
 def _each(value: Any, change: Callable[[str], str]) -> Any:

@@ -12,7 +12,7 @@ from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.pseudonyms import Pseudonyms
 from tunesmith.data.clean.step import RowStep, Verdict
 from tunesmith.data.clean.texts import map_all
-from tunesmith.screen.inside import in_json
+from tunesmith.screen.inside import replaced
 from tunesmith.screen.personal import Finder, finder, personal
 
 
@@ -82,14 +82,7 @@ class Personal(RowStep):
         return personal(self.finder, text, self.threshold, self.kinds)
 
     def _replaced(self, text: str, put: Callable[[str, str], str]) -> str:
-        return in_json(text, lambda inner: self._spliced(inner, put))
-
-    def _spliced(self, text: str, put: Callable[[str, str], str]) -> str:
-        parts, at = [], 0
-        for f in self._find(text):
-            parts += [text[at : f.start], put(f.kind, text[f.start : f.end])]
-            at = f.end
-        return "".join([*parts, text[at:]])
+        return replaced(text, lambda t: [(f.start, f.end, put(f.kind, t[f.start : f.end])) for f in self._find(t)])
 
 
 def _masked(kind: str, value: str) -> str:

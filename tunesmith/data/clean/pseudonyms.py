@@ -40,6 +40,8 @@ class Pseudonyms:
             self._made[kind, value] = self._person(value) if kind == "PERSON" else self._other(kind, value)
 
     def __call__(self, kind: str, value: str) -> str:
+        if (kind, value) not in self._made:  # found only once escapes were read
+            self.learn([(kind, value)])
         return self._made[kind, value]
 
     def _seed(self, kind: str, value: str) -> int:

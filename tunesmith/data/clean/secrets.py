@@ -8,8 +8,8 @@ from typing import ClassVar, Literal
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import RowStep, Verdict
 from tunesmith.data.clean.texts import map_all
-from tunesmith.screen.inside import in_json
-from tunesmith.screen.secrets import secrets
+from tunesmith.screen.inside import replaced
+from tunesmith.screen.secrets import secret_cuts, secrets
 
 
 class Secrets(RowStep):
@@ -40,9 +40,4 @@ class Secrets(RowStep):
         return Verdict(None if self.action == "drop" else map_all(row, self.hide), why, counted)
 
     def hide(self, text: str) -> str:
-        return text if self.action == "report" else in_json(text, self._masked)
-
-    def _masked(self, text: str) -> str:
-        for _, secret in sorted(secrets(text, self.entropy), key=lambda s: -len(s[1])):
-            text = text.replace(secret, "[SECRET]")
-        return text
+        return text if self.action == "report" else replaced(text, lambda inner: secret_cuts(inner, self.entropy))

@@ -32,10 +32,19 @@ class Guard(Section):
     on: Literal["input", "output", "both"] = "both"
     """Whose texts: what is asked, or what is answered."""
 
-    reach: ClassVar[int] = 200
-    """Characters that a finding spans at most: so much of a stream is held back."""
+    span: ClassVar[int] = 200
+    """Characters that a finding spans at most."""
     quick: ClassVar[bool] = False
     """Takes microseconds, so that it needs no thread."""
+    whole: ClassVar[bool] = False
+    """Judges a text as a whole: what it finds is all of it."""
+    asks: ClassVar[bool] = False
+    """Asks a model."""
+
+    @property
+    def reach(self) -> int:
+        """How many characters of a stream are held back."""
+        return self.span
 
     def load(self) -> None:
         """Have what it takes in memory before the first request.

@@ -19,7 +19,9 @@ class GuardModel(Guard):
     unsafe: str = "unsafe"
     """What its answer begins with where the text must not pass, whatever the case."""
 
-    reach: ClassVar[int] = 600
+    span: ClassVar[int] = 600
+    whole: ClassVar[bool] = True
+    asks: ClassVar[bool] = True
 
     def load(self) -> None:
         pass

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from tunesmith.conversation.message import Message
-from tunesmith.screen.inside import in_json
-from tunesmith.serve.asked import Call, Delta, Deltas, Refused
+from tunesmith.screen.escapes import is_like_json, views
+from tunesmith.screen.inside import cut_out
+from tunesmith.serve.asked import Deltas, Refused
+from tunesmith.serve.guards.answer import Answer
 from tunesmith.serve.guards.guard import Ask, Finding, Guard
+from tunesmith.serve.guards.look import seen, to_block, to_redact
+from tunesmith.serve.streams import merged
 
-STEP = 80  # characters that come before a stream is looked at again
+FIELDS = frozenset(["tool_calls", "function", "name", "arguments", "parameters", "type", "reasoning_content"])
 Note = Callable[[str, str, str], None]  # kind, action, side
 
 
@@ -30,147 +35,91 @@ class Guards:
         self.output = [g for g in guards if g.on != "input"]
 
     async def asked(self, messages: Sequence[Message]) -> tuple[tuple[Message, ...], list[str]]:
-        """The messages as they may be answered, and what was found.
+        """The messages as they may be answered, and what was found. All that a client wrote is looked at, whoever is to
+        have said it: a client writes the assistant's turns as well.
 
         Raises:
             Refused: a guard blocks it.
         """
-        found: list[str] = []
+        flags: list[str] = []
         if not self.input:
-            return tuple(messages), found
+            return tuple(messages), flags
         passed = []
         for message in messages:
-            text = message.content
-            if message.role in ("user", "tool") and text:
-                text, flags, blocked = await self._looked(self.input, text, message.role, "input")
-                found += flags
-                if blocked:
-                    raise Refused(
-                        f"The request was refused by a guard ({blocked}).", code="content_filter", param="messages"
-                    )
-            passed.append(message if text == message.content else replace(message, content=text))
-        return tuple(passed), found
+            text = await self.text(message.content, message.role, "messages", flags)
+            more = await self.json(message.more, message.role, "messages", flags)
+            same = text == message.content and more == message.more
+            passed.append(message if same else replace(message, content=text, more=more))
+        return tuple(passed), flags
 
-    async def _looked(self, guards: Sequence[Guard], text: str, role: str, side: str) -> tuple[str, list[str], str]:
-        """The text redacted, what was found, and the kind that blocks it ("" if none does)."""
-        flags = []
-        for guard in guards:
-            found = await guard.check(text, role, self._ask)
-            for kind in sorted({f.kind for f in found}):
-                self._note(kind, guard.action, side)
+    async def json(self, value: Any, role: str, param: str, flags: list[str]) -> Any:
+        """The same for what is JSON: the definitions of tools, and what a message has besides its text."""
+        if not self.input or not value:
+            return value
+        text = json.dumps(value, ensure_ascii=False)
+        passed = await self.text(text, role, param, flags)
+        left = value if passed == text else json.loads(passed)
+        if not _has_same(FIELDS, value, left):
+            raise Refused("A guard found what can't be taken out of the request.", code="content_filter", param=param)
+        return left
+
+    async def text(self, text: str, role: str, param: str, flags: list[str]) -> str:
+        """The same for one text of a request. What is found is added to `flags`.
+
+        Raises:
+            Refused: a guard blocks it; names `param`.
+        """
+        for whole in (False, True):
+            guards = [g for g in self.input if g.whole is whole]
+            if not text or not guards:
+                continue
+            found = await seen(guards, views(text, is_like_json(text)), role, self._ask)
+            for kind, action in sorted({(f.kind, guard.action) for guard, f in found}):
+                self._note(kind, action, "input")
                 flags.append(kind)
-            if found and guard.action == "block":
-                return text, flags, found[0].kind
-            if guard.action == "redact":
-                text = redacted(text, found)
-        return text, flags, ""
+            if blocked := to_block(found):
+                raise Refused(f"The request was refused by a guard ({blocked}).", code="content_filter", param=param)
+            if cuts := to_redact(found):
+                text = cut_out(text, cuts)
+        return text
 
-    def answered(self, deltas: Deltas, flags: list[str], structured: bool) -> Deltas:
-        """An answer's deltas, looked at before they are shown. What is found is added to `flags`.
+    def answered(self, deltas: Deltas, flags: list[str], structured: bool, choices: int = 1) -> Deltas:
+        """Answers' deltas, looked at before they are shown. What is found is added to `flags`.
 
         Args:
-            structured: the answer is JSON: it is held back whole, so that what is redacted leaves it JSON.
+            structured: the answers are JSON: they are held back whole, so that what is redacted leaves them JSON.
+            choices: how many answers there are.
         """
-        return _Answer(self, flags, structured).pass_on(deltas) if self.output else deltas
+        if not self.output:
+            return deltas
+        if any(g.asks for g in self.output):
+            # What is asked of a model may wait for the slot that this answer has: it goes on meanwhile.
+            deltas = merged([deltas], 1)
+        return self._watched(deltas, flags, structured, choices)
 
+    async def _watched(self, deltas: Deltas, flags: list[str], structured: bool, choices: int) -> Deltas:
+        def told(guard: Guard, found: Finding) -> None:
+            self._note(found.kind, guard.action, "output")
+            flags.extend([found.kind] if found.kind not in flags else [])
 
-class _Answer:
-    """One answer under guard. `said` is all that the model gave, of which `shown` characters were looked at."""
-
-    def __init__(self, guards: Guards, flags: list[str], structured: bool) -> None:
-        self._guards, self._flags, self._structured = guards, flags, structured
-        self._reach = max(g.reach for g in guards.output)
-        self._said, self._shown = "", 0
-        self._logprobs: list[tuple[int, int, Any]] = []  # where each token's text begins and ends
-        self._known: set[tuple[str, int]] = set()
-
-    async def pass_on(self, deltas: Deltas) -> Deltas:
+        answers: dict[int, Answer] = {}
         async with aclosing(deltas):
             async for delta in deltas:
-                self._take(delta)
-                last = delta.finish is not None
-                calls, blocked = await self._calls(delta.calls)
-                waiting = len(self._said) - self._shown
-                if not (last or calls or blocked or (not self._structured and waiting >= self._reach + STEP)):
-                    yield replace(delta, text="", logprobs=(), calls=())
-                    continue
-                text, logprobs, cut = await self._look(last)
-                if cut or blocked:
-                    yield replace(delta, text=text, logprobs=logprobs, calls=(), finish="content_filter")
+                if delta.choice not in answers:
+                    answers[delta.choice] = Answer(self.output, self._ask, structured, told)
+                answer = answers[delta.choice]
+                if not answer.blocked:
+                    yield await answer.take(delta)
+                if answer.blocked and sum(a.done for a in answers.values()) >= choices:
                     return
-                yield replace(delta, text=text, logprobs=logprobs, calls=calls)
-
-    def _take(self, delta: Delta) -> None:
-        at = len(self._said)
-        for one in delta.logprobs:
-            self._logprobs.append((at, at + len(one.text), one))
-            at += len(one.text)
-        self._said += delta.text
-
-    async def _calls(self, calls: tuple[Call, ...]) -> tuple[tuple[Call, ...], bool]:
-        passed = []
-        for call in calls:
-            guards = self._guards
-            text, flags, blocked = await guards._looked(guards.output, call.arguments, "assistant", "output")
-            self._flags += flags
-            if blocked:
-                return (), True
-            if text != call.arguments:
-                text = in_json(call.arguments, self._redact_with(guards.output))
-            passed.append(replace(call, arguments=text))
-        return tuple(passed), False
-
-    def _redact_with(self, guards: Sequence[Guard]) -> Callable[[str], str]:
-        def redact(text: str) -> str:
-            for guard in guards:
-                if guard.action == "redact":
-                    text = redacted(text, guard.find(text))
-            return text
-
-        return redact
-
-    async def _look(self, last: bool) -> tuple[str, tuple[Any, ...], bool]:
-        """What can be shown by now: text and log-probabilities; and whether the answer ends here."""
-        # A finding may have begun in what was shown already, if it is longer than what was held back.
-        start = max(0, self._shown - self._reach)
-        window = self._said[start:]
-        until = len(self._said) if last else len(self._said) - self._reach
-        cuts: list[tuple[int, int, str]] = []
-        for guard in self._guards.output:
-            for f in await guard.check(window, "assistant", self._guards._ask):
-                begin, end = start + f.start, start + f.end
-                if end <= self._shown:
-                    continue
-                if (f.kind, begin) not in self._known:
-                    self._known.add((f.kind, begin))
-                    self._guards._note(f.kind, guard.action, "output")
-                    self._flags += [f.kind] if f.kind not in self._flags else []
-                if guard.action == "block":
-                    text = self._said[self._shown : max(begin, self._shown)]
-                    return self._without(text, cuts, max(begin, self._shown)), (), True
-                if guard.action == "redact":
-                    cuts.append((max(begin, self._shown), end, f.instead))
-        for begin, end, _ in cuts:  # nothing is shown in parts
-            if begin < until < end:
-                until = begin
-        text = self._without(self._said[self._shown : until], cuts, until)
-        if self._structured and cuts:
-            text = in_json(self._said[self._shown : until], self._redact_with(self._guards.output))
-        kept = [one for b, e, one in self._logprobs if e <= until and not any(c[0] < e and b < c[1] for c in cuts)]
-        self._logprobs = [one for one in self._logprobs if one[1] > until]
-        self._shown = until
-        return text, tuple(kept), False
-
-    def _without(self, text: str, cuts: Sequence[tuple[int, int, str]], until: int) -> str:
-        inside = [Finding("", b - self._shown, e - self._shown, instead) for b, e, instead in cuts if e <= until]
-        return redacted(text, inside)
 
 
-def redacted(text: str, found: Sequence[Finding]) -> str:
-    """The text with marks in the place of what was found. Where findings overlap, the first takes the whole."""
-    parts, at = [], 0
-    for f in sorted(found, key=lambda f: (f.start, -f.end)):
-        if f.start >= at:
-            parts += [text[at : f.start], f.instead]
-        at = max(at, f.end)
-    return "".join([*parts, text[at:]])
+def _has_same(fields: frozenset[str], value: Any, left: Any) -> bool:
+    """Whether a JSON value has the fields that it had."""
+    if isinstance(value, list | tuple):
+        return all(_has_same(fields, v, w) for v, w in zip(value, left, strict=True))
+    if not isinstance(value, dict) or value == left:
+        return True
+    return fields & value.keys() <= left.keys() and all(
+        _has_same(fields, value[k], left[k]) for k in fields & value.keys()
+    )

@@ -45,7 +45,7 @@ class Blocklist(Guard):
         return self
 
     @cached_property
-    def _pattern(self) -> re.Pattern[str]:
+    def _listed(self) -> list[str]:
         words = list(self.words)
         if self.file:
             try:
@@ -53,8 +53,17 @@ class Blocklist(Guard):
             except OSError as error:
                 raise DataError(f"can't be read ({error.strerror})", where=f"{WHERE}: {self.file}") from error
             words += [line.strip() for line in lines if line.strip()]
-        parts = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(words, key=len, reverse=True)]
+        return words
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        parts = [rf"(?<!\w){re.escape(word)}(?!\w)" for word in sorted(self._listed, key=len, reverse=True)]
         return re.compile("|".join([*parts, *(f"(?:{p})" for p in self.patterns)]), re.IGNORECASE)
+
+    @property
+    def reach(self) -> int:
+        """Its longest phrase with what follows it, if that is more."""
+        return max(self.span, *(len(word) + 2 for word in self._listed), 0)
 
     def find(self, text: str) -> list[Finding]:
         return [
@@ -86,22 +95,19 @@ class SecretKeys(Guard):
     """API keys, tokens and passwords, found as `data.clean.secrets` finds them."""
 
     kind: Literal["secrets"] = "secrets"
-    reach: ClassVar[int] = 400
+    span: ClassVar[int] = 400
 
     def find(self, text: str) -> list[Finding]:
-        from tunesmith.screen.secrets import secrets
+        from tunesmith.screen.secrets import secret_cuts
 
-        return [
-            Finding("secrets", m.start(), m.end(), "[SECRET]")
-            for _, secret in secrets(text)
-            for m in re.finditer(re.escape(secret), text)
-        ]
+        return [Finding("secrets", *cut) for cut in secret_cuts(text)]
 
 
 class Toxicity(Guard):
     """Foul language and insults: a text as a whole, by a classifier."""
 
     kind: Literal["toxicity"] = "toxicity"
+    whole: ClassVar[bool] = True
     above: float = Field(0.9, gt=0, lt=1)
     """How probable it must be."""
     model: str | None = None
