@@ -4,6 +4,8 @@ llama.cpp's own server and transformers' generate, with the same model on the sa
     python benchmarks/serving.py [--engines llamacpp,transformers,llama-server,generate] [--at-once 1,8,32]
         [--precision q8_0] [--adapters 10] [--json FILE]
 
+NEW_TOKENS (64) and QUESTIONS (32) in the environment make it shorter.
+
 A contender is a context manager that gives `ask(prompt, adapter) -> (seconds to the first token, tokens)`.
 """
 
@@ -28,7 +30,9 @@ from tunesmith.inference.served import Request
 from tunesmith.models.resolve import ResolvedModel, resolve
 from tunesmith.models.section import ModelSection
 
-MODEL, NEW_TOKENS, CONTEXT, QUESTIONS = "smollm2-135m-instruct", 64, 512, 32
+MODEL, CONTEXT = "smollm2-135m-instruct", 512
+NEW_TOKENS = int(os.environ.get("NEW_TOKENS", "64"))
+QUESTIONS = int(os.environ.get("QUESTIONS", "32"))
 Ask = Callable[[list[int], str | None], Awaitable[tuple[float, int]]]
 OWN_SERVER = """
 import sys, xllamacpp

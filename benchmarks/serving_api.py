@@ -1,6 +1,6 @@
 """What the API itself costs: requests to the real server, in a process of its own, over an engine that answers at once.
 
-    python benchmarks/serving_api.py [--requests 1000] [--tokens 16] [--json FILE]
+    python benchmarks/serving_api.py [--requests 1000] [--tokens 1] [--json FILE]
 
 Beside it stands the same server with a route that answers at once, so that what the client and the socket take can be
 told from what the API adds. `cpu_ms` is the server's processor time a request: it does not depend on what else runs.
@@ -62,7 +62,7 @@ def server(tokens: int) -> Iterator[tuple[str, psutil.Process]]:
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
-        port = int(process.stdout.readline())
+        port = int(next(line for line in process.stdout if line.strip().isdigit()))  # libraries say things too
         yield f"http://127.0.0.1:{port}", psutil.Process(process.pid)
     finally:
         process.terminate()

@@ -83,7 +83,7 @@ def running(settings: ServiceSection) -> Iterator[Running]:
     state = State(store=service.store, service=service, local=False)
     state.parts.append(Chores(service))
     port = free_port()
-    app = build(state, (*MANAGING, "tunesmith.api.health"))
+    app = build(state, MANAGING)
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -22,9 +23,10 @@ from starlette.testclient import TestClient
 
 from tests.scripted import Scripted, asked_text, running, scripted, state_of
 from tunesmith.api.app import State, build
-from tunesmith.errors import RecipeError
+from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.inference.served import EngineDown, Request
 from tunesmith.serve import routes
+from tunesmith.serve.models import Served
 from tunesmith.serve.section import RouteSection, ServeSection
 
 HI = [{"role": "user", "content": "What colour is it?"}]
@@ -584,6 +586,27 @@ def test_a_stop_lets_answers_finish() -> None:
     assert rest[-1] == "data: [DONE]" and sum('"content":' in line for line in rest) > 30
 
 
+def test_a_model_that_can_not_be_loaded_is_a_sentence(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.api import server
+
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+    engine = scripted()
+
+    async def start() -> None:
+        raise ModelError("can't be read", where="model.gguf", fix="Check the file.")
+
+    engine.start = start  # type: ignore[method-assign]
+    with pytest.raises(ModelError, match="can't be read"):
+        server.serve(state_of(engine), port=0)
+    assert "Traceback" not in capfd.readouterr().err
+    with socket.socket() as taken, pytest.raises(RunError, match="did not start"):
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        server.serve(state_of(scripted()), port=taken.getsockname()[1])
+
+
 def test_the_api_needs_its_extra() -> None:
     code = (
         "import sys; sys.modules['fastapi'] = None\n"
@@ -602,3 +625,38 @@ def test_keys_of_serve_by_name() -> None:
     assert built.serve.guards[0].kind == "secrets"
     with pytest.raises(RecipeError, match="did you mean 'deadline'"):
         recipe.build(raw, ["serve.dedline=4"])
+
+
+def test_a_version_that_is_not_there_is_opened_before_its_route_moves(tunesmith: Any, tmp_path: Path) -> None:
+    one, other = two()
+    file = tmp_path / "routes.yaml"
+    assert tunesmith("promote", "support", "one", "--routes", file).code == 0
+    state = state_of(one, routes=file)
+    serving = state.serving
+    assert serving is not None
+    asked: list[str] = []
+
+    async def fetch(name: str) -> None:
+        asked.append(name)
+        if name != "two":
+            raise RunError(f"no run '{name}'")
+        serving.models.put(Served("two", other, other.renderer, identity="two"))
+        await serving.models.begin()
+
+    serving.fetch = fetch
+    with TestClient(build(state)) as http:
+
+        def until(text: str) -> None:
+            end = time.monotonic() + 10
+            while said(ask(http, model="support")) != text:
+                assert time.monotonic() < end
+                time.sleep(0.05)
+
+        until("From one.")
+        assert tunesmith("promote", "support", "nowhere", "--routes", file).code == 0
+        time.sleep(1.2)
+        until("From one.")
+        assert tunesmith("rollback", "support", "--routes", file).code == 0
+        assert tunesmith("promote", "support", "two", "--routes", file).code == 0
+        until("From two.")
+    assert asked == ["nowhere", "two"] and other.state == "failed"

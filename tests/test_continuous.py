@@ -107,3 +107,19 @@ def test_what_is_cancelled_leaves_the_others_alone(tiny_model: Path) -> None:
     found = finished(engine, wire)
     assert {number: found[number] for number in (1, 2, 4)} == {1: alone[1], 2: alone[2], 4: alone[1]}
     assert len(found[0]) < len(alone[0]) and engine.rows._lengths == []
+
+
+def test_few_sizes_come_and_change_no_answer(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in bfloat16 on processors that compile products for their shape, here in float32."""
+    from tunesmith.inference import rows
+
+    engine, wire = opened(tiny_model)
+    for number in range(3):
+        engine.ask(number, Request(prompts()[number], 20, STOPS, logit_bias=BIAS))
+    plain = finished(engine, wire)
+    monkeypatch.setattr(rows, "few_shapes", lambda device, dtype: True)
+    engine, wire = opened(tiny_model)
+    for number in range(6):
+        engine.ask(number, Request(prompts()[number % 3], 20, STOPS, logit_bias=BIAS))
+    assert finished(engine, wire) == {number: plain[number % 3] for number in range(6)}
+    assert [held.keys.shape[0] for held in engine.rows._held] == [4, 4]

@@ -14,6 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from tunesmith import __version__
 from tunesmith.api import errors
 from tunesmith.api.frame import Frame
+from tunesmith.errors import TunesmithError
 from tunesmith.serve.limits import Limits
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.serving import Serving
@@ -38,6 +39,7 @@ class State:
         registry: what keeps the served models in step with the database, or None.
         parts: what lives as long as the application: entered when it starts, left when it stops.
         local: whether only this machine can reach it, so that it needs no key.
+        failure: why it could not start.
         stopping: it takes no new work, and says so to whoever asks whether it is ready.
     """
 
@@ -50,6 +52,7 @@ class State:
     registry: Any = None
     parts: list[AbstractAsyncContextManager[Any]] = field(default_factory=list)
     local: bool = True
+    failure: TunesmithError | None = None
     stopping: bool = False
 
     def __post_init__(self) -> None:
@@ -66,15 +69,19 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
-            for part in state.parts:
-                await stack.enter_async_context(part)
-            if state.serving is not None:
-                await stack.enter_async_context(state.serving.models)
-                stack.push_async_callback(state.serving.close)
-            if state.registry is not None:
-                await stack.enter_async_context(state.registry)
-            if state.store is not None:
-                state.traffic = await stack.enter_async_context(Traffic(state.store, state.settings.traffic))
+            try:
+                for part in state.parts:
+                    await stack.enter_async_context(part)
+                if state.serving is not None:
+                    await stack.enter_async_context(state.serving.models)
+                    stack.push_async_callback(state.serving.close)
+                if state.registry is not None:
+                    await stack.enter_async_context(state.registry)
+                if state.store is not None:
+                    state.traffic = await stack.enter_async_context(Traffic(state.store, state.settings.traffic))
+            except TunesmithError as error:
+                state.failure = error
+                raise
             yield
             state.stopping = True
 

@@ -7,6 +7,7 @@ import ipaddress
 import logging
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -22,17 +23,19 @@ class Server(uvicorn.Server):
     """uvicorn's, which says that it is not ready as soon as it is told to stop, and for which that is no failure."""
 
     state: State
+    ready: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         before = {s: signal.signal(s, self.handle_exit) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-    ready: Callable[[], None] | None = None
 
     async def startup(self, sockets: Any = None) -> None:
         await super().startup(sockets)
@@ -65,6 +68,7 @@ def serve(
 
     Raises:
         RunError: everybody could reach it and nobody needs a key, or a certificate's file is not there.
+        TunesmithError: a model can't be loaded.
     """
     state.local = is_local(host)
     if not state.local and not state.keys and state.store is None:
@@ -91,7 +95,19 @@ def serve(
     server = Server(config)
     server.state, server.ready = state, ready
     log_to(sys.stderr)
-    server.run()
+
+    def told_elsewhere(record: logging.LogRecord) -> bool:
+        return state.failure is None  # which is raised below: a sentence, not uvicorn's traceback
+
+    noisy = logging.getLogger("uvicorn.error")
+    noisy.addFilter(told_elsewhere)
+    try:
+        with contextlib.suppress(SystemExit):  # what went wrong is told below
+            server.run()
+    finally:
+        noisy.removeFilter(told_elsewhere)
+    if state.failure is not None:
+        raise state.failure
     if not server.started:
         raise RunError("the server did not start", where=f"{host}:{port}", fix="The lines above say why.")
 

@@ -103,7 +103,8 @@ class Continuous:
                 self._reading = (answer, prompt)
             budget -= self._read(*self._reading, budget)
         if self._alive:
-            self.loras.choose([answer.request.adapter for answer in self._alive])
+            spare = self.rows.padded(len(self._alive)) - len(self._alive)
+            self.loras.choose([answer.request.adapter for answer in self._alive] + [None] * spare)
             self._chosen(self.rows.step([answer.token for answer in self._alive]), self._alive)
         if self._pieces:
             self._tell(self._pieces)

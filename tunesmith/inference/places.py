@@ -70,7 +70,7 @@ def rows_attention(
 
 
 class Reading(DynamicLayer):
-    """One prompt's keys and values [1, G, P, D], of which the first are filled."""
+    """One prompt's keys and values [1, G, P, D], of which the first `filled` are there."""
 
     keys: Any
     values: Any
@@ -102,8 +102,9 @@ class Held(DynamicLayer):
 
     def __init__(self, like: Reading, slots: int, rows: Placed) -> None:
         super().__init__()
-        self.keys = like.keys.new_empty(slots, like.keys.shape[1], ROOM, like.keys.shape[3])
-        self.values = like.values.new_empty(slots, like.values.shape[1], ROOM, like.values.shape[3])
+        # Zeros: what no row sees is multiplied by 0, and must be a number for that.
+        self.keys = like.keys.new_zeros(slots, like.keys.shape[1], ROOM, like.keys.shape[3])
+        self.values = like.values.new_zeros(slots, like.values.shape[1], ROOM, like.values.shape[3])
         self.rows, self.is_initialized = rows, True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -118,7 +119,7 @@ class Held(DynamicLayer):
     def grow(self, room: int) -> None:
         for name in ("keys", "values"):
             old = getattr(self, name)
-            new = old.new_empty(old.shape[0], old.shape[1], room, old.shape[3])
+            new = old.new_zeros(old.shape[0], old.shape[1], room, old.shape[3])
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 

@@ -18,7 +18,9 @@ from tunesmith.inference.places import ATTENTION, Held, Reading, attending
 from tunesmith.inference.slots import common
 from tunesmith.models.attention import CannotPack
 from tunesmith.models.packed import REFUSALS
+from tunesmith.models.shapes import few_shapes, rounded, rounded_rows
 
+SPARE = 64  # tokens by which a piece of a prompt is made longer at most
 WORTH = 8  # tokens: a shorter common beginning is not worth a copy
 
 
@@ -50,6 +52,7 @@ class Rows:
         self.device = next(model.parameters()).device
         self._backbone = getattr(model, model.base_model_prefix)
         self._layers = model.config.get_text_config().num_hidden_layers
+        self._few = few_shapes(self.device, next(model.parameters()).dtype)
         self._held: list[Held] = []
         self._lengths: list[int] = []
         self._prefixes: list[Prompt] = []  # the most recent last
@@ -68,29 +71,35 @@ class Rows:
         if best:
             self._prefixes.append(self._prefixes.pop(self._prefixes.index(best)))
             starts = [(la.keys[:, :, :shared], la.values[:, :, :shared]) for la in best.cache.layers]
-        layers = [Reading(len(ids), start) for start in starts]
+        layers = [Reading(len(ids) + SPARE * self._few, start) for start in starts]
         return Prompt(ids, adapter, Cache(layers=layers), shared if best else 0)
 
     def read(self, prompt: Prompt, count: int) -> Tensor:
         """Read up to `count` more tokens; the last one's logits [V]."""
-        ids = torch.tensor([prompt.ids[prompt.read : prompt.read + count]], device=self.device)
+        some = prompt.ids[prompt.read : prompt.read + count]
+        spare = min(self._spare(len(some)), SPARE)  # at the right, where nobody sees them
+        ids = torch.tensor([some + [0] * spare], device=self.device)
         positions = torch.arange(prompt.read, prompt.read + ids.shape[1], device=self.device)[None]
+        positions = positions.clamp_max(len(prompt.ids) - 1)
         with attending(positions):
             out = self._backbone(
                 input_ids=ids, position_ids=positions, past_key_values=prompt.cache, use_cache=True
             ).last_hidden_state
-        prompt.read += ids.shape[1]
-        logits: Tensor = self.model.get_output_embeddings()(out[0, -1:])
+        prompt.read += len(some)
+        for layer in prompt.cache.layers:
+            layer.filled = prompt.read
+        logits: Tensor = self.model.get_output_embeddings()(out[0, len(some) - 1 : len(some)])
         return logits[0]
 
     def join(self, prompt: Prompt) -> None:
         """Make a prompt that was read the batch's last row, and remember it for prompts that begin alike."""
         row, length = len(self._lengths), len(prompt.ids)
         if not self._held:
-            self._held = [Held(layer, self.slots, self) for layer in prompt.cache.layers]
+            self._held = [Held(layer, self.padded(self.slots), self) for layer in prompt.cache.layers]
         self._room(length + 1)
         for held, layer in zip(self._held, prompt.cache.layers, strict=True):
-            held.keys[row, :, :length], held.values[row, :, :length] = layer.keys[0], layer.values[0]
+            held.keys[row, :, :length] = layer.keys[0, :, :length]
+            held.values[row, :, :length] = layer.values[0, :, :length]
         self._lengths.append(length)
         covered = [p for p in self._prefixes if p.adapter == prompt.adapter and p.ids == prompt.ids[: len(p.ids)]]
         self._prefixes = [p for p in self._prefixes if p not in covered] + [prompt]
@@ -99,18 +108,24 @@ class Rows:
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Every row's next logits [B, V], after these tokens."""
-        longest = max(self._lengths) + 1
+        count, longest = len(self._lengths), max(self._lengths) + 1
+        spare = [0] * (self.padded(count) - count)  # rows that nobody is in
+        longest += self._spare(longest)
         self._room(longest)
-        at_B = torch.tensor(self._lengths, device=self.device)
-        self.places = (at_B, len(self._lengths), longest)
-        ids_B1 = torch.tensor(tokens, device=self.device)[:, None]
+        at_B = torch.tensor(self._lengths + spare, device=self.device)
+        self.places = (at_B, len(at_B), longest)
+        ids_B1 = torch.tensor([*tokens, *spare], device=self.device)[:, None]
         with attending(at_B[:, None]):
             hidden = self._backbone(
                 input_ids=ids_B1, position_ids=at_B[:, None], past_key_values=Cache(layers=self._held), use_cache=True
             ).last_hidden_state[:, 0]
         self._lengths = [length + 1 for length in self._lengths]
         logits: Tensor = self.model.get_output_embeddings()(hidden)
-        return logits
+        return logits[:count]
+
+    def padded(self, rows: int) -> int:
+        """How many rows a step of so many computes."""
+        return rounded_rows(rows) if self._few else rows
 
     def leave(self, row: int) -> None:
         """Let a row go; the last one gets its number."""
@@ -138,6 +153,10 @@ class Rows:
                 past_key_values=prompt.cache,
             ).last_hidden_state[0]
         return found
+
+    def _spare(self, tokens: int) -> int:
+        """How many more are computed, so that few sizes come."""
+        return rounded(tokens) - tokens if self._few else 0
 
     def _room(self, tokens: int) -> None:
         room = self._held[0].keys.shape[2]
@@ -194,6 +213,9 @@ class Apart:
 
     def join(self, prompt: Prompt) -> None:
         self._rows.append(prompt.cache)
+
+    def padded(self, rows: int) -> int:
+        return rows
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         found = []

@@ -102,7 +102,7 @@ class JobRequest(Section):
     max_new_tokens."""
     goal: dict[str, Any] | None = None
     """A recipe's `goal`."""
-    gate: dict[str, Any] | None = None
+    gate: dict[str, Any] | list[str] | bool | None = None
     """A recipe's `gate`: a model that it holds is not served."""
     priority: int = Field(0, ge=-100, le=100)
     """Jobs with a higher one start first; above 0 takes an admin's key."""
