@@ -122,7 +122,8 @@ class Reply:
                     choice.logprobs += delta.logprobs
                     choice.finish = delta.finish or choice.finish
                     self.tokens += delta.tokens
-                    self.cached += delta.cached
+                    if delta.choice % self.asked.n == 0:  # a prompt counts once, however many answers it gets
+                        self.cached += delta.cached
                     yield delta
             status = 200
         except Exception as error:

@@ -138,6 +138,9 @@ def _of_fields(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it ends too early")
         return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
+    if isinstance(first.get("input"), bytes) and first["loc"] == ("body",):
+        message = "The body is read as JSON only under the header Content-Type: application/json."
+        return ApiError(400, message, code="invalid_json")
     path = ".".join(str(part) for part in _place(first["loc"]))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     message = first["msg"].removeprefix("Value error, ")

@@ -17,7 +17,7 @@ from tunesmith.serve.cache import Cache, packed, unpacked
 from tunesmith.serve.models import Served
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.streams import merged
-from tunesmith.serve.tools import Format, Reader, forced, format_of, prepared, read_calls
+from tunesmith.serve.tools import Format, Reader, either, forced, format_of, prepared, read_calls
 
 Watch = Callable[[Deltas, bool], Deltas]  # puts guards around an answer; whether it is JSON
 
@@ -48,10 +48,10 @@ class Local:
             prompts, prefix = [ids + renderer.continued(format.before) for ids in prompts], format.open
         elif asked.grammar is not None:
             schema = asked.grammar
-            if tools and schema:
+            if tools:  # calls are bare JSON then; any object can be one
                 format = Format(before="", open="", close="", name=format.name, arguments=format.arguments)
                 calls = forced(replace(asked, tool_choice="required"), format)
-                schema = {"anyOf": [schema, calls]}
+                schema = either(schema, calls) if schema and calls else schema
         requests = [self._request(served, asked, ids, schema, choice) for ids in prompts for choice in range(asked.n)]
         streams: list[Deltas] = []
         hits = 0
@@ -97,7 +97,7 @@ class Local:
         context, wanted = served.engine.context, asked.max_tokens
         if len(ids) + (1 if wanted is None else wanted) > context:
             raise too_long(context, len(ids), wanted or 0)
-        most = context - len(ids)
+        most = min(context - len(ids), asked.longest or context)
         return Request(
             prompt=ids,
             max_new_tokens=most if wanted is None else wanted,
