@@ -28,7 +28,7 @@ async def completions(body: CompletionBody, request: Request, who: Any = needs("
     frame["system_fingerprint"] = f"fp_{reply.started.model}"
     if body.stream:
         parts = _chunks(reply, frame, echoes, body.with_usage, body.logprobs is not None)
-        return Events(parts, reply.started, reply.headers())
+        return Events(parts, reply)
     choices = [
         {
             "index": i,

@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tunesmith.errors import TunesmithError
+from tunesmith.errors import MachineError, TrainingError, TunesmithError
 from tunesmith.inference.served import (
     EngineDown,
     EngineError,
@@ -87,6 +87,9 @@ def told(error: Exception) -> ApiError:
         return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))
     if isinstance(error, EngineError):
         return _of_engine(error)
+    if isinstance(error, MachineError | TrainingError):  # the server's own, whatever was asked
+        log.error("the server failed", exc_info=error)
+        return ApiError(500, OURS)
     if isinstance(error, TunesmithError):
         return ApiError(400, error.what)
     if isinstance(error, RecursionError):

@@ -74,10 +74,12 @@ async def within(seconds: float, stream: AsyncGenerator[T, None]) -> AsyncGenera
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise Refused(
-                    f"The answer was not ready within {seconds:g} seconds.", status=504, code="deadline_exceeded"
-                ) from None
+                raise late(seconds) from None
             yield item
+
+
+def late(seconds: float) -> Refused:
+    return Refused(f"The answer was not ready within {seconds:g} seconds.", status=504, code="deadline_exceeded")
 
 
 async def primed(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:
