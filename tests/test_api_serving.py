@@ -23,7 +23,7 @@ from starlette.testclient import TestClient
 
 from tests.scripted import Scripted, asked_text, running, scripted, state_of
 from tunesmith.api.app import State, build
-from tunesmith.errors import ModelError, RecipeError, RunError
+from tunesmith.errors import DataError, ModelError, RecipeError, RunError
 from tunesmith.inference.served import EngineDown, Request
 from tunesmith.serve import routes
 from tunesmith.serve.models import Served
@@ -146,6 +146,11 @@ def test_guards_are_checked_like_any_key() -> None:
     ):
         with pytest.raises(ValueError, match=r"needs words|regular expression|guard|model"):
             ServeSection(guards=[wrong])
+
+
+def test_a_guard_that_lacks_its_file_is_told_before_anything_is_served(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="can't be read"):
+        state_of(scripted(), guards=[{"kind": "blocklist", "file": str(tmp_path / "none.txt")}])
 
 
 # Passages

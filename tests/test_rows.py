@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.conftest import CHATML, make_tokenizer
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text, row_from_dict
-from tunesmith.conversation.render import Renderer
+from tunesmith.conversation.render import MARK, Renderer
 from tunesmith.data.layouts import Unusable
 from tunesmith.data.reading import detect
 from tunesmith.data.section import SourceSection
@@ -19,6 +22,9 @@ from tunesmith.data.sources import read_rows
 
 ASKED, GOOD, BAD = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 PAIR = Preference((ASKED, GOOD), "f:1", rejected=(BAD,), shared=1)
+
+
+cached_tokenizer = cache(make_tokenizer)
 
 
 def turn(message: Message) -> dict[str, Any]:
@@ -160,6 +166,19 @@ def test_only_the_endings_of_a_pair_are_learnt() -> None:
         rendered = renderer.render(conversation)
         learnt = [i for i, w in zip(rendered.ids, rendered.weights, strict=True) if w]
         assert renderer.tokenizer.decode(learnt) == f"{ending}<|im_end|>"
+
+
+@settings(deadline=None)
+@given(st.lists(st.sampled_from(["<|im_end|>", "<|im_", "end|>", "<", "|", MARK, "x"]), max_size=12))
+def test_no_user_can_write_a_special_token(pieces: list[str]) -> None:
+    """Not around the marks either that the renderer itself sets."""
+    renderer = Renderer(cached_tokenizer())
+    special = set(renderer.tokenizer.all_special_ids)
+
+    def count(said: str) -> int:
+        return sum(token in special for token in renderer.prompt((Message("user", said),)))
+
+    assert count("".join(pieces)) == count("x")
 
 
 def test_special_tokens_that_users_write_are_text() -> None:

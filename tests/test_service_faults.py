@@ -18,6 +18,7 @@ import pytest
 
 from tests.service import PATIENCE, chat, events, finished, free_port, jsonl, running, settings, team, wait
 from tests.test_service_jobs import files_of
+from tunesmith.api.up import workers
 from tunesmith.jobs.artifacts import Artifacts, TooLarge
 
 LONG_JOB = {"model": "tiny", "seed": 5, "hyperparameters": {"n_epochs": 50, "batch_size": 4}}
@@ -90,13 +91,13 @@ def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_mo
     with running(settings(tmp_path, tiny_model, lease=3.0)) as api:
         client = api.client()
         ask = LONG_JOB | {"training_file": api.upload(chat(64))}
-        with team(api) as workers:
+        with team(api) as crew:
             whole = client.fine_tuning.jobs.create(**ask)
             assert finished(client, whole.id).status == "succeeded"
             job = client.fine_tuning.jobs.create(**ask)
             for least in (60, 200):  # twice: each time the worker, and its job's process with it
                 stepping(client, job.id, least)
-                worker = workers.processes[0].pid
+                worker = crew.processes[0].pid
                 mine = children(worker)
                 os.kill(worker, signal.SIGKILL)
                 wait(
@@ -125,11 +126,73 @@ def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Pa
         jobs = [
             client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file, "seed": seed}).id for seed in (1, 2)
         ]
-        with team(api, 1) as workers:
+        with team(api, 1) as crew:
             stepping(client, jobs[0], 60)
-            for process in workers.processes:
+            for process in crew.processes:
                 os.kill(process.pid, signal.SIGKILL)
             assert [finished(client, job).status for job in jobs] == ["succeeded"] * 2
+
+
+ELSEWHERE = """
+from fsspec.implementations.local import LocalFileSystem
+class Elsewhere(LocalFileSystem):
+    protocol = "elsewhere"
+    @classmethod
+    def _strip_protocol(cls, path):
+        return str(path).removeprefix("elsewhere://").rstrip("/")
+"""
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a place for artifacts that is no folder of this machine, as far as anybody can tell."""
+    import fsspec
+
+    made = tmp_path / "packages"
+    (made / "elsewhere-1.0.dist-info").mkdir(parents=True)
+    (made / "elsewhere.py").write_text(ELSEWHERE)
+    (made / "elsewhere-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
+    (made / "elsewhere-1.0.dist-info/entry_points.txt").write_text("[fsspec.specs]\nelsewhere=elsewhere.Elsewhere\n")
+    monkeypatch.syspath_prepend(made)
+    monkeypatch.setenv("PYTHONPATH", f"{made}:{os.environ.get('PYTHONPATH', '')}")
+    fsspec.register_implementation("elsewhere", "elsewhere.Elsewhere", clobber=True)
+    return f"elsewhere://{tmp_path}/shared"
+
+
+def test_artifacts_that_lie_elsewhere(elsewhere: str, tmp_path: Path) -> None:
+    place = Artifacts(elsewhere, tmp_path / "cache")
+    assert not place.local
+    assert place.put("files/a", io.BytesIO(b"abc"))[0] == 3 and place.path("files/a").read_bytes() == b"abc"
+    made = tmp_path / "folder"
+    (made / "inner").mkdir(parents=True)
+    (made / "inner/x").write_text("x")
+    (made / "y").write_text("y")
+    place.put_folder("models/m", made)
+    fetched = place.path("models/m")
+    assert {p.relative_to(fetched).as_posix() for p in fetched.rglob("*") if p.is_file()} == {"inner/x", "y"}
+    place.delete("models/m")
+    place.delete("files/a")
+    place.delete("files/none")
+    assert not [p for folder in ("shared", "cache") for p in (tmp_path / folder).rglob("*") if p.is_file()]
+
+
+@pytest.mark.long
+def test_another_machine_goes_on(elsewhere: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Two homes, one database and one place for artifacts: the second goes on where the first was killed."""
+    shared = {"database": f"sqlite:///{tmp_path}/shared.db", "artifacts": elsewhere, "lease": 3.0}
+    with running(settings(tmp_path / "first", tiny_model, **shared)) as api:
+        client = api.client()
+        job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": api.upload(chat(64))})
+        with team(api) as first:
+            stepping(client, job.id, 150)
+            first.stopping.set()
+            os.kill(first.processes[0].pid, signal.SIGKILL)
+        with workers(settings(tmp_path / "second", tiny_model, **shared), 1):
+            done = finished(client, job.id)
+        assert done.status == "succeeded", done
+        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == list(range(1, 801))
+        assert "Going on from step" in (tmp_path / f"second/service/logs/{job.id}.log").read_text()
+        assert not (tmp_path / f"second/service/runs/{job.id}").exists()
 
 
 @pytest.mark.long

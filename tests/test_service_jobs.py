@@ -167,7 +167,7 @@ def test_pairs_and_proof(api: Running) -> None:
     proved = client.fine_tuning.jobs.create(
         model="tiny",
         training_file=api.upload(chat(40)),
-        extra_body={"evaluate": {"max_new_tokens": 4}, "gate": ["exact_match >= 2"]},
+        extra_body={"evaluate": {"max_new_tokens": 4}, "gate": ["goal.difference >= 2"]},
     )
     done = finished(client, dpo.id)
     assert done.status == "succeeded" and done.method.dpo.hyperparameters.beta == 0.2, done

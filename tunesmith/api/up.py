@@ -115,7 +115,7 @@ def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, A
 
 def state_of(service: Service, settings: ServeSection) -> State:
     """The service's state: its models answer, and what jobs make is added while it runs."""
-    serving = Serving(settings, opened(service.settings, settings))
+    serving = Serving(settings, opened(service.settings, settings), service.settings.folder / "routes.yaml")
     state = State(settings=settings, serving=serving, store=service.store, service=service, local=False)
     state.registry = Registry(service, serving.models)
     state.parts.append(Chores(service))

@@ -224,7 +224,9 @@ class Renderer:
 
     def specials_in(self, conversation: Conversation) -> int:
         """How many special tokens stand in what users and tools say. They are read as plain text there."""
-        return sum(len(self._special.findall(m.content)) for m in conversation.messages if m.role in FOREIGN)
+        return sum(
+            len(self._special.findall(m.content.replace(MARK, ""))) for m in conversation.messages if m.role in FOREIGN
+        )
 
     @cached_property
     def _special(self) -> re.Pattern[str]:
@@ -236,8 +238,9 @@ class Renderer:
     def _masked(self, message: Message) -> dict[str, Any]:
         """The message with its special tokens marked, where somebody else than the model or its owner wrote it."""
         told = message.for_template()
-        if message.role in FOREIGN and self._special.search(message.content):
-            told["content"] = self._special.sub(lambda m: MARK + MARK.join(m[0]) + MARK, message.content)
+        said = message.content.replace(MARK, "")  # else a token could be written around it
+        if message.role in FOREIGN and (said != message.content or self._special.search(said)):
+            told["content"] = self._special.sub(lambda m: MARK + MARK.join(m[0]) + MARK, said)
         return told
 
     def _text(self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] = (), ask: bool = False) -> str:
@@ -265,8 +268,7 @@ class Renderer:
         ids: list[int] = []
         for number, piece in enumerate(MARKED.split(text)):
             if piece:  # the odd ones were marked
-                said = piece.replace(MARK, "")
-                ids += self.tokenizer(said, add_special_tokens=False, split_special_tokens=bool(number % 2))[
-                    "input_ids"
-                ]
+                marked = bool(number % 2)
+                said = piece.replace(MARK, "") if marked else piece
+                ids += self.tokenizer(said, add_special_tokens=False, split_special_tokens=marked)["input_ids"]
         return ids

@@ -58,8 +58,7 @@ class Artifacts:
         """
         place, count, hash = self._at(key), 0, hashlib.sha256()
         temporary = f"{self.root.rstrip('/')}/.{uuid.uuid4().hex}" if self.local else place
-        if self.local:
-            Path(place).parent.mkdir(parents=True, exist_ok=True)
+        self._parent(place)
         try:
             with self.files.open(temporary, "wb") as file:
                 while chunk := content.read(CHUNK):
@@ -76,6 +75,11 @@ class Artifacts:
             raise
         return count, hash.hexdigest()
 
+    def _parent(self, place: str) -> None:
+        """Make the folder above a place, for file systems that have folders."""
+        with contextlib.suppress(FileExistsError, PermissionError, NotImplementedError):
+            self.files.makedirs(place.rpartition("/")[0], exist_ok=True)
+
     @contextlib.contextmanager
     def open(self, key: str) -> Iterator[IO[Any]]:
         with self.files.open(self._at(key), "rb") as file:
@@ -90,7 +94,13 @@ class Artifacts:
         if not there.exists():
             there.parent.mkdir(parents=True, exist_ok=True)
             temporary = there.with_name(f".{there.name}.{uuid.uuid4().hex}")
-            self.files.get(place, str(temporary), recursive=self.files.isdir(place))
+            if self.files.isdir(place):
+                for found in self.files.find(place):
+                    target = temporary / found[len(place) :].lstrip("/")
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    self.files.get_file(found, str(target))
+            else:
+                self.files.get_file(place, str(temporary))
             try:
                 temporary.replace(there)
             except OSError:  # another process was faster
@@ -102,7 +112,10 @@ class Artifacts:
         place = self._at(key)
         if not self.local:
             self.delete(key)
-            self.files.put(f"{folder}/", f"{place}/", recursive=True)
+            for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+                there = f"{place}/{path.relative_to(folder).as_posix()}"
+                self._parent(there)
+                self.files.put_file(str(path), there)
             return
         temporary = Path(f"{self.root.rstrip('/')}/.{uuid.uuid4().hex}")
         try:

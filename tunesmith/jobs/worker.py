@@ -21,6 +21,7 @@ from tunesmith.jobs.queue import Capacity, Queue
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
 from tunesmith.jobs.walk import GIB, Walk, patiently
+from tunesmith.runs import hash_json
 from tunesmith.store.tables import Job
 
 log = logging.getLogger("tunesmith.worker")
@@ -33,9 +34,9 @@ class Worker:
 
     def __init__(self, service: Service) -> None:
         settings = service.settings
-        machine = socket.gethostname()
-        capacity = capacity_of(settings)
-        name = f"{machine}-{os.getpid()}-{secrets.token_hex(3)}"
+        host, capacity = socket.gethostname(), capacity_of(settings)
+        machine = f"{host}-{hash_json(str(settings.folder))[:8]}"  # runs lie in a folder of a host
+        name = f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
         self.service, self.cores = service, max(1, capacity.cores // max(settings.workers, 1))
         self.queue = Queue(
             service.store, name, capacity, settings.lease, settings.jobs_at_once, settings.attempts, machine

@@ -51,6 +51,8 @@ class Serving:
         self.settings, self.models, self.metrics = settings, models, Metrics()
         self._local = Local(settings, cache(settings.cache) if settings.cache else None)
         self._remote = Remote(settings.deadline)
+        for guard in settings.guards:
+            guard.load()
         self._guards = Guards(settings.guards, self._judged, self._noted)
         self._retriever = retriever(settings.retrieve) if settings.retrieve else None
         self._file, self._seen, self._looked = routes_file, 0, 0.0

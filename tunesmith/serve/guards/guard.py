@@ -37,6 +37,14 @@ class Guard(Section):
     quick: ClassVar[bool] = False
     """Takes microseconds, so that it needs no thread."""
 
+    def load(self) -> None:
+        """Have what it takes in memory before the first request.
+
+        Raises:
+            TunesmithError: a library, file or model is missing.
+        """
+        self.find("Good morning.")
+
     def find(self, text: str) -> list[Finding]:
         """What a text holds."""
         raise NotImplementedError

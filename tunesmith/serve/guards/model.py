@@ -21,6 +21,9 @@ class GuardModel(Guard):
 
     reach: ClassVar[int] = 600
 
+    def load(self) -> None:
+        pass
+
     async def check(self, text: str, role: str, ask: Ask) -> list[Finding]:
         if not text.strip():
             return []
