@@ -641,7 +641,7 @@ def test_a_version_that_is_not_there_is_opened_before_its_route_moves(tunesmith:
     assert serving is not None
     asked: list[str] = []
 
-    async def fetch(name: str) -> None:
+    async def fetch(name: str, force: bool) -> None:
         asked.append(name)
         if name != "two":
             raise RunError(f"no run '{name}'")

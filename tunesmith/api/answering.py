@@ -20,6 +20,7 @@ from tunesmith.inference.served import TokenLogprob
 from tunesmith.serve.asked import Asked, Call, Delta, Started
 
 T = TypeVar("T")
+SPENDING: set[asyncio.Future[None]] = set()  # a task that nobody holds may be forgotten
 
 
 class Json(Response):
@@ -34,15 +35,17 @@ class Events(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[dict[str, Any], None], started: Started, headers: dict[str, str]) -> None:
-        super().__init__(_written(events), headers=headers | {"cache-control": "no-cache", "x-accel-buffering": "no"})
-        self._started = started
+    def __init__(self, events: AsyncGenerator[dict[str, Any], None], reply: Reply) -> None:
+        quiet = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(_written(events), headers=reply.headers() | quiet)
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._started.aclose()
+            self._reply.account(499)  # if nothing of it was read
+            await self._reply.started.aclose()
 
 
 async def _written(events: AsyncGenerator[dict[str, Any], None]) -> AsyncIterator[bytes]:
@@ -109,6 +112,7 @@ class Reply:
     choices: dict[int, Choice] = field(default_factory=dict)
     tokens: int = 0
     cached: int = 0
+    accounted: bool = False
 
     async def follow(self) -> AsyncGenerator[Delta, None]:
         """The deltas, kept in `choices` as they pass; at the end, or when it is closed, the account is made."""
@@ -122,14 +126,15 @@ class Reply:
                     choice.logprobs += delta.logprobs
                     choice.finish = delta.finish or choice.finish
                     self.tokens += delta.tokens
-                    self.cached += delta.cached
+                    if delta.choice % self.asked.n == 0:  # a prompt counts once, however many answers it gets
+                        self.cached += delta.cached
                     yield delta
             status = 200
         except Exception as error:
             status = told(error).status
             raise
         finally:
-            await self._account(status)
+            self.account(status)
 
     async def whole(self) -> list[Choice]:
         """All answers, once they are complete."""
@@ -157,7 +162,11 @@ class Reply:
             found["x-tunesmith-guards"] = ", ".join(sorted(set(self.started.flags)))
         return found
 
-    async def _account(self, status: int) -> None:
+    def account(self, status: int) -> None:
+        """Count and keep the answer, once. Nothing here waits, so that no client escapes it by going away."""
+        if self.accounted:
+            return
+        self.accounted = True
         state = self.request.app.state.tunesmith
         total = self.started.prompt_tokens + self.tokens
         self.request.state.about.update(
@@ -166,7 +175,7 @@ class Reply:
             prompt_tokens=self.started.prompt_tokens,
             completion_tokens=self.tokens,
         )
-        await state.limits.spend(self.who.key, total)
+        spend(state, self.who.key, total)
         if state.traffic is not None:
             state.traffic.add(
                 self.wrote,
@@ -230,6 +239,13 @@ async def admit(request: Request, who: Any) -> None:
         and await state.traffic.spent(who.key) >= who.token_quota
     ):
         raise ApiError(429, f"Your key has used its {who.token_quota} tokens.", code="insufficient_quota")
+
+
+def spend(state: Any, key: str, tokens: int) -> None:
+    """Count tokens against a key's day, whatever becomes of the request."""
+    task = asyncio.ensure_future(state.limits.spend(key, tokens))
+    SPENDING.add(task)
+    task.add_done_callback(SPENDING.discard)
 
 
 def logprob(one: TokenLogprob) -> float:

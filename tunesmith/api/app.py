@@ -24,6 +24,7 @@ from tunesmith.serve.traffic import Traffic
 SERVING = tuple(
     f"tunesmith.api.{name}" for name in ("health", "models", "chat", "completions", "embeddings", "feedback", "pages")
 )
+EXPOSED = ("x-request-id", "retry-after", "x-tunesmith-model", "x-tunesmith-cache", "x-tunesmith-guards")
 
 
 @dataclass
@@ -93,7 +94,6 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
         docs_url=None,  # those pages would fetch scripts from elsewhere; ours are in api/pages.py
         redoc_url=None,
         telemetry={"tracing": False},
-        strict_content_type=False,
     )
     app.state.tunesmith = state
     errors.install(app)
@@ -103,7 +103,7 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
             allow_origins=list(state.settings.cors),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id"],
+            expose_headers=EXPOSED,
         )
     app.add_middleware(Frame)
     for name in routers:

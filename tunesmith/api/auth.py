@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hmac
+import ipaddress
 from collections.abc import Callable
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
@@ -27,6 +29,7 @@ async def caller(request: Request) -> Caller:
     secret = _secret(request)
     if not state.keys and state.store is None:
         if state.local:
+            _of_this_machine(request)
             return LOCAL
         raise ApiError(401, "This server has no keys yet, so it only answers on its own machine.", code="no_keys")
     if not secret:
@@ -44,6 +47,39 @@ async def caller(request: Request) -> Caller:
         raise ApiError(401, f"Incorrect API key provided: {_shown(secret)}.", code="invalid_api_key")
     request.state.about["key"] = found.key
     return found
+
+
+def _of_this_machine(request: Request) -> None:
+    """Programs of this machine are let in without a key; pages that its browsers show are not.
+
+    Raises:
+        ApiError: 403: the request is for a name that only looks like this machine, or comes from another site's page.
+    """
+    host = request.headers.get("host", "")
+    name = urlsplit(f"//{host}").hostname or ""
+    own = (request.scope.get("server") or ("",))[0]  # the address that the connection came to
+    if not (is_local(name) or name.endswith(".localhost") or name == own):
+        raise ApiError(
+            403, f"Without keys this server answers to localhost only, not to '{name[:100]}'.", code="foreign_host"
+        )
+    origin, allowed = request.headers.get("origin"), request.app.state.tunesmith.settings.cors
+    if "*" in allowed or origin in allowed:
+        return
+    site = request.headers.get("sec-fetch-site", "none")
+    if site not in ("none", "same-origin") or (origin is not None and urlsplit(origin).netloc != host):
+        raise ApiError(
+            403,
+            "Without keys this server answers no pages of other sites. Let them in: serve.cors, or give it a key.",
+            code="foreign_origin",
+        )
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _secret(request: Request) -> str:

@@ -11,6 +11,7 @@ from tunesmith.conversation.message import Message
 from tunesmith.serve.asked import Asked
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+MOST = 256  # answers to one request
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 
@@ -219,7 +220,8 @@ class ChatBody(Sampled):
             tool_choice=("name", choice.function.name) if isinstance(choice, NamedTool) else choice,
             parallel=self.parallel_tool_calls is not False,
             grammar=self.response_format.grammar() if self.response_format else None,
-            max_tokens=self.max_completion_tokens or self.max_tokens or longest,
+            max_tokens=self.max_completion_tokens or self.max_tokens,
+            longest=longest,
             top_logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             **sampling,
         )
@@ -241,6 +243,9 @@ class CompletionBody(Sampled):
     def _can_be_done(self) -> CompletionBody:
         if self.suffix:
             raise ValueError("suffix can't be given: these models only write forwards")
+        count = len(prompts(self.prompt)) * (self.n or 1)
+        if count > MOST:
+            raise ValueError(f"n answers to each prompt would be {count}; one request can ask for {MOST}")
         if (self.best_of or 1) > (self.n or 1):
             raise ValueError("best_of above n can't be given")
         if self.echo and self.logprobs is not None:
@@ -272,7 +277,7 @@ def prompts(given: str | list[Any]) -> tuple[str | list[int], ...]:
 
 
 class LoadBody(Body):
-    lora_name: Annotated[str, Field(min_length=1, max_length=512)]
+    lora_name: Annotated[str, Field(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
     lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
     base_model_name: str | None = None
     load_inplace: bool = False

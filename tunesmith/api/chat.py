@@ -27,7 +27,7 @@ async def chat(body: ChatBody, request: Request, who: Any = needs("runner", "cha
     wrote = {"messages": [m.model_dump(exclude_none=True) for m in body.messages]}
     reply = await begin(request, who, asked, "chat", "chatcmpl-", wrote)
     if body.stream:
-        return Events(chunks(reply, body.with_usage, bool(body.logprobs)), reply.started, reply.headers())
+        return Events(chunks(reply, body.with_usage, bool(body.logprobs)), reply)
     choices = await until_gone(request, reply.whole())
     return Json(
         _frame(reply, "chat.completion")

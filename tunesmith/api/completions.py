@@ -28,7 +28,7 @@ async def completions(body: CompletionBody, request: Request, who: Any = needs("
     frame["system_fingerprint"] = f"fp_{reply.started.model}"
     if body.stream:
         parts = _chunks(reply, frame, echoes, body.with_usage, body.logprobs is not None)
-        return Events(parts, reply.started, reply.headers())
+        return Events(parts, reply)
     choices = [
         {
             "index": i,
@@ -50,7 +50,7 @@ async def _chunks(
         text = delta.text
         if delta.choice not in said:
             said[delta.choice], text = 0, echoes[delta.choice] + text
-        if text or delta.finish:
+        if text or delta.finish or (with_logprobs and delta.logprobs):
             choice = {"index": delta.choice, "text": text, "logprobs": None, "finish_reason": delta.finish}
             if with_logprobs:
                 choice["logprobs"] = _logprobs(delta.logprobs, said[delta.choice])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import math
+import secrets
 import struct
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tunesmith.api.answering import Json, admit, until_gone
+from tunesmith.api.answering import Json, admit, spend, until_gone
 from tunesmith.api.auth import needs
 from tunesmith.api.bodies import EmbeddingBody, prompts
 from tunesmith.api.errors import ApiError
@@ -23,9 +25,25 @@ router = APIRouter(tags=["embeddings"])
 async def embeddings(body: EmbeddingBody, request: Request, who: Any = needs("runner", "chat")) -> Response:
     """Vectors of texts, each of length 1: the mean of the model's last states."""
     await admit(request, who)
-    state = request.app.state.tunesmith
+    state, began = request.app.state.tunesmith, time.perf_counter()
     vectors, tokens = await until_gone(request, state.serving.embed(body.model, prompts(body.input), who.project))
-    await state.limits.spend(who.key, tokens)
+    spend(state, who.key, tokens)
+    request.state.about.update(model=body.model[:200], prompt_tokens=tokens)
+    if state.traffic is not None:
+        state.traffic.add(
+            {},
+            {},
+            id=f"emb-{secrets.token_hex(12)}",
+            endpoint="embeddings",
+            model=body.model,
+            project=who.project,
+            key=who.key,
+            user=body.user[:255] if body.user else None,
+            status=200,
+            prompt_tokens=tokens,
+            completion_tokens=0,
+            seconds=time.perf_counter() - began,
+        )
     if body.dimensions is not None:
         vectors = [_cut(v, body.dimensions) for v in vectors]
     form = _base64 if body.encoding_format == "base64" else list

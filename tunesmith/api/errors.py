@@ -18,7 +18,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from tunesmith.errors import MachineError, TunesmithError
+from tunesmith.errors import MachineError, TrainingError, TunesmithError
 from tunesmith.inference.served import (
     EngineDown,
     EngineError,
@@ -87,7 +87,10 @@ def told(error: Exception) -> ApiError:
         return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))
     if isinstance(error, EngineError):
         return _of_engine(error)
-    if isinstance(error, TunesmithError) and not isinstance(error, MachineError):
+    if isinstance(error, MachineError | TrainingError):  # the server's own, whatever was asked
+        log.error("the server failed", exc_info=error)
+        return ApiError(500, OURS)
+    if isinstance(error, TunesmithError):
         return ApiError(400, error.what)
     if isinstance(error, RecursionError):
         return ApiError(400, "The request is nested too deep.", code="invalid_json")
@@ -140,6 +143,9 @@ def _of_fields(errors: Sequence[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it ends too early")
         return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
+    if isinstance(first.get("input"), bytes) and first["loc"] == ("body",):
+        message = "The body is read as JSON only under the header Content-Type: application/json."
+        return ApiError(400, message, code="invalid_json")
     path = ".".join(str(part) for part in _place(first["loc"]))
     more = f" ({len(errors) - 1} more)" if len(errors) > 1 else ""
     message = first["msg"].removeprefix("Value error, ")

@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 from tunesmith.api.opening import Opening, settings_of
 from tunesmith.serve.remote import is_endpoint
-from tunesmith.serve.routes import named, read
+from tunesmith.serve.routes import forced, named, read
 from tunesmith.serve.serving import Serving
 
 
@@ -52,8 +52,8 @@ def launch(
             raise RunError("names no adapter", where=f"--adapter {given}", fix="Write --adapter NAME=FOLDER.")
         names.append(opening.adapter(name, Path(folder).expanduser()))
     for name in named(dict(settings.routes) | read(routes)):
-        if name not in names and name not in opening.models and not is_endpoint(name):
-            names.append(opening.open(name))
+        if name not in names and not opening.models.taken(name) and not is_endpoint(name):
+            names.append(opening.open(name, name in forced(routes)))
     store = None
     if database:
         from tunesmith import store as stores

@@ -37,8 +37,9 @@ class Opening:
     base: str | None = None
     models: Models = field(default_factory=Models)
     _bases: dict[str, Served] = field(default_factory=dict)
+    _fetching: asyncio.Lock = field(default_factory=asyncio.Lock)
 
-    def open(self, target: str) -> str:
+    def open(self, target: str, force: bool = False) -> str:
         """Put a target, or NAME=TARGET, among the models; returns the name under which it will answer.
 
         Raises:
@@ -47,20 +48,21 @@ class Opening:
         name, given = _named(target)
         run = _run(given, self.runs_folder)
         if run is not None:
-            return self._run(name or run.name, run)
+            return self._run(name or run.name, run, force or self.force)
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             return self.adapter(name or folder.name, folder)
         return self._base(_resolved(given), name or _short(given)).name
 
-    async def fetch(self, name: str) -> None:
-        """Open a target while others answer.
+    async def fetch(self, name: str, force: bool = False) -> None:
+        """Open a target while others answer; `force` as of the class, for this one alone.
 
         Raises:
             TunesmithError: as `open`.
         """
-        await asyncio.to_thread(self.open, name)
-        await self.models.begin()
+        async with self._fetching:
+            await asyncio.to_thread(self.open, name, force)
+            await self.models.begin()
 
     def adapter(self, name: str, folder: Path) -> str:
         """Put an adapter's folder among the models, on the base that it names or the first that is there."""
@@ -69,7 +71,7 @@ class Opening:
             raise ModelError(
                 "holds no adapter", where=str(folder), fix="Give NAME=FOLDER, with adapter_config.json in the folder."
             )
-        first = next(iter(self._bases.values()), None)
+        first = next((b for b in self._bases.values() if self.models.holds(b)), None)
         if self.base is None and first is not None:
             base = first
         else:
@@ -80,14 +82,14 @@ class Opening:
         self.models.later(name, base.name, folder)
         return name
 
-    def _run(self, name: str, run: Run) -> str:
+    def _run(self, name: str, run: Run, force: bool) -> str:
         recipe, folder = recipes.load(run.recipe)
         journey = Journey(recipe, folder, run)
         if run.complete("train") is None:
             raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
         held = journey.held()
         if held is not None:
-            if not self.force:
+            if not force:
                 held.fix = "Train a better one, or serve it all the same: --force (recorded)."
                 raise held
             run.event("served_though_held", gate=(run.scores or {})["gate"])
@@ -105,7 +107,7 @@ class Opening:
                 fix="Package it first: tunesmith package RECIPE",
             )
         served = self._base(_resolved(str(run.model)), name, identity)
-        self.models.put(replace(served, system=system, root=str(run.model)))
+        self.models.soon(replace(served, system=system, root=str(run.model)))
         return name
 
     def _base(self, model: ResolvedModel, name: str, identity: str | None = None) -> Served:
@@ -113,12 +115,13 @@ class Opening:
         from tunesmith.models.load import load_renderer
 
         key = identity or model.identity
-        if key not in self._bases:
-            if name in self.models:
+        known = self._bases.get(key)
+        if known is None or not self.models.holds(known):
+            if self.models.taken(name):
                 raise RunError(f"two models would be called '{name}'", fix="Give one another name: NAME=TARGET.")
             engine = self.settings.engine.build(name, model)
             served = Served(name, engine, load_renderer(model), root=str(model.path), identity=key)
-            self.models.put(served)
+            self.models.soon(served)
             self._bases[key] = served
         return self._bases[key]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import signal
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 import uvicorn
 
 from tunesmith.api.app import State, build
+from tunesmith.api.auth import is_local
 from tunesmith.errors import RunError
 
 
@@ -45,14 +45,6 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.state.stopping = True
         super().handle_exit(sig, frame)
-
-
-def is_local(host: str) -> bool:
-    """Whether only this machine can reach an address."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def serve(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 import threading
 import time
 from types import TracebackType
@@ -19,7 +18,6 @@ from tunesmith.store.audit import record
 
 log = logging.getLogger("tunesmith.chores")
 EVERY = 1.0
-SWEEP = 60.0  # seconds between looks through the cache
 
 
 def expire(service: Service) -> int:
@@ -48,25 +46,11 @@ def expire(service: Service) -> int:
     return gone
 
 
-def sweep(service: Service) -> int:
-    """Remove from this machine's cache what others have deleted among the artifacts; returns how many."""
-    cache, gone = service.artifacts.cache, 0
-    there = {p.relative_to(cache).as_posix(): p for p in [*cache.glob("files/[!.]*"), *cache.glob("models/*/[!.]*")]}
-    with service.store.read() as session:
-        wanted = {file_key(id) for id in session.scalars(sa.select(t.File.id))}
-        wanted.update(session.scalars(sa.select(t.Model.artifact)))
-    for key in there.keys() - wanted:
-        shutil.rmtree(there[key], ignore_errors=True) if there[key].is_dir() else there[key].unlink(missing_ok=True)
-        gone += 1
-    return gone
-
-
 class Chores:
     """Does them in a thread while it is entered."""
 
     def __init__(self, service: Service) -> None:
         self.service, self._stop = service, threading.Event()
-        self._sweep_at = 0.0
         self._thread = threading.Thread(target=self._work, daemon=True)
 
     def _work(self) -> None:
@@ -79,9 +63,6 @@ class Chores:
                 while webhooks.deliver(self.service.store, self.service.settings.private_webhooks):
                     pass
                 expire(self.service)
-                if time.monotonic() >= self._sweep_at:
-                    sweep(self.service)
-                    self._sweep_at = time.monotonic() + SWEEP
             except Exception as error:  # the database may be away for a while
                 log.warning("chores were left: %s", type(error).__name__)
 

@@ -38,6 +38,8 @@ class Asked:
         tool_choice: auto, none, required, or ("name", NAME).
         grammar: a JSON schema that answers must fulfil; {} for any JSON object.
         n: answers to each prompt.
+        max_tokens: the longest answer that the client wants; with the prompt it must fit the context.
+        longest: of requests that name none; as much of it as the context leaves.
         top_logprobs: as in `inference.served.Request`.
         user: who the answer is for, in the client's words; routes stick to it.
     """
@@ -51,6 +53,7 @@ class Asked:
     grammar: dict[str, Any] | None = None
     n: int = 1
     max_tokens: int | None = None
+    longest: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
+from copy import deepcopy
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 from tunesmith.conversation.message import Message
+from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.inference.served import Request
 from tunesmith.runs import hash_json
@@ -17,8 +21,10 @@ from tunesmith.serve.cache import Cache, packed, unpacked
 from tunesmith.serve.models import Served
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.streams import merged
-from tunesmith.serve.tools import Format, Reader, forced, format_of, prepared, read_calls
+from tunesmith.serve.tools import Format, Reader, either, forced, format_of, prepared, read_calls
 
+T = TypeVar("T")
+LONG = 20_000  # characters whose tokens take some milliseconds
 Watch = Callable[[Deltas, bool], Deltas]  # puts guards around an answer; whether it is JSON
 
 
@@ -27,9 +33,16 @@ class Local:
 
     def __init__(self, settings: ServeSection, cache: Cache | None) -> None:
         self._settings, self._cache = settings, cache
+        self._copies: WeakKeyDictionary[Renderer, Renderer] = WeakKeyDictionary()
+        self._reading = asyncio.Lock()
 
-    async def begin(self, served: Served, asked: Asked, passages: Sequence[Passage], watch: Watch) -> Started:
+    async def begin(
+        self, served: Served, asked: Asked, passages: Sequence[Passage], watch: Watch, project: str | None = None
+    ) -> Started:
         """An answer that is about to begin: nothing is asked of the engine before its first delta is.
+
+        Args:
+            project: who asks; what the cache has of one project is given to no other.
 
         Raises:
             Refused: it does not fit, or names a tool that is not there.
@@ -41,24 +54,26 @@ class Local:
         tools = asked.tools if asked.tool_choice != "none" else ()
         prefix = ""
         if asked.prompts:
-            prompts = [self._ids(served, p) for p in asked.prompts]
+            prompts = await self.ids(served, asked.prompts)
         else:
-            prompts = [self._rendered(served, prepared(_opened(asked, served.system), format), passages)]
+            opened, size = prepared(_opened(asked, served.system), format), sum(len(m.content) for m in asked.messages)
+            prompts = [await self._aside(served, size, lambda s: self._rendered(s, opened, passages))]
         if schema is not None:
             prompts, prefix = [ids + renderer.continued(format.before) for ids in prompts], format.open
         elif asked.grammar is not None:
             schema = asked.grammar
-            if tools and schema:
+            if tools:  # calls are bare JSON then; any object can be one
                 format = Format(before="", open="", close="", name=format.name, arguments=format.arguments)
                 calls = forced(replace(asked, tool_choice="required"), format)
-                schema = {"anyOf": [schema, calls]}
+                schema = either(schema, calls) if schema and calls else schema
         requests = [self._request(served, asked, ids, schema, choice) for ids in prompts for choice in range(asked.n)]
         streams: list[Deltas] = []
         hits = 0
         for choice, request in enumerate(requests):
-            kept = await self._kept(served, request) if asked.deterministic else None
+            key = _key(served, request, project) if self._cache is not None and asked.deterministic else None
+            kept = await self._kept(key)
             hits += kept is not None
-            stream = _replayed(kept, choice) if kept is not None else self._asked(served, request, choice, asked)
+            stream = _replayed(kept, choice) if kept is not None else self._asked(served, request, choice, key)
             if tools:
                 stream = read_calls(stream, Reader(format, tools), asked.parallel, prefix)
             streams.append(watch(stream, schema is not None and not tools))
@@ -70,6 +85,22 @@ class Local:
             tuple(passages),
             hit=hits == len(requests),
         )
+
+    async def ids(self, served: Served, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Plain prompts as token ids."""
+        size = sum(len(p) for p in prompts if isinstance(p, str))
+        return await self._aside(served, size, lambda s: [self._ids(s, p) for p in prompts])
+
+    async def _aside(self, served: Served, size: int, work: Callable[[Served], T]) -> T:
+        """What takes long is done in a thread, while other requests go on; with a tokenizer of its own, since
+        transformers changes a tokenizer's settings while it reads."""
+        if size < LONG:
+            return work(served)
+        async with self._reading:
+            copied = self._copies.get(served.renderer)
+            if copied is None:
+                copied = self._copies[served.renderer] = deepcopy(served.renderer)
+            return await asyncio.to_thread(work, replace(served, renderer=copied))
 
     def _rendered(self, served: Served, asked: Asked, passages: Sequence[Passage]) -> list[int]:
         messages: Sequence[Message] = asked.messages
@@ -101,7 +132,7 @@ class Local:
         wrong = next((token for token in asked.logit_bias if not 0 <= token < size), None)
         if wrong is not None:
             raise unknown_token(wrong, size, "logit_bias")
-        most = context - len(ids)
+        most = min(context - len(ids), asked.longest or context)
         return Request(
             prompt=ids,
             max_new_tokens=most if wanted is None else wanted,
@@ -118,26 +149,25 @@ class Local:
             grammar=schema,
         )
 
-    async def _kept(self, served: Served, request: Request) -> list[Delta] | None:
-        if self._cache is None:
+    async def _kept(self, key: str | None) -> list[Delta] | None:
+        if self._cache is None or key is None:
             return None
-        kept = await self._cache.get(_key(served, request))
+        kept = await self._cache.get(key)
         return unpacked(kept) if kept is not None else None
 
-    async def _asked(self, served: Served, request: Request, choice: int, asked: Asked) -> Deltas:
+    async def _asked(self, served: Served, request: Request, choice: int, key: str | None) -> Deltas:
         if request.max_new_tokens == 0:  # only an echo was asked for
             yield Delta(choice, finish="length")
             return
-        keep = self._cache is not None and asked.deterministic
         deltas: list[Delta] = []
         async with aclosing(served.engine.stream(request)) as pieces:
             async for p in pieces:
                 delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), p.finish, p.cached, p.drafted, p.accepted)
-                if keep:
+                if key is not None:
                     deltas.append(delta)
                 yield delta
-        if keep and self._cache is not None and deltas and deltas[-1].finish:
-            await self._cache.put(_key(served, request), packed(deltas))
+        if key is not None and self._cache is not None and deltas and deltas[-1].finish:
+            await self._cache.put(key, packed(deltas))
 
 
 async def _replayed(deltas: Sequence[Delta], choice: int) -> Deltas:
@@ -159,10 +189,10 @@ def _first_token(served: Served) -> int:
     return int(found or 0)
 
 
-def _key(served: Served, request: Request) -> str:
+def _key(served: Served, request: Request, project: str | None) -> str:
     engine = served.engine
     weights = [served.identity, served.name, engine.kind, getattr(engine, "precision", None)]
-    return hash_json([*weights, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}])
+    return hash_json([project, *weights, asdict(request) | {"logit_bias": sorted(request.logit_bias.items())}])
 
 
 def unknown_token(token: int, size: int, param: str) -> Refused:

@@ -66,7 +66,8 @@ class Models:
     def __init__(self) -> None:
         self._served: dict[str, Served] = {}
         self._later: list[tuple[str, str, Path, dict[str, Any]]] = []
-        self._started: set[int] = set()
+        self._soon: dict[str, Served] = {}
+        self._started: dict[int, ServingEngine] = {}  # kept, so that no other one gets its id
         self._changing = asyncio.Lock()
 
     def __iter__(self) -> Iterator[Served]:
@@ -94,6 +95,18 @@ class Models:
     def put(self, served: Served) -> None:
         """Have a model answer under its name from now on. Its engine must be started, or is when this is entered."""
         self._served[served.name] = served
+
+    def soon(self, served: Served) -> None:
+        """As `put`, once its engine has started, by `begin`."""
+        self._soon[served.name] = served
+
+    def holds(self, served: Served) -> bool:
+        """Whether a model's engine answers for any name, or is about to."""
+        return any(s.engine is served.engine for s in (*self._served.values(), *self._soon.values()))
+
+    def taken(self, name: str) -> bool:
+        """Whether a name is a model's, or is about to be."""
+        return name in self._served or name in self._soon
 
     def later(self, name: str, base: str, adapter: Path, **about: Any) -> None:
         """As `add`, once the engines have started."""
@@ -156,6 +169,7 @@ class Models:
             if served is None:
                 raise unknown(name, self._served)
             if served.engine not in self.engines:
+                self._started.pop(id(served.engine), None)
                 await served.engine.close()
             elif served.adapter is not None and served.adapter in served.engine.adapters():
                 await served.engine.unload_adapter(served.adapter)
@@ -179,13 +193,18 @@ class Models:
         Raises:
             TunesmithError: one can't; what it should have answered for is not there then.
         """
-        engines = [engine for engine in self.engines if id(engine) not in self._started]
-        self._started |= {id(engine) for engine in engines}
+        soon, self._soon = self._soon, {}
+        every = {id(s.engine): s.engine for s in (*self._served.values(), *soon.values())}
+        engines = [engine for engine in every.values() if id(engine) not in self._started]
+        self._started |= {id(engine): engine for engine in engines}
         results = await asyncio.gather(*(e.start() for e in engines), return_exceptions=True)
         for engine, error in zip(engines, results, strict=True):
             if isinstance(error, BaseException):
                 self._served = {name: s for name, s in self._served.items() if s.engine is not engine}
+                soon = {name: s for name, s in soon.items() if s.engine is not engine}
+                self._started.pop(id(engine), None)
                 await engine.close()
+        self._served |= soon
         wrong = [error for error in results if isinstance(error, BaseException)]
         if wrong:
             self._later.clear()

@@ -71,6 +71,12 @@ def read(path: Path) -> dict[str, RouteSection]:
     return {name: _section(path, name, keys) for name, keys in _raw(path).items()}
 
 
+def forced(path: Path) -> set[str]:
+    """The versions that were promoted though a gate holds them."""
+    steps = [step for keys in _raw(path).values() if isinstance(keys, dict) for step in keys.get("history") or ()]
+    return {step["version"] for step in steps if isinstance(step, dict) and step.get("forced")}
+
+
 def _raw(path: Path) -> dict[str, Any]:
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8")) or {}

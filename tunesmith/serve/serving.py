@@ -13,7 +13,7 @@ from typing import Any
 
 from tunesmith.conversation.message import Message
 from tunesmith.errors import TunesmithError
-from tunesmith.inference.served import EngineDown, EngineFull
+from tunesmith.inference.served import EngineError, EngineFull, GrammarError, TooLong, Unserved
 from tunesmith.serve import routes
 from tunesmith.serve.asked import Asked, Deltas, Passage, Refused, Started
 from tunesmith.serve.cache import cache
@@ -24,11 +24,15 @@ from tunesmith.serve.models import Models, unknown
 from tunesmith.serve.remote import Remote, is_endpoint
 from tunesmith.serve.retrieve import retriever
 from tunesmith.serve.section import RouteSection, ServeSection
-from tunesmith.serve.streams import primed, within
+from tunesmith.serve.streams import late, primed, within
 
 log = logging.getLogger("tunesmith.serve")
 SHADOWS = 8  # requests that may be asked in the shadow at once
 LOOKED = 1.0  # seconds between looks at the routes' file
+RETRY = 30.0  # seconds until a model that could not be opened is tried again
+EMBEDDED = 64  # requests for embeddings that may wait at once
+BATCH = 16  # texts that are embedded at once
+LETTERS = 16  # more of them are in no token, but in runs of blanks
 JUDGED_TOKENS = 24  # of a guard model's answer
 
 
@@ -39,7 +43,8 @@ class Serving:
         routes_file: as `tunesmith promote` writes it; read again when it changes.
 
     Attributes:
-        fetch: opens a model by its name, where a route names one that is not there.
+        fetch: opens a model by its name, where a route names one that is not there; and whether it was promoted
+            though a gate holds it.
     """
 
     def __init__(self, settings: ServeSection, models: Models, routes_file: Path | None = None) -> None:
@@ -52,13 +57,15 @@ class Serving:
         self._retriever = retriever(settings.retrieve) if settings.retrieve else None
         self._file, self._seen, self._looked = routes_file, 0, 0.0
         self.routes: dict[str, RouteSection] = dict(settings.routes)
+        self._turn, self._embedding = asyncio.Lock(), 0
         self._shadows: set[asyncio.Task[None]] = set()
-        self._taking: asyncio.Task[None] | None = None
-        self.fetch: Callable[[str], Awaitable[None]] | None = None
+        self._taking: set[asyncio.Task[None]] = set()
+        self._version, self._retry = 0, float("inf")
+        self.fetch: Callable[[str, bool], Awaitable[None]] | None = None
         self._follow()
 
     async def close(self) -> None:
-        tasks = [*self._shadows, *([self._taking] if self._taking else [])]
+        tasks = [*self._shadows, *self._taking]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -77,6 +84,9 @@ class Serving:
         began = time.perf_counter()
         try:
             way = self._way(asked, key)
+            known = [s.engine.context for s in self.models if s.name in way.models]
+            if known and not any(map(is_endpoint, way.models)):
+                _fits(max(known), asked.messages, asked.prompts)
             asked, flags = await self._guarded(asked, way.models, project)
             passages = await self._passages(asked)
             started = await self._answer(way.models, asked, project, passages, flags)
@@ -98,8 +108,24 @@ class Serving:
             Refused, EngineError.
         """
         served = self.models.get(model, project)
-        ids = [self._local._ids(served, p) for p in prompts]
-        vectors = await served.engine.embed(ids)
+        if self._embedding >= EMBEDDED:
+            raise EngineFull(f"{self._embedding} requests for embeddings wait already")
+        self._embedding += 1
+        try:
+            async with asyncio.timeout(self.settings.deadline):
+                _fits(served.engine.context, (), prompts)
+                ids = await self._local.ids(served, prompts)
+                long = max(ids, key=len)
+                if len(long) > served.engine.context:
+                    raise TooLong(len(long), served.engine.context)
+                vectors: list[Any] = []
+                for start in range(0, len(ids), BATCH):  # others have their turn between
+                    async with self._turn:
+                        vectors += await served.engine.embed(ids[start : start + BATCH])
+        except TimeoutError:
+            raise late(self.settings.deadline) from None
+        finally:
+            self._embedding -= 1
         tokens = sum(map(len, ids))
         self.metrics.requests.labels(served.name, "embeddings", 200).inc()
         self.metrics.prompt_tokens.labels(served.name, "embeddings").inc(tokens)
@@ -119,9 +145,10 @@ class Serving:
             changed = self._file.stat().st_mtime_ns
         except OSError:
             return
-        if changed == self._seen:
+        if changed == self._seen and self._looked < self._retry:
             return
-        self._seen = changed
+        self._seen, self._retry = changed, float("inf")
+        self._version += 1
         try:
             found = dict(self.settings.routes) | routes.read(self._file)
         except TunesmithError as error:
@@ -129,20 +156,29 @@ class Serving:
             return
         missing = [m for m in routes.named(found) if m not in self.models and not is_endpoint(m)]
         if missing and self.fetch is not None:
-            self._taking = asyncio.create_task(self._take(found, missing))
+            forced = routes.forced(self._file)
+            task = asyncio.create_task(self._take(found, {name: name in forced for name in missing}, self._version))
+            self._taking.add(task)
+            task.add_done_callback(self._taking.discard)
         else:
             self._taken(found)
 
-    async def _take(self, found: dict[str, RouteSection], missing: Sequence[str]) -> None:
-        """Take routes over once the models that they name are there; until then the old ones hold."""
+    async def _take(self, found: dict[str, RouteSection], missing: dict[str, bool], version: int) -> None:
+        """Take routes over once the models that they name are there; until then the old ones hold. Where the file has
+        changed meanwhile, that one counts."""
         assert self.fetch is not None
         try:
-            for name in missing:
-                await self.fetch(name)
-        except TunesmithError as error:
-            log.error("the routes stay as they were: %s", error)
+            for name, forced in missing.items():
+                if version == self._version:
+                    await self.fetch(name, forced)
+        except Exception as error:
+            if version == self._version:
+                self._retry = time.monotonic() + RETRY
+            what = error if isinstance(error, TunesmithError) else f"{type(error).__name__}: {error}"
+            log.error("the routes stay as they were, until they are tried again in %d s: %s", RETRY, what)
         else:
-            self._taken(found)
+            if version == self._version:
+                self._taken(found)
 
     def _taken(self, found: dict[str, RouteSection]) -> None:
         self.routes = found
@@ -183,8 +219,11 @@ class Serving:
                 started = await self._begin(name, asked, project, passages, flags)
                 started.source = within(self.settings.deadline, started.deltas)
                 started.deltas = await primed(started.source)
-            except (EngineDown, EngineFull, Refused) as error:
-                passing = not isinstance(error, Refused) or error.status >= 500 or error.code == "model_not_found"
+            except (EngineError, Refused) as error:
+                if isinstance(error, Refused):
+                    passing = error.status >= 500 or error.code == "model_not_found"
+                else:  # what the request itself did wrong is wrong for others too
+                    passing = not isinstance(error, TooLong | GrammarError | Unserved)
                 if number + 1 == len(models) or not passing:
                     raise
                 log.warning("'%s' did not answer (%s): asking '%s'", name, error, models[number + 1])
@@ -203,7 +242,7 @@ class Serving:
             started = self._remote.begin(name, asked)
             started.deltas = self._guards.answered(started.deltas, flags, asked.grammar is not None, asked.n)
             return started
-        return await self._local.begin(self.models.get(name, project), asked, passages, watch)
+        return await self._local.begin(self.models.get(name, project), asked, passages, watch, project)
 
     async def _counted(self, started: Started, given: Deltas, route: str, began: float) -> Deltas:
         """The answer as it is, with what Prometheus is told of it."""
@@ -248,7 +287,8 @@ class Serving:
             began = time.perf_counter()
             try:
                 started = await self._begin(name, asked, project, passages, [])
-                async with aclosing(self._counted(started, started.deltas, "shadow", began)) as deltas:
+                given = within(self.settings.deadline, started.deltas)
+                async with aclosing(self._counted(started, given, "shadow", began)) as deltas:
                     async for _ in deltas:
                         pass
             except TunesmithError as error:
@@ -271,6 +311,21 @@ class Serving:
 
     def _noted(self, kind: str, action: str, side: str) -> None:
         self.metrics.guards.labels(kind, action, side).inc()
+
+
+def _fits(context: int, messages: Sequence[Message], prompts: Sequence[str | list[int]]) -> None:
+    """Refuse what can't fit before anybody reads it.
+
+    Raises:
+        Refused.
+    """
+    texts = [sum(len(m.content) for m in messages), *(len(p) for p in prompts if isinstance(p, str))]
+    if max(texts) > LETTERS * context:
+        raise Refused(
+            f"This model's maximum context length is {context} tokens. However, you sent {max(texts)} characters.",
+            code="context_length_exceeded",
+            param="messages" if messages else "prompt",
+        )
 
 
 def _of_ours(error: BaseException) -> bool:

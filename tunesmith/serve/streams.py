@@ -19,27 +19,27 @@ async def merged(streams: Sequence[AsyncGenerator[T, None]], at_once: int) -> As
     What they give is kept until it is fetched, so a slow reader never holds a model's slot. Closing closes them all.
     """
     queue: asyncio.Queue[Any] = asyncio.Queue()
-    places = asyncio.Semaphore(at_once)
+    waiting = iter(streams)
 
-    async def pump(stream: AsyncGenerator[T, None]) -> None:
-        async with places, aclosing(stream):
-            async for item in stream:
-                queue.put_nowait(item)
+    async def pump() -> None:
+        for stream in waiting:
+            async with aclosing(stream):
+                async for item in stream:
+                    queue.put_nowait(item)
 
     async def all_of_them() -> None:
         try:
             async with asyncio.TaskGroup() as group:
-                for stream in streams:
-                    group.create_task(pump(stream))
+                for _ in range(min(at_once, len(streams))):
+                    group.create_task(pump())
             queue.put_nowait(END)
         except BaseExceptionGroup as errors:
             queue.put_nowait(_first(errors))
         except asyncio.CancelledError:
             raise
         finally:
-            for stream in streams:  # those that had not begun
-                with suppress(RuntimeError):
-                    await stream.aclose()
+            for stream in waiting:  # those that had not begun
+                await stream.aclose()
 
     worker = asyncio.create_task(all_of_them())
     try:
@@ -74,10 +74,12 @@ async def within(seconds: float, stream: AsyncGenerator[T, None]) -> AsyncGenera
             except StopAsyncIteration:
                 return
             except TimeoutError:
-                raise Refused(
-                    f"The answer was not ready within {seconds:g} seconds.", status=504, code="deadline_exceeded"
-                ) from None
+                raise late(seconds) from None
             yield item
+
+
+def late(seconds: float) -> Refused:
+    return Refused(f"The answer was not ready within {seconds:g} seconds.", status=504, code="deadline_exceeded")
 
 
 async def primed(stream: AsyncGenerator[T, None]) -> AsyncGenerator[T, None]:

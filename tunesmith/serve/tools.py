@@ -122,19 +122,58 @@ def forced(asked: Asked, format: Format) -> dict[str, Any] | None:
     if not chosen:
         what = f"tool_choice names the tool '{named}', which is not in tools" if named else "tool_choice needs tools"
         raise Refused(f"{what}.", param="tool_choice", code="unknown_tool")
+    shared: dict[str, Any] = {}
     calls = [
         {
             "type": "object",
             "properties": {
                 format.name: {"const": tool["name"]},
-                format.arguments: tool.get("parameters") or {"type": "object"},
+                format.arguments: _moved(tool.get("parameters") or {"type": "object"}, f"tool{number}", shared),
             },
             "required": [format.name, format.arguments],
             "additionalProperties": False,
         }
-        for tool in chosen
+        for number, tool in enumerate(chosen)
     ]
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+    return (calls[0] if len(calls) == 1 else {"anyOf": calls}) | ({"$defs": shared} if shared else {})
+
+
+def either(answer: dict[str, Any], calls: dict[str, Any]) -> dict[str, Any]:
+    """The schema of an answer or a call, as `forced` has calls."""
+    shared = dict(calls.get("$defs", {}))
+    schemas = [_moved(answer, "answer", shared), {k: v for k, v in calls.items() if k != "$defs"}]
+    return {"anyOf": schemas} | ({"$defs": shared} if shared else {})
+
+
+def _moved(schema: dict[str, Any], name: str, shared: dict[str, Any]) -> dict[str, Any]:
+    """A whole schema as a part of another one. References start at the root, so one that has any moves to the other's
+    `$defs` (`shared`), where they are written anew."""
+    found = _referred(schema, f"#/$defs/{name}")
+    if found == schema:
+        return schema
+    shared[name] = {k: v for k, v in found.items() if k not in ("$id", "$schema")}
+    return {"$ref": f"#/$defs/{name}"}
+
+
+NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")  # their keys are anyone's
+VALUES = ("const", "enum", "default", "examples")
+
+
+def _referred(schema: Any, root: str, names: bool = False) -> Any:
+    """A schema whose references to its own root ("#...") go to `root`."""
+    if isinstance(schema, list):
+        return [_referred(part, root) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, part in schema.items():
+        if names:
+            found[key] = _referred(part, root)
+        elif key == "$ref" and isinstance(part, str) and part.startswith("#"):
+            found[key] = root + part[1:]
+        else:
+            found[key] = part if key in VALUES else _referred(part, root, key in NAMED)
+    return found
 
 
 def new_call(name: str, arguments: Any) -> Call:
@@ -208,14 +247,17 @@ class Reader:
 
     def _calls(self, whole: str) -> list[Call]:
         inner = whole.removeprefix(self._format.open).removesuffix(self._format.close or "\0").strip()
-        calls = []
+        calls: list[tuple[Any, Any]] = []
         for name, body in XML_CALL.findall(inner):
             calls.append((name.strip(), {k.strip(): _value(v) for k, v in XML_ARGUMENT.findall(body)}))
         if not calls:
             calls = [(c.get(self._format.name), c.get(self._format.arguments, {})) for c in _objects(inner)]
-        if not calls or any(name not in self._names for name, _ in calls):
+        if not calls or any(not isinstance(name, str) or name not in self._names for name, _ in calls):
             return []
-        return [new_call(str(name), arguments) for name, arguments in calls]
+        try:
+            return [new_call(name, arguments) for name, arguments in calls]
+        except RecursionError:  # nested too deep to be anything
+            return []
 
 
 def _objects(text: str) -> list[dict[str, Any]]:
@@ -225,7 +267,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
     while text:
         try:
             value, end = decoder.raw_decode(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             return []
         values = value if isinstance(value, list) else [value]
         if not all(isinstance(v, dict) for v in values):
@@ -238,7 +280,7 @@ def _objects(text: str) -> list[dict[str, Any]]:
 def _value(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
