@@ -193,7 +193,7 @@ def test_a_kept_answer_is_of_one_engine_and_precision() -> None:
         engine = scripted()
         for name, value in about.items():
             setattr(engine, name, value)
-        return _key(Served("a", engine, engine.renderer, identity="weights"), Request([5], 5))
+        return _key(Served("a", engine, engine.renderer, identity="weights"), Request([5], 5), None)
 
     assert key() == key() and key(kind="vllm", precision="auto") == key(kind="vllm", precision="auto")
     told = [(kind, precision) for kind in ("llamacpp", "transformers") for precision in ("float32", "q8_0")]
