@@ -19,7 +19,7 @@ from tunesmith.inference.served import TokenLogprob
 from tunesmith.screen.hide import hidden
 from tunesmith.screen.inside import is_json, replaced
 from tunesmith.serve.asked import Call, Delta, Deltas
-from tunesmith.serve.guards.guard import Finding, Guard
+from tunesmith.serve.guards.guard import Finding, TextGuard
 from tunesmith.serve.guards.screen import Guards
 from tunesmith.serve.guards.texts import Blocklist
 from tunesmith.serve.section import ServeSection
@@ -112,7 +112,7 @@ def test_a_block_shows_nothing_that_another_guard_would_have_taken() -> None:
     assert shown(through(by, cut("ada@example.com has a swordfish", []))) == "[REMOVED] has a "
 
 
-class Spans(Guard):
+class Spans(TextGuard):
     """Finds what it is told to."""
 
     spans: tuple[tuple[int, int], ...] = ()

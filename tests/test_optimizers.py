@@ -284,7 +284,7 @@ def test_neftunes_noise_is_of_each_rows_size(tiny_model: Path, packed: bool) -> 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_label_smoothing_is_torchs(trained: bool) -> None:
-    from tunesmith.models.packed import head_nll
+    from tunesmith.models.head import head_nll
 
     torch.manual_seed(0)
     head = torch.nn.Linear(8, 50).requires_grad_(trained)

@@ -15,7 +15,8 @@ from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
 from tunesmith.models import packed
 from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu, products
-from tunesmith.models.packed import PackedForward, best_fit, common_beginning, pack
+from tunesmith.models.packed import PackedForward
+from tunesmith.models.packs import best_fit, common_beginning, pack
 from tunesmith.models.shapes import rounded
 
 

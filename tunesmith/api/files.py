@@ -16,7 +16,6 @@ from tunesmith.api import shapes
 from tunesmith.api.auth import caller as caller_of
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
-from tunesmith.jobs import board
 from tunesmith.jobs.artifacts import TooLarge, file_key
 from tunesmith.jobs.results import encoded
 from tunesmith.jobs.rows import check, lines_of
@@ -195,17 +194,9 @@ def delete(request: Request, id: Id, caller: Any = needs("runner", "files")) -> 
             raise _none(id)
         uses = sa.or_(t.Job.training_file == id, t.Job.validation_file == id)
         jobs = list(session.scalars(sa.select(t.Job).where(t.Job.project == caller.project, uses).order_by(t.Job.n)))
-        active = [job.id for job in jobs if job.status not in board.FINAL]
-        if active:
-            raise ApiError(
-                400,
-                f"File {id} is used by {', '.join(active[:5])}; cancel that first.",
-                param="file_id",
-                code="file_in_use",
-            )
+        depend = shapes.unused(jobs, f"File {id} is used", "file_id", "file_in_use")
         models = [job.fine_tuned_model for job in jobs if job.fine_tuned_model]
         session.execute(sa.delete(t.File).where(t.File.id == id))
-        depend = [job.id for job in jobs]
         record(session, caller.project, caller.key, "file.delete", id, {"jobs": depend, "models": models})
     service.forget(file_key(row.id))
     return {"id": id, "object": "file", "deleted": True, "dependents": {"jobs": depend, "models": models}}

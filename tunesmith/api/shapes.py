@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy as sa
 
 from tunesmith.api.errors import ApiError
+from tunesmith.jobs.board import FINAL
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -122,6 +123,20 @@ def keepable(value: Any, path: str = "") -> None:
     elif isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
         what = "holds NUL or half a letter, which can't be kept"
         raise ApiError(400, f"A text in '{path}' {what}.", param=path or None, code="invalid_value")
+
+
+def unused(jobs: Sequence[Job], used: str, param: str, code: str) -> list[str]:
+    """The ids of jobs that used something which is to be deleted.
+
+    Args:
+        used: what it is and how it was used, as in "File file-1 is used".
+
+    Raises:
+        ApiError: 400: some of them are not over.
+    """
+    if active := [job.id for job in jobs if job.status not in FINAL]:
+        raise ApiError(400, f"{used} by {', '.join(active[:5])}; cancel that first.", param=param, code=code)
+    return [job.id for job in jobs]
 
 
 def page(

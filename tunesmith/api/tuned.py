@@ -15,11 +15,11 @@ from typing import Any
 import sqlalchemy as sa
 from fastapi import APIRouter, Request
 
+from tunesmith.api import shapes
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
 from tunesmith.api.files import service_of
 from tunesmith.errors import TunesmithError, first_line
-from tunesmith.jobs import board
 from tunesmith.jobs.service import Service
 from tunesmith.runs import write_json
 from tunesmith.serve.asked import Refused
@@ -53,18 +53,10 @@ def _delete(service: Service, name: str, caller: Any) -> dict[str, Any]:
         if model is None:
             raise ApiError(404, f"The model '{name[:200]}' does not exist.", param="model", code="model_not_found")
         jobs = list(session.scalars(sa.select(t.Job).where(t.Job.model == name).order_by(t.Job.n)))
-        active = [job.id for job in jobs if job.status not in board.FINAL]
-        if active:
-            raise ApiError(
-                400,
-                f"Model {name} is trained on by {', '.join(active[:5])}; cancel that first.",
-                param="model",
-                code="model_in_use",
-            )
+        depend = shapes.unused(jobs, f"Model {name} is trained on", "model", "model_in_use")
         session.execute(sa.delete(t.Permission).where(t.Permission.model == name))
         session.execute(sa.delete(t.Checkpoint).where(t.Checkpoint.model == name))
         session.execute(sa.delete(t.Model).where(t.Model.id == name))
-        depend = [job.id for job in jobs]
         record(session, caller.project, caller.key, "model.delete", name, {"jobs": depend})
     service.forget(model.artifact)
     return {"id": name, "object": "model", "deleted": True, "dependents": {"jobs": depend}}

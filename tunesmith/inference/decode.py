@@ -89,10 +89,18 @@ def decode_attention(
     refuse_extras(others)
     first = max(0, _filled.get() - sliding_window) if sliding_window is not None else 0
     hidden = _hidden_BS.get()[:, None, None, first : key.shape[2]]
+    return one_token(query, key[:, :, first:], value[:, :, first:], scaling, lambda scores: scores.add_(hidden)), None
+
+
+def one_token(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, hide: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Attention of one new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]. The heads that
+    share keys are one product; `hide` takes what a row does not see out of the scores [B, G, H / G, S]."""
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.matmul(q, key[:, :, first:].transpose(2, 3)) + hidden
-    out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value[:, :, first:])
-    return out.flatten(1, 2)[:, None], None
+    scores = hide(torch.matmul(q, key.transpose(2, 3)))
+    out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
+    return out.flatten(1, 2)[:, None]
 
 
 class Noise:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,9 +51,9 @@ class EngineSection(Section):
             )
         return self.context or min(longest or USUAL_CONTEXT, USUAL_CONTEXT)
 
+    @abstractmethod
     def build(self, name: str, model: ResolvedModel) -> ServingEngine:
         """An engine for a model, not started yet. `name` is for messages."""
-        raise NotImplementedError
 
 
 class Auto(EngineSection):

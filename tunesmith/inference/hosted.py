@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ STEADY = 60.0  # seconds after which a process that ends is started at once agai
 GIVEN_UP = 4  # starts that failed in a row until the engine is called failed (it is still tried)
 
 
-class Hosted:
+class Hosted(ABC):
     """An engine whose model is held by a child. What differs is how one is launched and asked.
 
     Args:
@@ -51,17 +52,17 @@ class Hosted:
         self._changing = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
+    @abstractmethod
     async def _launch(self, adapters: dict[str, Path]) -> Child:
         """A child that answers, with these adapters."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _answer(self, child: Child, request: Request) -> AsyncGenerator[Piece, None]:
         """What a child gives; closing it frees what the child has for the request."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def load_adapter(self, name: str, path: Path) -> None:
         """See `ServingEngine`."""
-        raise NotImplementedError
 
     async def start(self) -> None:
         async with self._changing:

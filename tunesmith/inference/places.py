@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer
 
+from tunesmith.inference.decode import one_token
 from tunesmith.models.attention import refuse_extras
 
 ATTENTION = "tunesmith_rows"
@@ -63,10 +64,7 @@ def rows_attention(
     if query.shape[2] > 1:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scaling, enable_gqa=True)
         return out.transpose(1, 2), None
-    q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.matmul(q, key.transpose(2, 3)).masked_fill_(hidden, -torch.inf)
-    out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
-    return out.flatten(1, 2)[:, None], None
+    return one_token(query, key, value, scaling, lambda scores: scores.masked_fill_(hidden, -torch.inf)), None
 
 
 class Reading(DynamicLayer):

@@ -15,7 +15,8 @@ from tunesmith.inference.engine import Sampling, Score, Tick
 from tunesmith.inference.subject import Ask, Reply, Row
 from tunesmith.models.load import classes_of, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
-from tunesmith.models.packed import PackedForward, packs
+from tunesmith.models.packed import PackedForward
+from tunesmith.models.packs import packs
 
 if TYPE_CHECKING:
     from tunesmith.models.resolve import ResolvedModel

@@ -17,7 +17,8 @@ from tunesmith.inference.engine import Sampling, Score, Tick
 from tunesmith.models.attention import CannotPack
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
-from tunesmith.models.packed import PackedForward, packs
+from tunesmith.models.packed import PackedForward
+from tunesmith.models.packs import packs
 from tunesmith.models.resolve import ResolvedModel
 
 BATCH_ROWS, BATCH_TOKENS = 64, 32_768  # of a batch that is generated at once

@@ -152,30 +152,17 @@ def checkpoint(
     if number <= job.seen:  # it was there, and may have been deleted since
         return []
     job.seen = number
-    now = int(time.time())
     session.add(
         Checkpoint(
             id=ids.new("ftckpt_"),
             job=job.id,
-            created_at=now,
+            created_at=int(time.time()),
             model=name,
             step=number,
             metrics={"step": number} | metrics,
         )
     )
-    session.add(
-        Model(
-            id=name,
-            project=job.project,
-            base=base_of(job),
-            job=job.id,
-            step=number,
-            artifact=artifact,
-            whole=whole,
-            held=held,
-            created_at=now,
-        )
-    )
+    session.add(_model(job, name, number, artifact, whole, held))
     say(session, job.id, f"Checkpoint created at step {number} with Snapshot ID: {name}")
     session.flush()
     gone = list(
@@ -199,22 +186,25 @@ def checkpoint(
 def succeed(session: Session, job: Job, artifact: str, whole: bool, tokens: int, results: list[str]) -> None:
     """The model is there."""
     name = model_name(session, job)
-    session.add(
-        Model(
-            id=name,
-            project=job.project,
-            base=base_of(job),
-            job=job.id,
-            step=None,
-            artifact=artifact,
-            whole=whole,
-            created_at=int(time.time()),
-        )
-    )
+    session.add(_model(job, name, None, artifact, whole))
     job.fine_tuned_model, job.trained_tokens, job.result_files = name, tokens, results
     say(session, job.id, f"New fine-tuned model created: {name}")
     _end(session, job, "succeeded")
     say(session, job.id, "The job has successfully completed")
+
+
+def _model(job: Job, name: str, step: int | None, artifact: str, whole: bool, held: bool = False) -> Model:
+    return Model(
+        id=name,
+        project=job.project,
+        base=base_of(job),
+        job=job.id,
+        step=step,
+        artifact=artifact,
+        whole=whole,
+        held=held,
+        created_at=int(time.time()),
+    )
 
 
 def fail(session: Session, job: Job, code: str, message: str, param: str | None = None) -> None:

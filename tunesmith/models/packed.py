@@ -17,241 +17,27 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
 from tunesmith.models.activations import recompute_layers, waiting
-from tunesmith.models.attention import CannotPack, Family, Layout, laid_out, packed_attention
+from tunesmith.models.attention import CannotPack, laid_out, packed_attention
 from tunesmith.models.cuda import choose_attention, liger_there
 from tunesmith.models.fused import fuse, unfuse
+from tunesmith.models.head import head_nll
+from tunesmith.models.packs import SHARED_AT_LEAST, Pack, pack
 from tunesmith.models.pieces import compile_pieces
-from tunesmith.models.shapes import LOSSES, few_shapes, rounded
+from tunesmith.models.shapes import LOSSES, few_shapes
 from tunesmith.models.ways import Ways
 
 ATTENTION = "tunesmith_packed"
-LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
 # What a model that can't take what it is given here may raise.
 REFUSALS = (AttributeError, TypeError, ValueError, RuntimeError, LookupError, AssertionError)
 COARSE = 0.02  # of a loss: what bfloat16's own rounding moves it by, up to 1% on rows that make no sense
-SHARED_AT_LEAST = 8  # a shorter common beginning is not worth a mask
-
-
-@dataclass(frozen=True)
-class Pack:
-    """Rows laid end to end, after the beginning that they share.
-
-    Attributes:
-        ids_T: token ids.
-        positions_T: each token's place in its row.
-        layout: where the rows lie.
-        places_N: the tokens that carry weight.
-        before_N: for each of them, the token that predicts it.
-        weights_N: their losses' weights.
-        owner_N: which row each belongs to, counted within the pack.
-    """
-
-    ids_T: Tensor
-    positions_T: Tensor
-    layout: Layout
-    places_N: Tensor
-    before_N: Tensor
-    weights_N: Tensor
-    owner_N: Tensor
-
-
-def common_beginning(rows: Sequence[Rendered]) -> int:
-    """How many tokens all rows begin with and none learns (a system prompt, as a rule), or 0 where so few
-    are not worth it. At least one token of each row is left."""
-    if len(rows) < 2:
-        return 0
-    first, *others = rows
-    limit = min(len(r) for r in rows) - 1
-    shared = 0
-    while shared < limit and not any(r.weights[shared] for r in rows):
-        if any(r.ids[shared] != first.ids[shared] for r in others):
-            break
-        shared += 1
-    return shared if shared >= SHARED_AT_LEAST else 0
-
-
-def families(rows: Sequence[Rendered], sizes: Sequence[int] | None = None) -> list[tuple[int, list[Rendered]]]:
-    """Rows in families that share their beginning: all of them in one, or those that belong together in one each,
-    whichever leaves fewer tokens to compute.
-
-    Args:
-        sizes: how many consecutive rows belong together; each alone if None.
-    """
-    together = [(common_beginning(rows), list(rows))]
-    if not sizes or max(sizes) == 1:
-        return together
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    groups = [list(rows[start : start + size]) for start, size in zip(starts, sizes, strict=True)]
-    apart = [(common_beginning(group), group) for group in groups]
-    return min(together, apart, key=lambda found: sum(tokens(shared, group) for shared, group in found))
-
-
-def tokens(shared: int, rows: Sequence[Rendered]) -> int:
-    """How many tokens rows take whose first `shared` are there once."""
-    return shared + sum(len(row) - shared for row in rows)
-
-
-def pack(
-    rows: Sequence[Rendered],
-    device: str | torch.device = "cpu",
-    share: bool = True,
-    sizes: Sequence[int] | None = None,
-    few: bool = False,
-) -> Pack:
-    """Lay rows end to end; what a family of them (`families`) begins with is there, and computed, once.
-
-    Args:
-        few: whether the sequence and its groups are filled up to sizes that come again (`shapes.py`).
-    """
-    ids: list[int] = []
-    positions: list[int] = []
-    places, before, weights, owner = [], [], [], []
-    found = families(rows, sizes) if share else [(0, list(rows))]
-    number = 0
-    for shared, members in found:
-        at = len(ids)
-        ids += members[0].ids[:shared]
-        positions += range(shared)
-        for row in members:
-            start = len(ids) - shared
-            for i in range(max(shared, 1), len(row)):
-                if row.weights[i]:
-                    places.append(start + i)
-                    before.append(start + i - 1 if i > shared else at + shared - 1)
-                    weights.append(row.weights[i])
-                    owner.append(number)
-            ids += row.ids[shared:]
-            positions += range(shared, len(row))
-            number += 1
-    padding = rounded(len(ids)) - len(ids) if few else 0
-    ids += ids[:1] * padding
-    positions += range(padding)
-    family = [Family(shared, [len(r) - shared for r in members]) for shared, members in found]
-    return Pack(
-        torch.tensor(ids, device=device),
-        torch.tensor(positions, device=device),
-        Layout(family, device, padding, few),
-        torch.tensor(places, dtype=torch.long, device=device),
-        torch.tensor(before, dtype=torch.long, device=device),
-        torch.tensor(weights, dtype=torch.float32, device=device),
-        torch.tensor(owner, dtype=torch.long, device=device),
-    )
-
-
-def packs(indices: Sequence[int], rows: Sequence[Sequence[Rendered]], capacity: int) -> list[list[int]]:
-    """Some sets of rows that belong together, by index, grouped so that each group's tokens fit `capacity`."""
-    chosen = [rows[i] for i in indices]
-    every = [row for together in chosen for row in together]
-    shared = common_beginning(every)
-    apart = [tokens(common_beginning(together), together) for together in chosen]
-    if max(map(len, chosen)) == 1 or tokens(shared, every) <= sum(apart):
-        groups = best_fit(
-            [sum(len(row) - shared for row in together) for together in chosen], max(capacity - shared, 1)
-        )
-    else:
-        groups = best_fit(apart, capacity)
-    return [[indices[j] for j in group] for group in groups]
-
-
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of rows, grouped so that each group's tokens fit `capacity` (longest first, tightest bin).
-
-    A row longer than `capacity` gets a group of its own.
-    """
-    bins: list[tuple[int, list[int]]] = []
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fitting = [(room, b) for b, (room, _) in enumerate(bins) if room >= lengths[i]]
-        if fitting:
-            room, b = min(fitting)
-            bins[b][1].append(i)
-            bins[b] = (room - lengths[i], bins[b][1])
-        else:
-            bins.append((capacity - lengths[i], [i]))
-    return [sorted(members) for _, members in bins]
-
-
-class _FrozenHeadLoss(torch.autograd.Function):
-    """Per-token negative log-likelihood of a frozen output layer.
-
-    Each token's gradient with respect to its hidden state is made in the forward pass, while its logits
-    are there; backward only scales it. What is kept is [N, D], never [N, V].
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
-        smoothing: float,
-        hits: list[Tensor] | None,
-    ) -> Tensor:
-        want = ctx.needs_input_grad[0]
-        losses, gradients = [], []
-        for h, target in zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True):
-            logits = F.linear(h, weight_VD, bias_V)
-            if hits is not None:
-                hits.append(logits.argmax(-1) == target)
-            # Softmax computes in float32 inside; only where nothing is trained is its result worth twice the memory.
-            log_p = torch.log_softmax(logits if want else logits.float(), -1)
-            picked = log_p.gather(1, target[:, None]).float()
-            loss = -picked[:, 0]
-            if smoothing:
-                loss = (1 - smoothing) * loss - smoothing * log_p.mean(-1, dtype=torch.float32)
-            losses.append(loss)
-            del log_p
-            if want:
-                p = torch.softmax(logits, -1)
-                at_target = torch.expm1(picked)  # p - 1, exact where p is close to 1
-                if smoothing:
-                    p.sub_(smoothing / p.shape[1])
-                    at_target += smoothing * (1 - 1 / p.shape[1])
-                gradients.append(p.scatter_(1, target[:, None], at_target.to(p.dtype)) @ weight_VD)
-        if want:
-            ctx.save_for_backward(torch.cat(gradients))
-        return torch.cat(losses)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient_ND,) = ctx.saved_tensors
-        return (gradient_ND * grad_outputs[0][:, None].to(gradient_ND.dtype), None, None, None, None, None)
-
-
-def head_nll(
-    hidden_ND: Tensor,
-    head: torch.nn.Linear,
-    targets_N: Tensor,
-    smoothing: float = 0.0,
-    hits: list[Tensor] | None = None,
-) -> Tensor:
-    """Negative log-likelihood [N] in nats of `targets` under an output layer, in bounded memory.
-
-    With `smoothing`, of targets that keep 1 - smoothing and give the rest to all tokens alike. `hits` is given which
-    targets are the likeliest tokens, [n] at a time.
-    """
-    if type(head) is torch.nn.Linear and not any(p.requires_grad for p in head.parameters()):
-        loss: Tensor = _FrozenHeadLoss.apply(hidden_ND, head.weight, head.bias, targets_N, smoothing, hits)
-        return loss
-
-    def chunk(h: Tensor, target: Tensor) -> Tensor:
-        logits = head(h).float()
-        if hits is not None:
-            hits.append(logits.detach().argmax(-1) == target)
-        return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
-
-    chunks = zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True)
-    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])
 
 
 def _probe(rows: Sequence[Rendered], longest: int = 24) -> list[Rendered]:

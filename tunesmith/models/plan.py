@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tunesmith.errors import ModelError
+from tunesmith.models.head import LOGIT_CHUNK
 from tunesmith.models.machine import Machine
-from tunesmith.models.packed import LOGIT_CHUNK
 from tunesmith.models.quantise import FORMATS, parameter_count
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.models.words import grow

@@ -88,9 +88,11 @@ class Traffic:
                 await self._spend(some)
             if time.monotonic() - self._swept > SWEEP or not self._swept:
                 self._swept = time.monotonic()
-                with contextlib.suppress(Exception):
+                try:
                     before = time.time() - self._section.days * 86_400
                     await asyncio.to_thread(self._store.traffic.forget, before)
+                except Exception:
+                    log.exception("answers older than %s days could not be removed yet", self._section.days)
 
     async def _spend(self, some: Sequence[Told]) -> None:
         """Charge keys for answers. What can't be charged now counts on here, and is charged with what comes next."""

@@ -13,7 +13,7 @@ import torch
 from tunesmith.errors import MachineError
 from tunesmith.models import machine as machines
 from tunesmith.models.machine import Machine
-from tunesmith.models.packed import common_beginning, tokens
+from tunesmith.models.packs import common_beginning, tokens
 from tunesmith.models.plan import Job, Plan, Shape, advise, free_memory, peak_memory, told
 from tunesmith.train.batching import Schedule
 from tunesmith.train.objectives.method import Example

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from tunesmith.models.packed import PackedForward, packs
+from tunesmith.models.packed import PackedForward
+from tunesmith.models.packs import packs
 from tunesmith.models.resolve import cache_folder
 from tunesmith.progress import bar
 from tunesmith.runs import hash_json

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -34,8 +35,6 @@ class Guard(Section):
 
     span: ClassVar[int] = 200
     """Characters that a finding spans at most."""
-    quick: ClassVar[bool] = False
-    """Takes microseconds, so that it needs no thread."""
     whole: ClassVar[bool] = False
     """Judges a text as a whole: what it finds is all of it."""
     asks: ClassVar[bool] = False
@@ -52,12 +51,24 @@ class Guard(Section):
         Raises:
             TunesmithError: a library, file or model is missing.
         """
+
+    @abstractmethod
+    async def check(self, text: str, role: str, ask: Ask) -> list[Finding]:
+        """What a text holds. `ask` gives a model's answer by its name."""
+
+
+class TextGuard(Guard):
+    """A guard that finds what it is for by itself."""
+
+    quick: ClassVar[bool] = False
+    """Takes microseconds, so that it needs no thread."""
+
+    def load(self) -> None:
         self.find("Good morning.")
 
+    @abstractmethod
     def find(self, text: str) -> list[Finding]:
         """What a text holds."""
-        raise NotImplementedError
 
     async def check(self, text: str, role: str, ask: Ask) -> list[Finding]:
-        """The same, beside other requests. `ask` gives a model's answer by its name."""
         return self.find(text) if self.quick else await asyncio.to_thread(self.find, text)

@@ -23,9 +23,6 @@ class GuardModel(Guard):
     whole: ClassVar[bool] = True
     asks: ClassVar[bool] = True
 
-    def load(self) -> None:
-        pass
-
     async def check(self, text: str, role: str, ask: Ask) -> list[Finding]:
         if not text.strip():
             return []

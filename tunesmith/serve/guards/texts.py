@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from tunesmith.errors import DataError
-from tunesmith.serve.guards.guard import Finding, Guard
+from tunesmith.serve.guards.guard import Finding, TextGuard
 
 WHERE = "serve.guards"
 
 
-class Blocklist(Guard):
+class Blocklist(TextGuard):
     """Words and patterns that must not be said."""
 
     kind: Literal["blocklist"] = "blocklist"
@@ -71,7 +71,7 @@ class Blocklist(Guard):
         ]
 
 
-class PersonalData(Guard):
+class PersonalData(TextGuard):
     """Personal data, found as `data.clean.personal` finds it."""
 
     kind: Literal["personal"] = "personal"
@@ -91,7 +91,7 @@ class PersonalData(Guard):
         return [Finding(f"personal:{f.kind}", f.start, f.end, f"[{f.kind}]") for f in found]
 
 
-class SecretKeys(Guard):
+class SecretKeys(TextGuard):
     """API keys, tokens and passwords, found as `data.clean.secrets` finds them."""
 
     kind: Literal["secrets"] = "secrets"
@@ -103,7 +103,7 @@ class SecretKeys(Guard):
         return [Finding("secrets", *cut) for cut in secret_cuts(text)]
 
 
-class Toxicity(Guard):
+class Toxicity(TextGuard):
     """Foul language and insults: a text as a whole, by a classifier."""
 
     kind: Literal["toxicity"] = "toxicity"

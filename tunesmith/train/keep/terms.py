@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.packed import LOGIT_CHUNK, PackedForward
+from tunesmith.models.head import LOGIT_CHUNK
+from tunesmith.models.packed import PackedForward
 from tunesmith.progress import bar
 
 

@@ -115,7 +115,7 @@ def divergence(
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from tunesmith.models.packed import LOGIT_CHUNK
+    from tunesmith.models.head import LOGIT_CHUNK
 
     def chunk(said: Tensor, told: Tensor) -> Tensor:
         logits = [to_said(said).float() / temperature, to_told(told).float() / temperature]

@@ -14,7 +14,8 @@ from tunesmith.conversation.render import Renderer
 from tunesmith.train.objectives.method import Batch, Example, Loss, Method, log_probs
 
 if TYPE_CHECKING:
-    from tunesmith.models.packed import Pack, PackedForward
+    from tunesmith.models.packed import PackedForward
+    from tunesmith.models.packs import Pack
 
 
 class Kto(Method):

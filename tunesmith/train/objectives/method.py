@@ -18,7 +18,8 @@ from tunesmith.section import Section
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from tunesmith.models.packed import Pack, PackedForward
+    from tunesmith.models.packed import PackedForward
+    from tunesmith.models.packs import Pack
 
 
 @dataclass(frozen=True)

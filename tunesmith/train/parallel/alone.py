@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.packed import Pack, PackedForward, packs
+from tunesmith.models.packed import PackedForward
+from tunesmith.models.packs import Pack, packs
 from tunesmith.train.objectives.method import Batch, Loss, Method
 from tunesmith.train.optimizers import state
 from tunesmith.train.ranks import Ranks
