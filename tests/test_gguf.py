@@ -14,7 +14,9 @@ from tests.conftest import CHATML, make_model, write_recipe
 from tests.serving import BIAS, STOPS, greedy, make_adapter, prompts
 from tunesmith.errors import ModelError
 from tunesmith.inference.served import Request
+from tunesmith.models import gguf_vocab
 from tunesmith.models.gguf_file import write_adapter, write_model
+from tunesmith.models.load import load_renderer
 from tunesmith.models.resolve import resolve
 from tunesmith.models.section import ModelSection
 
@@ -139,6 +141,8 @@ def made_tokenizer(kind: str) -> Any:
 
 @pytest.mark.parametrize("kind", ["gpt-2", "smollm", "llama-bpe", "qwen2", "sentencepiece"])
 def test_llama_cpp_takes_text_apart_as_the_tokenizer_does(tmp_path: Path, kind: str) -> None:
+    from transformers import AutoTokenizer
+
     from tunesmith.inference.llamacpp import LlamaCppEngine, Settings
 
     tokenizer = made_tokenizer(kind)
@@ -162,6 +166,22 @@ def test_llama_cpp_takes_text_apart_as_the_tokenizer_does(tmp_path: Path, kind: 
             await engine.close()
 
     assert asyncio.run(found()) == [tokenizer(text)["input_ids"] for text in texts]
+    unpacked = AutoTokenizer.from_pretrained(resolve(ModelSection(name=str(tmp_path / "model.gguf"))).path)
+    for text in texts if kind != "sentencepiece" else texts[:1]:  # transformers reads its leading spaces otherwise
+        assert unpacked(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_a_way_of_taking_text_apart_that_is_not_known_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = made_tokenizer("smollm")
+    folder = make_model(tmp_path / "model", vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setitem(gguf_vocab.SPLITS, (gguf_vocab.DIGIT, gguf_vocab.GPT2), "of-tomorrow")
+    write_model(folder, tmp_path / "model.gguf", "q8_0")
+    monkeypatch.undo()
+    resolve(ModelSection(name=str(tmp_path / "model.gguf")))
+    assert "model.gguf takes text apart as 'of-tomorrow', which is not known here" in capsys.readouterr().err
 
 
 def test_what_can_not_be_written_says_why(tmp_path: Path) -> None:
@@ -203,7 +223,6 @@ def test_the_embedded_model_answers_as_transformers_does(tmp_path: Path) -> None
     from transformers import AutoModelForCausalLM
 
     from tunesmith.conversation.message import Message
-    from tunesmith.models.load import load_renderer
 
     model = resolve(ModelSection(name="smollm2-135m-instruct"))
     renderer = load_renderer(model)

@@ -1,4 +1,4 @@
-"""A tokenizer's JSON -> the fields in which GGUF keeps it."""
+"""A tokenizer's JSON -> the fields in which GGUF keeps it, and what those say of taking text apart."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from tunesmith.errors import ModelError
 
 # How text is taken apart before merges, as llama.cpp names it, by the regular expressions that do it.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{Nd}"
 SPLITS = {
     (GPT2,): "gpt-2",
-    (r"\p{Nd}", GPT2): "smollm",
+    (DIGIT, GPT2): "smollm",
     (
         r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
         r"\s*[\r\n]+|\s+(?!\S)|\s+",
@@ -23,6 +24,7 @@ SPLITS = {
         r"\s*[\r\n]+|\s+(?!\S)|\s+",
     ): "qwen2",
 }
+WAY = "tokenizer.ggml.pre"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>$")
 
 
@@ -98,6 +100,35 @@ def check_vocabulary(folder: Path) -> tuple[dict[str, Any], str | None]:
     return told, None if told["model"].get("byte_fallback") else _split(told["pre_tokenizer"], folder)
 
 
+def take_apart(tokenizer: Any, file: Path) -> str | None:
+    """Let a tokenizer that transformers read from a GGUF file take text apart as the file says: transformers takes
+    GPT-2's way where it knows no other.
+
+    Returns:
+        llama.cpp's name for the file's way, where it is none of SPLITS and so was left as it is; else None.
+    """
+    from gguf import GGUFReader
+    from tokenizers import Regex, pre_tokenizers
+
+    fields = GGUFReader(file).fields
+    model, way = (fields[name].contents() if name in fields else None for name in ("tokenizer.ggml.model", WAY))
+    if model != "gpt2" or way is None:
+        return None
+    patterns = next((patterns for patterns, name in SPLITS.items() if name == way), None)
+    if patterns is None:
+        return str(way)
+    parts: list[Any] = [
+        pre_tokenizers.Digits(individual_digits=True) if p == DIGIT else pre_tokenizers.Split(Regex(p), "isolated")
+        for p in patterns
+        if p != GPT2
+    ]
+    parts.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=GPT2 in patterns))
+    raw = tokenizer.backend_tokenizer
+    raw.pre_tokenizer = pre_tokenizers.Sequence(parts)
+    raw.model.ignore_merges = way == "llama-bpe"
+    return None
+
+
 def _json(path: Path, needed: bool = False) -> dict[str, Any]:
     if not path.is_file():
         if needed:
@@ -119,7 +150,7 @@ def _split(told: dict[str, Any] | None, folder: Path) -> str:
         if part["type"] == "Split":
             patterns.append(part["pattern"].get("Regex") or part["pattern"].get("String"))
         elif part["type"] == "Digits" and part["individual_digits"]:
-            patterns.append(r"\p{Nd}")
+            patterns.append(DIGIT)
         elif part["type"] == "ByteLevel":
             patterns += [GPT2] * part.get("use_regex", True)
         else:

@@ -18,6 +18,7 @@ from tunesmith.models.section import ModelSection
 from tunesmith.progress import Bar, bar, clock, say
 from tunesmith.runs import hash_file, hash_json, need_room, whole_folder, write_json
 
+UNPACKED = 2  # of how .gguf files are unpacked: a change unpacks them anew
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
 CODE = ("*.py",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -180,7 +181,7 @@ def _from_gguf(file: Path, name: str) -> Path:
     """A safetensors folder made from a .gguf file, once; found again by the file's hash."""
     from filelock import FileLock
 
-    mark = _hashes([file])[file.name][:16]
+    mark = hash_json([_hashes([file])[file.name], UNPACKED])[:16]
     folder = cache_folder() / "models" / f"{name}-{mark}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
@@ -197,12 +198,14 @@ def _unpack(file: Path, target: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 
+    from tunesmith.models.gguf_vocab import take_apart
     from tunesmith.models.load import silence
 
     silence()
     modeling_gguf_pytorch_utils.tqdm = lambda tensors, **_: tensors  # the one bar that its own switch forgets
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        unknown = take_apart(tokenizer, file)
         model = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
@@ -215,6 +218,8 @@ def _unpack(file: Path, target: Path) -> None:
             where=str(file),
             fix="Check the file, or give the model's safetensors folder instead.",
         ) from error
+    if unknown:
+        say(f"{file.name} takes text apart as '{unknown}', which is not known here: its tokens may be others")
     if hasattr(model.config, "quantization_config"):  # the weights are dense now
         del model.config.quantization_config
     model.hf_quantizer = None
