@@ -12,35 +12,27 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from tunesmith.conversation.message import tags
 from tunesmith.errors import Interrupted, TrainingError
 from tunesmith.models.machine import peak_memory
-from tunesmith.models.packed import PackedForward
-from tunesmith.models.plan import empty_model, estimate, shape_of
+from tunesmith.models.plan import Plan, estimate
 from tunesmith.progress import bar, say
-from tunesmith.runs import Run, need_room, read_jsonl
-from tunesmith.train import auto, checkpoints, speed
-from tunesmith.train.batching import Schedule, learning_rate
-from tunesmith.train.begin import attached, compared, know_tokens, load, split_over
-from tunesmith.train.calibrate import calibrate, job_of, out_of_memory
+from tunesmith.runs import Run, read_jsonl
+from tunesmith.train import checkpoints, speed
+from tunesmith.train.batching import learning_rate
+from tunesmith.train.calibrate import Measured, calibrate, out_of_memory
 from tunesmith.train.checkpoints import State
-from tunesmith.train.encode import encode
-from tunesmith.train.follow import Silent, following, forget_after
+from tunesmith.train.follow import Silent, following
 from tunesmith.train.inputs import TrainInputs
 from tunesmith.train.judge import Judge
-from tunesmith.train.keep.begin import Keep
-from tunesmith.train.neftune import add_noise
 from tunesmith.train.objectives.method import Example
-from tunesmith.train.optimizers.make import make
-from tunesmith.train.parallel.alone import Step
-from tunesmith.train.parallel.check import several
 from tunesmith.train.ranks import Ranks
+from tunesmith.train.ready import Ready, ready
 from tunesmith.train.results import keep_weights, save, snapshot
 from tunesmith.train.section import TrainSection
-from tunesmith.train.step import by_loss, gradients, update, validate
-from tunesmith.train.weights import Trained
+from tunesmith.train.step import by_loss, update, validate
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -52,189 +44,148 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         TrainingError: the loss or the gradient is not finite; names the rows of that step.
         Interrupted: on Ctrl-C or SIGTERM, once the step is finished and saved.
     """
-    ranks = inputs.ranks
-    if ranks.world > 1:
-        several(section)
-    section.optimizer.check(inputs.machine.device)
-    section, choices = auto.with_length(section, inputs.model)
-    examples = encode(section, inputs.training, inputs.renderer)
-    held_out = encode(section, inputs.validation, inputs.renderer)
-    if auto.wanted(section):
-        section, more = auto.resolve(section, examples, empty_model(inputs.model))
-        choices |= more
-    if choices:
-        say(auto.told(choices))
-    schedule = Schedule.of(len(examples), section.batch_size, section.epochs, section.max_steps, inputs.seed)
-    validate_every = section.validate_every or schedule.steps_per_epoch
-    state = ranks.from_main(
-        lambda: (
-            checkpoints.newest(run.checkpoints)
-            or State(
-                precision=inputs.machine.precision if section.precision == "auto" else section.precision,
-                threads=torch.get_num_threads(),
-            )
-        )
-    )
-    if state.threads != torch.get_num_threads():
-        say(f"going on with {torch.get_num_threads()} threads after {state.threads}: last digits may differ")
-
-    section.method.suits(inputs.renderer)
-    own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
-    base, classes = load(section, inputs, "float32" if own else state.precision, examples)
-    know_tokens([*examples, *held_out], base, inputs)
-    if own and ranks.world > 1:
-        state.precision = "float32"  # masters beside rounded weights are one process's
-    if own:
-        learned = Trained(section.adapter.attach(base))
-        learned.round_to(base, getattr(torch, state.precision))
-    from_adapter = inputs.start is not None and not own
-    if section.method.compares and not from_adapter:
-        examples, held_out = compared(section, inputs, state.precision, base, examples, held_out)
-    shape = shape_of(base)
-    torch.manual_seed(inputs.seed)
-    model = base if own else attached(section, inputs, base, examples, schedule.total)
-    if not own:
-        learned = Trained(model)
-    if section.method.compares and from_adapter:  # with what it starts from, not with what that once started from
-        examples, held_out = compared(section, inputs, state.precision, model, examples, held_out)
-    forward = PackedForward(model, [example.sequences[0] for example in examples], ways=section.speed)
-    if section.neftune:
-        add_noise(forward, section.neftune)
-    known = section.method.start(examples)
-    weights = learned.weights
-    job = job_of(section, shape, weights, state.precision, examples, schedule)
-    trained, parameters = sum(p.numel() for p in weights.values()), shape.parameters
-    saved = parameters if section.adapter.whole_model else trained
-    need_room(run.path, 4 * (3 * trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
-    split = split_over(section, inputs, Step(model, forward, section.method), learned)
-    split.adopt(make(section, split.weights, section.adapter.rate_of))
-    keep = Keep(section, inputs, forward, weights)
-    if state.step:
-        section.adapter.restore(model, checkpoints.restore(run.checkpoints, state, split))
-        learned.show()
-        say(f"Going on from step {state.step} of {schedule.total}")
-    if ranks.main:
-        forget_after(run, state.step)
-    judge = Judge(section, inputs.validation, inputs.seed, inputs.ask if split.whole_here else None, inputs.score, run)
-    used = speed.used(section, forward, state.precision)
+    at, ranks = ready(section, inputs, run), inputs.ranks
+    section, state, total = at.section, at.state, at.schedule.total
+    ask = inputs.ask if at.split.whole_here else None
+    judge = Judge(section, inputs.validation, inputs.seed, ask, inputs.score, run)
+    used = speed.used(section, at.forward, state.precision)
     say("speed: " + ", ".join(used))
-    expected = estimate(job, inputs.machine)
-
-    def also(step: int) -> None:
-        keep.at(step)()
-        section.adapter.regularise(model)
-
-    tasks = {inputs.validation[i].id: tag for tag, places in tags(inputs.validation).items() for i in places}
-    in_turns = hasattr(section.adapter, "trained_at")
-    model.train()
-    measured = None
-    if not state.step and schedule.total:
-        start = State(state.precision, state.threads)
-
-        def attempt(chosen: Sequence[int]) -> None:
-            if in_turns:
-                learned.only(section.adapter.trained_at(0, list(weights), inputs.seed), split.optimizer)
-            gradients(section, split, [examples[i] for i in chosen], known, partial(also, 0))
-            update(split, 0.0)
-            split.forget()
-
-        with bar("Trying the longest step"), out_of_memory(job, "the longest step, tried before the first"):
-            measured = calibrate(
-                section,
-                schedule,
-                [e.tokens for e in examples],
-                inputs.machine,
-                attempt,
-                [e.tokens for e in held_out],
-                lambda some: validate(section, split, [held_out[i] for i in some], known),
-                lambda: checkpoints.save(run.checkpoints, start, split, section.keep_checkpoints),
-            )
-        split.adopt(make(section, split.weights, section.adapter.rate_of))
-        checkpoints.restore(run.checkpoints, start, split)
-        learned.show()
-        ranks.meet()
-        if ranks.main:
-            checkpoints.remove(run.checkpoints, start)
+    expected, measured = estimate(at.job, inputs.machine), None
+    if not state.step and total:
+        measured = _tried(at)
         say(measured.correct(expected))
     if ranks.main:
-        run.event("train_started", step=state.step, total=schedule.total, forward=forward.why, ranks=ranks.world)
-
+        run.event("train_started", step=state.step, total=total, forward=at.forward.why, ranks=ranks.world)
+    tasks = {inputs.validation[i].id: tag for tag, places in tags(inputs.validation).items() for i in places}
+    validate_every = section.validate_every or at.schedule.steps_per_epoch
     seconds = measured.seconds if measured else expected.seconds
     with (
         _stop_requests() as stop,
-        _following(ranks, run, section, list(split.weights), schedule.total, state.step, seconds) as follow,
-        out_of_memory(job, "a training step"),
+        _following(ranks, run, section, list(at.split.weights), total, state.step, seconds) as follow,
+        out_of_memory(at.job, "a training step"),
     ):
-        while state.step < schedule.total and not _stale(section, state):
-            chosen = [examples[i] for i in schedule.step(state.step)]
-            rate = learning_rate(
-                state.step, schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
-            )
-            began = time.perf_counter()
-            with follow.clock("step"):
-                if in_turns:
-                    learned.only(section.adapter.trained_at(state.step, list(weights), inputs.seed), split.optimizer)
-                loss, told, norm = gradients(section, split, chosen, known, partial(also, state.step))
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                kept = section.adapter.state(model)
-                checkpoints.save(run.checkpoints, state, split, section.keep_checkpoints, kept)
-                raise _not_finite({"loss": loss, "gradient's norm": norm}, state, chosen, run, ranks)
-            with follow.clock("step"):
-                update(split, rate)
-                section.adapter.after_step(model, state.step + 1)
-                split.forget()
-                learned.show()
-                norms = split.norms()
-            if not norms.isfinite().all():
-                raise _not_finite({"weights": math.nan}, state, chosen, run, ranks)
-            tokens, took = sum(e.tokens for e in chosen), time.perf_counter() - began
-            state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
-            line: dict[str, Any] = {
-                "step": state.step,
-                "epoch": round(state.step / schedule.steps_per_epoch, 4),
-                "loss": loss,
-                "learning_rate": rate,
-                "grad_norm": norm,
-                "tokens": tokens,
-                "tokens_per_second": round(tokens / took, 1),
-                "memory_bytes": int(max(ranks.gather(peak_memory(inputs.machine.device)))),
-                **told,
-                **keep.figures,
-            }
-            last = state.step == schedule.total
-            if held_out and (state.step % validate_every == 0 or last):
-                with learned.as_used(split.optimizer):
-                    with follow.clock("validation"):
-                        found, told = validate(section, split, held_out, known, tasks)
-                    line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
-                    if not math.isfinite(found):
-                        raise _not_finite({"validation loss": found}, state, held_out[:5], run, ranks)
-                    with follow.clock("samples"):
-                        judged, higher = ranks.from_main(lambda: (judge(forward, state.step), judge.higher_is_better))
-                        line |= judged
-                    if _improved(state, found, line[f"validation_{section.best_by}"], higher) and section.keep_best:
-                        with follow.clock("checkpoint"), learned.unrounded():
-                            save(section, split, run.stage("train") / "best")
-            follow.step(line, norms, partial(by_loss, section, split, chosen, known))
+        while state.step < total and not _stale(section, state):
+            chosen = [at.examples[i] for i in at.schedule.step(state.step)]
+            line, norms = _step(at, chosen, follow)
+            if at.held_out and (state.step % validate_every == 0 or state.step == total):
+                _validated(at, judge, tasks, line, follow)
+            follow.step(line, norms, partial(by_loss, section, at.split, chosen, at.known))
             if inputs.validated and ranks.main and "validation_loss" in line:
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
             stopping = ranks.any(stop.is_set())
-            if section.snapshots and (state.step % schedule.steps_per_epoch == 0 or last or stopping):
-                with follow.clock("checkpoint"), learned.as_used(split.optimizer), learned.unrounded():
-                    snapshot(section, state, split, inputs.model, classes, run)
-            if state.step % section.checkpoint_every == 0 or last or stopping:
-                with follow.clock("checkpoint"):
-                    kept = section.adapter.state(model)
-                    checkpoints.save(run.checkpoints, state, split, section.keep_checkpoints, kept)
+            _saved(at, stopping, follow)
             if stopping:
                 raise Interrupted(
-                    f"stopped after step {state.step} of {schedule.total}; everything is saved",
+                    f"stopped after step {state.step} of {total}; everything is saved",
                     fix="The same command goes on from here.",
                 )
+    with at.learned.as_used(at.split.optimizer), at.learned.unrounded():
+        keep_weights(section, state, at.split, inputs.model, at.classes, run)
+    return _told(at, used, expected, measured, tasks)
 
-    with learned.as_used(split.optimizer), learned.unrounded():
-        keep_weights(section, state, split, inputs.model, classes, run)
-    last = (read_jsonl(run.metrics) or [{}])[-1]
+
+def _tried(at: Ready) -> Measured:
+    """What the longest step, one of usual size, a validation and a checkpoint take; all is as it was after that."""
+    start = State(at.state.precision, at.state.threads)
+
+    def attempt(chosen: Sequence[int]) -> None:
+        at.gradients(0, [at.examples[i] for i in chosen])
+        update(at.split, 0.0)
+        at.split.forget()
+
+    with bar("Trying the longest step"), out_of_memory(at.job, "the longest step, tried before the first"):
+        measured = calibrate(
+            at.section,
+            at.schedule,
+            [e.tokens for e in at.examples],
+            at.inputs.machine,
+            attempt,
+            [e.tokens for e in at.held_out],
+            lambda some: validate(at.section, at.split, [at.held_out[i] for i in some], at.known),
+            lambda: checkpoints.save(at.run.checkpoints, start, at.split, at.section.keep_checkpoints),
+        )
+    at.forget()
+    checkpoints.restore(at.run.checkpoints, start, at.split)
+    at.learned.show()
+    at.inputs.ranks.meet()
+    if at.inputs.ranks.main:
+        checkpoints.remove(at.run.checkpoints, start)
+    return measured
+
+
+def _step(at: Ready, chosen: Sequence[Example], follow: Any) -> tuple[dict[str, Any], Tensor]:
+    """Take a step; what the metrics tell of it, and its gradients' norms."""
+    section, state, split = at.section, at.state, at.split
+    rate = learning_rate(
+        state.step, at.schedule.total, section.learning_rate, section.warmup, section.schedule, section.decay
+    )
+    began = time.perf_counter()
+    with follow.clock("step"):
+        loss, told, norm = at.gradients(state.step, chosen)
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        kept = section.adapter.state(at.model)
+        checkpoints.save(at.run.checkpoints, state, split, section.keep_checkpoints, kept)
+        raise _not_finite({"loss": loss, "gradient's norm": norm}, at, chosen)
+    with follow.clock("step"):
+        update(split, rate)
+        section.adapter.after_step(at.model, state.step + 1)
+        split.forget()
+        at.learned.show()
+        norms: Tensor = split.norms()
+    if not norms.isfinite().all():
+        raise _not_finite({"weights": math.nan}, at, chosen)
+    tokens, took = sum(e.tokens for e in chosen), time.perf_counter() - began
+    state.step, state.tokens, state.seconds = state.step + 1, state.tokens + tokens, state.seconds + took
+    return {
+        "step": state.step,
+        "epoch": round(state.step / at.schedule.steps_per_epoch, 4),
+        "loss": loss,
+        "learning_rate": rate,
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_second": round(tokens / took, 1),
+        "memory_bytes": int(max(at.inputs.ranks.gather(peak_memory(at.inputs.machine.device)))),
+        **told,
+        **at.keep.figures,
+    }, norms
+
+
+def _validated(at: Ready, judge: Judge, tasks: dict[str, str], line: dict[str, Any], follow: Any) -> None:
+    """Put a validation into the step's line, and keep the weights if they are the best so far."""
+    section, state, split, ranks = at.section, at.state, at.split, at.inputs.ranks
+    with at.learned.as_used(split.optimizer):
+        with follow.clock("validation"):
+            found, told = validate(section, split, at.held_out, at.known, tasks)
+        line |= {"validation_loss": found} | {f"validation_{name}": value for name, value in told.items()}
+        if not math.isfinite(found):
+            raise _not_finite({"validation loss": found}, at, at.held_out[:5])
+        with follow.clock("samples"):
+            judged, higher = ranks.from_main(lambda: (judge(at.forward, state.step), judge.higher_is_better))
+            line |= judged
+        if _improved(state, found, line[f"validation_{section.best_by}"], higher) and section.keep_best:
+            with follow.clock("checkpoint"), at.learned.unrounded():
+                save(section, split, at.run.stage("train") / "best")
+
+
+def _saved(at: Ready, stopping: bool, follow: Any) -> None:
+    """Write the snapshot and the checkpoint that are due after this step."""
+    section, state, split = at.section, at.state, at.split
+    now = stopping or state.step == at.schedule.total
+    if section.snapshots and (now or state.step % at.schedule.steps_per_epoch == 0):
+        with follow.clock("checkpoint"), at.learned.as_used(split.optimizer), at.learned.unrounded():
+            snapshot(section, state, split, at.inputs.model, at.classes, at.run)
+    if now or state.step % section.checkpoint_every == 0:
+        with follow.clock("checkpoint"):
+            kept = section.adapter.state(at.model)
+            checkpoints.save(at.run.checkpoints, state, split, section.keep_checkpoints, kept)
+
+
+def _told(
+    at: Ready, used: list[str], expected: Plan, measured: Measured | None, tasks: dict[str, str]
+) -> dict[str, Any]:
+    """What the manifest tells."""
+    section, state, ranks = at.section, at.state, at.inputs.ranks
+    last = (read_jsonl(at.run.metrics) or [{}])[-1]
     return {
         "steps": state.step,
         "tokens": state.tokens,
@@ -243,16 +194,16 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
         "best_validation_loss": state.best_loss,
         "best_by": section.best_by,
         "best_value": state.best_value,
-        "parameters": {"total": parameters, "trained": trained},
+        "parameters": {"total": at.parameters, "trained": at.job.trained},
         "precision": state.precision,
         "threads": state.threads,
-        "forward": forward.why,
+        "forward": at.forward.why,
         "ranks": ranks.world,
         "parallel": section.parallel.kind if ranks.world > 1 else None,
-        "auto": {key: asdict(choice) for key, choice in choices.items()},
+        "auto": {key: asdict(choice) for key, choice in at.choices.items()},
         "plan": {"seconds": expected.seconds, "peak_bytes": expected.peak_bytes},
         "measured": measured.as_dict() if measured else None,
-        "findings": read_jsonl(run.findings),
+        "findings": read_jsonl(at.run.findings),
         "speed": used,
         "tasks": {
             tag: last[name] for tag in dict.fromkeys(tasks.values()) if (name := f"validation_loss_{tag}") in last
@@ -279,13 +230,12 @@ def _stale(section: TrainSection, state: State) -> bool:
     return section.early_stopping is not None and state.stale >= section.early_stopping
 
 
-def _not_finite(
-    values: dict[str, float], state: State, examples: Sequence[Example], run: Run, ranks: Ranks
-) -> TrainingError:
+def _not_finite(values: dict[str, float], at: Ready, examples: Sequence[Example]) -> TrainingError:
     """The error for the first of some values that is not finite, with the rows it came from."""
     what, value = next((what, value) for what, value in values.items() if not math.isfinite(value))
     names = list(dict.fromkeys(example.row for example in examples))
-    if ranks.main:
+    state, run = at.state, at.run
+    if at.inputs.ranks.main:
         run.event("not_finite", step=state.step + 1, what=what, value=str(value), rows=names)
     saved = sorted(run.checkpoints.glob("step-*"))
     return TrainingError(
