@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.sources import pdf, task
 from tests.test_data import CSV, JSONL, mutated
-from tests.test_sources import pdf, task
 from tunesmith.data.opening import Broken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
