@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from starlette.testclient import TestClient
 
 from tests.conftest import make_tokenizer
 from tunesmith.api.app import State, build
@@ -27,6 +29,7 @@ HERMES = (
     '<tool_call>\n{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}\n</tool_call>'
     "{% endfor %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+HI = [{"role": "user", "content": "What colour is it?"}]
 
 
 @dataclass
@@ -132,6 +135,29 @@ def state_of(
     for engine in engines:
         models.put(Served(engine.name, engine, engine.renderer, identity=engine.name))
     return State(section, Serving(section, models, routes), keys=keys, store=store)
+
+
+def ask(http: TestClient, text: str = "What colour is it?", model: str = "scripted", **more: Any) -> Any:
+    """The response to a chat of one message; `more` are further keys of the request."""
+    messages = [{"role": "user", "content": text}]
+    return http.post("/v1/chat/completions", json={"model": model, "messages": messages} | more)
+
+
+def said(response: Any) -> str:
+    """The text of an answer, which must be one."""
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def streamed(http: TestClient, **more: Any) -> tuple[str, str]:
+    """The text of a streamed answer and how it ended."""
+    body = {"model": "scripted", "messages": HI, "stream": True} | more
+    text, finish = "", ""
+    for line in http.post("/v1/chat/completions", json=body).text.splitlines():
+        if line.startswith("data: {"):
+            choice = json.loads(line[6:])["choices"][0]
+            text, finish = text + (choice["delta"].get("content") or ""), choice["finish_reason"] or finish
+    return text, finish
 
 
 LAST: uvicorn.Server  # the server that was started last

@@ -1,4 +1,6 @@
-"""The service for tests: its API in a thread of this process, without models that answer, and workers beside it."""
+"""The service for tests: its API in a thread of this process, without models that answer, and workers beside it.
+
+A test file takes the fixtures at the end by name: `api, client = service.api, service.client`."""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 import uvicorn
 
 from tunesmith.api.app import State, build
@@ -128,3 +131,32 @@ def finished(client: Any, id: str) -> Any:
 def events(client: Any, id: str) -> list[Any]:
     """Oldest first."""
     return list(client.fine_tuning.jobs.list_events(id, limit=5))[::-1]
+
+
+def refused(call: Any, kind: Any = None) -> dict[str, Any]:
+    """The error's object, which has all four keys."""
+    with pytest.raises(kind or openai.BadRequestError) as told:
+        call()
+    assert told.value.response.headers["x-request-id"]
+    error: dict[str, Any] = told.value.response.json()["error"]
+    assert {"message", "type", "param", "code"} <= set(error)
+    assert "Traceback" not in error["message"] and "/tmp" not in error["message"]
+    return error
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A service without a worker, for the tests of one file."""
+    with running(settings(tmp_path_factory.mktemp("api"), tiny_model, max_file=200_000)) as found:
+        yield found
+
+
+@pytest.fixture
+def client(api: Running) -> Any:
+    return api.client()
+
+
+@pytest.fixture(scope="module")
+def file(api: Running) -> str:
+    """A training file that is good."""
+    return api.upload()

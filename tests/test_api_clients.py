@@ -7,10 +7,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from tests.anything import ask_anything, operations
 from tests.scripted import HERMES, running, scripted, state_of
 from tunesmith.inference.served import Request
 
@@ -91,52 +91,12 @@ def test_clients_that_others_wrote(tmp_path: Path) -> None:
     assert done.returncode == 0 and "all of them" in done.stdout, done.stderr[-3000:]
 
 
-def test_schemathesis_finds_no_server_error() -> None:
-    ask_anything(200)
-
-
-@pytest.mark.long
-def test_schemathesis_finds_no_server_error_in_2000_cases() -> None:
-    ask_anything(2000)
-
-
-def ask_anything(cases: int) -> None:
-    """So many requests made from the OpenAPI document, valid and not: none may end in a server error, and each error
-    has the one shape."""
-    import schemathesis
-    from hypothesis import HealthCheck, Phase, given, settings
-
+@pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.long)])
+def test_schemathesis_finds_no_server_error(cases: int) -> None:
     with running(state_of(scripted(answers))) as url:
-        api = schemathesis.openapi.from_url(f"{url}/openapi.json")
-        operations = [found.ok() for found in api.get_all_operations()]
-        asked = 0
-        for operation in operations:
-            strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
-            takes = bool(list(operation.body) or list(operation.path_parameters))
-            if takes:
-                strategy |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
-
-            @settings(
-                max_examples=-(-cases // 6) if takes else 1,
-                deadline=None,
-                database=None,
-                derandomize=True,
-                suppress_health_check=list(HealthCheck),
-                phases=[Phase.generate],
-            )
-            @given(case=strategy)
-            def check(case: Any) -> None:
-                nonlocal asked
-                asked += 1
-                response = case.call()
-                assert response.status_code < 500, (case.as_curl_command(), response.text)
-                if response.status_code >= 400:
-                    assert set(response.json()["error"]) == {"message", "type", "param", "code"}, response.text
-                    assert "Traceback" not in response.text
-
-            check()
-    assert asked >= cases
+        asked, failures = ask_anything(operations(url), each=-(-cases // 6))
+    assert failures == [] and asked >= cases
 
 
 if __name__ == "__main__":
-    ask_anything(int(sys.argv[1]))
+    test_schemathesis_finds_no_server_error(int(sys.argv[1]))

@@ -31,6 +31,7 @@ LEVELS = [
     {"data", "train", "evaluate", "package", "serve"},
     {"recipe"},
     {"claims"},
+    {"kit"},
     {"journey"},
     {"pipeline"},
     {"tune"},

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_jsonl
+from tests.sources import task
 from tests.test_errors import assert_refused
-from tests.test_sources import task
 from tunesmith.data.labels.agreement import adjudicate, agreement
 from tunesmith.data.labels.judgements import Judgement, read_judgements
 from tunesmith.runs import read_jsonl

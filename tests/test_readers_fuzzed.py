@@ -12,8 +12,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.sources import pdf, task
 from tests.test_data import CSV, JSONL, mutated
-from tests.test_sources import pdf, task
 from tunesmith.data.opening import Broken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
@@ -60,20 +60,26 @@ MADE = {"parquet": _parquet, "s.arrow": lambda: _arrow(True), "f.arrow": lambda:
         "pdf": lambda: pdf("Text")}  # fmt: skip
 
 
-def read(path: Path, form: str = "auto") -> list[Any] | None:
-    """The rows, or None where the file is refused as a whole; a refusal says what, where and what to do."""
+def read(path: Path, form: str = "auto") -> tuple[list[Any] | None, list[str]]:
+    """The rows, or None where the file is refused as a whole; and what is wrong with what was read or told: a refusal
+    says what, where and what to do, each row has a number and is data or broken for a reason, and all of it can be
+    written as UTF-8 (raises where it can't)."""
     try:
         rows = list(read_rows(SourceSection(path=path.name, format=form), path))
     except DataError as error:
-        assert error.where and error.fix and str(error).encode()
-        return None
-    for number, row in rows:
-        assert number >= 1
-        if isinstance(row, Broken):
-            assert row.reason and row.why and row.text.encode() is not None
-        else:
-            json.dumps(row, ensure_ascii=False, default=str).encode()
-    return rows
+        parts = {"a sentence": str(error).encode(), "where": error.where, "fix": error.fix}
+        return None, [f"refused without {name}: {error!r}" for name, part in parts.items() if not part]
+    return rows, [flaw for number, row in rows for flaw in flaws(number, row)]
+
+
+def flaws(number: int, row: Any) -> list[str]:
+    """What is wrong with a row as it was read."""
+    found = [f"number {number}"] if number < 1 else []
+    if isinstance(row, Broken):
+        row.text.encode()
+        return found if row.reason and row.why else [*found, f"row {number} is broken for no reason"]
+    json.dumps(row, ensure_ascii=False, default=str).encode()
+    return found
 
 
 @pytest.mark.parametrize("form", SEEDS)
@@ -82,7 +88,8 @@ def read(path: Path, form: str = "auto") -> list[Any] | None:
 def test_mutated_files(tmp_path: Path, form: str, data: Any) -> None:
     path = tmp_path / ("m.json" if form == "label_studio" else f"m.{form}")
     path.write_bytes(mutated(data, SEEDS[form]))
-    read(path, form if form == "label_studio" else "auto")
+    _, wrong = read(path, form if form == "label_studio" else "auto")
+    assert wrong == []
 
 
 @pytest.mark.parametrize("form", MADE)
@@ -91,7 +98,8 @@ def test_mutated_files(tmp_path: Path, form: str, data: Any) -> None:
 def test_mutated_binaries(tmp_path: Path, form: str, data: Any) -> None:
     path = tmp_path / f"m.{form}"
     path.write_bytes(mutated(data, MADE[form]()))
-    read(path)
+    _, wrong = read(path)
+    assert wrong == []
 
 
 @ANY
@@ -99,7 +107,8 @@ def test_mutated_binaries(tmp_path: Path, form: str, data: Any) -> None:
 def test_any_bytes_of_no_known_ending(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "rows"
     path.write_bytes(content)
-    read(path)
+    _, wrong = read(path)
+    assert wrong == []
 
 
 CELL = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=8)
@@ -119,8 +128,8 @@ def test_a_stray_quote_loses_no_other_row(tmp_path: Path, rows: Any, stray: int,
     stray = min(stray, len(lines) - 1)
     lines[stray] = '"' + lines[stray]
     (tmp_path / "q.csv").write_bytes((("\ufeff" if bom else "") + ends.join(["a,b", *lines]) + ends).encode())
-    found = read(tmp_path / "q.csv")
-    assert found is not None and len(found) == len(lines)
+    found, wrong = read(tmp_path / "q.csv")
+    assert wrong == [] and found is not None and len(found) == len(lines)
     for i, (number, row) in enumerate(found):
         assert number == i + 2
         assert row == {"a": clean[i][0], "b": clean[i][1]} if i != stray else row.reason == "broken_csv"
@@ -135,8 +144,8 @@ VALUE = st.integers() | CELL | st.none() | st.lists(CELL)
 def test_a_file_cut_short_loses_no_row_before_the_cut(tmp_path: Path, rows: Any, ends: str, cut: int) -> None:
     whole = "".join(json.dumps(row) + ends for row in rows)
     (tmp_path / "c.jsonl").write_bytes(whole[:cut].encode())
-    found = read(tmp_path / "c.jsonl")
-    assert found is not None
+    found, wrong = read(tmp_path / "c.jsonl")
+    assert wrong == [] and found is not None
     good = [row for _, row in found if not isinstance(row, Broken)]
     assert good == rows[: len(good)] and len(found) - len(good) <= 1
     if cut >= len(whole):

@@ -10,13 +10,14 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.service import Running, chat, events, finished, openai, pairs, running, settings, team, wait
+from tests.service import Running, chat, events, finished, openai, pairs, refused, running, settings, team, wait
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +56,24 @@ class Hook:
         self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
 
 
-def test_a_job_from_file_to_model(api: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    client = api.client(role="admin")
-    hook = Hook()
+@dataclass
+class Walk:
+    """A job that was done, and what came of it."""
+
+    client: Any
+    files: tuple[str, str]  # to train on, to validate with
+    done: Any
+    config: dict[str, Any]  # its adapter's
+    hook: Hook
+    secret: str  # the webhook's
+
+
+LORA = {"train": {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}}
+
+
+@pytest.fixture(scope="module")
+def walk(api: Running) -> Walk:
+    client, hook = api.client(role="admin"), Hook()
     secret = client.post("/webhooks", cast_to=object, body={"url": hook.url})["secret"]
     training, validation = api.upload(chat(32)), api.upload(chat(4, "blue"))
     job = client.fine_tuning.jobs.create(
@@ -66,29 +82,38 @@ def test_a_job_from_file_to_model(api: Running, monkeypatch: pytest.MonkeyPatch)
         validation_file=validation,
         suffix="My team's!",
         hyperparameters={"n_epochs": 4, "batch_size": 16},
-        extra_body={"train": {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}},
+        extra_body=LORA,
     )
     done = finished(client, job.id)
     assert done.status == "succeeded", done
-    name = done.fine_tuned_model
-    assert name == f"ft:tiny:default:My-team-s-:{job.id[6:14]}"
+    config = json.loads((api.service.artifacts.path(f"models/{job.id}/final") / "adapter_config.json").read_text())
+    return Walk(client, (training, validation), done, config, hook, secret)
+
+
+def test_a_finished_job_names_its_model_and_what_it_took(walk: Walk) -> None:
+    done = walk.done
+    assert done.fine_tuned_model == f"ft:tiny:default:My-team-s-:{done.id[6:14]}"
     assert done.hyperparameters.to_dict() == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1.0}
     assert done.method.supervised.hyperparameters.n_epochs == 4
     assert done.trained_tokens > 0 and done.finished_at >= done.created_at and done.error is None
     openai.types.fine_tuning.FineTuningJob.model_validate(done.to_dict())
-    assert (
-        json.loads((api.service.artifacts.path(f"models/{job.id}/final") / "adapter_config.json").read_text())["r"] == 2
-    )
+    assert walk.config["r"] == 2
 
-    told = events(client, job.id)
+
+def test_a_job_tells_what_happens(walk: Walk) -> None:
+    told = events(walk.client, walk.done.id)
     said = [e.message for e in told if e.type == "message"]
     assert said[:4] == [
-        f"Created fine-tuning job: {job.id}",
-        f"Validating training file: {training} and validation file: {validation}",
+        f"Created fine-tuning job: {walk.done.id}",
+        f"Validating training file: {walk.files[0]} and validation file: {walk.files[1]}",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
     ]
-    assert said[-2:] == [f"New fine-tuned model created: {name}", "The job has successfully completed"]
+    assert said[-2:] == [
+        f"New fine-tuned model created: {walk.done.fine_tuned_model}",
+        "The job has successfully completed",
+    ]
+    assert sum(m.startswith("Checkpoint created at step") for m in said) == 4
     steps = [e for e in told if e.type == "metrics"]
     assert [e.data["step"] for e in steps] == list(range(1, 9))
     shown = r"Step 8/8: training loss=\d+\.\d\d, validation loss=\d+\.\d\d, full validation loss=\d+\.\d\d"
@@ -97,44 +122,47 @@ def test_a_job_from_file_to_model(api: Running, monkeypatch: pytest.MonkeyPatch)
         *("step", "total_steps", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy"),
         *("full_valid_loss", "full_valid_mean_token_accuracy"),
     }
-    marks = list(client.fine_tuning.jobs.checkpoints.list(job.id, limit=2))
-    assert [c.step_number for c in marks] == [8, 6, 4]  # one an epoch, the last three
-    assert marks[0].fine_tuned_model_checkpoint == f"{name}:ckpt-step-8" and marks[0].metrics.full_valid_loss > 0
-    assert sum(m.startswith("Checkpoint created at step") for m in said) == 4
-    assert not api.service.artifacts.path(f"models/{job.id}/step-2").exists()
 
-    text = client.files.content(done.result_files[0]).text
+
+def test_a_jobs_last_checkpoints_are_kept(api: Running, walk: Walk) -> None:
+    marks = list(walk.client.fine_tuning.jobs.checkpoints.list(walk.done.id, limit=2))
+    assert [c.step_number for c in marks] == [8, 6, 4]  # one an epoch, the last three
+    assert marks[0].fine_tuned_model_checkpoint == f"{walk.done.fine_tuned_model}:ckpt-step-8"
+    assert marks[0].metrics.full_valid_loss > 0
+    assert not api.service.artifacts.path(f"models/{walk.done.id}/step-2").exists()
+
+
+def test_a_jobs_figures_are_a_file(api: Running, walk: Walk) -> None:
+    text = walk.client.files.content(walk.done.result_files[0]).text
     rows = list(csv.DictReader(io.StringIO(base64.b64decode(text).decode())))
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
     assert rows[0]["valid_loss"] == "" and float(rows[1]["valid_loss"]) > 0
-    assert not (api.service.runs / job.id).exists()  # rows are in it
+    assert not (api.service.runs / walk.done.id).exists()  # rows are in it
 
-    wait(lambda: len(hook.got) >= 2, "the webhook")
-    headers, body = hook.got[-1]
-    event = client.webhooks.unwrap(body, headers, secret=secret)
-    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", job.id)
-    assert hook.got[0][0]["webhook-id"] == headers["webhook-id"]
+
+def test_a_webhook_is_told_again_and_signed(walk: Walk) -> None:
+    def told() -> list[tuple[dict[str, str], bytes]]:
+        return [(h, body) for h, body in walk.hook.got if h["webhook-id"] == walk.hook.got[0][0]["webhook-id"]]
+
+    wait(lambda: len(told()) >= 2, "the webhook")
+    headers, body = told()[-1]
+    event = walk.client.webhooks.unwrap(body, headers, secret=walk.secret)
+    assert (event.type, event.data.id) == ("fine_tuning.job.succeeded", walk.done.id)
     with pytest.raises(openai.InvalidWebhookSignatureError):
-        client.webhooks.unwrap(body + b" ", headers, secret=secret)
+        walk.client.webhooks.unwrap(body + b" ", headers, secret=walk.secret)
 
+
+def test_a_tuned_model_is_trained_further_and_deleted(api: Running, walk: Walk) -> None:
+    client, name = walk.client, walk.done.fine_tuned_model
     again = client.fine_tuning.jobs.create(
-        model=name,
-        training_file=training,
-        hyperparameters={"n_epochs": 1},
-        extra_body={"train": {"adapter": {"kind": "lora", "rank": 2, "alpha": 4}}},
+        model=name, training_file=walk.files[0], hyperparameters={"n_epochs": 1}, extra_body=LORA
     )
-    assert "model_in_use" in str(_refusal(lambda: client.models.delete(name)))
+    assert refused(lambda: client.models.delete(name))["code"] == "model_in_use"
     further = finished(client, again.id)
     assert further.status == "succeeded" and further.fine_tuned_model.startswith("ft:tiny:default::"), further
     assert client.models.delete(name).to_dict()["dependents"] == {"jobs": [again.id]}
-    assert not api.service.artifacts.path(f"models/{job.id}/final").exists()
-
-
-def _refusal(call: Any) -> Any:
-    with pytest.raises(openai.BadRequestError) as told:
-        call()
-    return told.value.response.json()["error"]
+    assert not api.service.artifacts.path(f"models/{walk.done.id}/final").exists()
 
 
 def test_a_job_that_can_not_be_done_says_why(api: Running) -> None:

@@ -1,14 +1,11 @@
-"""One walk from recipe to package: what the stages need, and what each is handed of the others."""
+"""One walk from recipe to package: the stages, what each is handed of the others, and their keys."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import gc
-import os
 import shutil
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,27 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith import runs
 from tunesmith.errors import DataError, Held, RecipeError, RunError
-from tunesmith.progress import clock, say
-from tunesmith.recipe import Recipe
-from tunesmith.runs import Run
+from tunesmith.kit import Kit
+from tunesmith.progress import say
 from tunesmith.train.ranks import Ranks
 
 if TYPE_CHECKING:
-    from tunesmith.conversation.render import Renderer
-    from tunesmith.data.section import DataSection
     from tunesmith.inference.engine import Engine
-    from tunesmith.inference.subject import Kept, Subject
-    from tunesmith.models.machine import Machine
-    from tunesmith.models.resolve import ResolvedModel
 
 
 @dataclass
-class Journey:
-    """One walk: what the stages need, made when it is first needed, and what each is handed of the others."""
+class Journey(Kit):
+    """One walk with a kit: each stage brought up to date, and handed what the others made."""
 
-    recipe: Recipe
-    folder: Path
-    run: Run
     validated: Callable[[int, float], None] | None = None
     ranks: Ranks = dataclasses.field(default_factory=Ranks)
 
@@ -53,48 +41,6 @@ class Journey:
         if self.ranks.world > 1 and self.device:
             self.ranks.call("")
             self.ranks.leave(self.machine.cores)
-
-    @cached_property
-    def machine(self) -> Machine:
-        from tunesmith.models.machine import machine
-
-        found = machine()
-        if "peft" not in sys.modules:
-            with clock("Loading torch and transformers", 8):
-                import peft  # noqa: F401 (it imports both)
-        return found
-
-    @cached_property
-    def model(self) -> ResolvedModel:
-        from tunesmith.models.resolve import resolve
-
-        assert self.machine  # its limits must be set before torch multiplies
-        section = self.recipe.model
-        beside = self.folder / section.name
-        return resolve(section.model_copy(update={"name": str(beside)}) if beside.exists() else section)
-
-    @cached_property
-    def renderer(self) -> Renderer:
-        from tunesmith.models.load import load_renderer
-
-        renderer = load_renderer(self.model)
-        if renderer.template_name == "plain":
-            say(
-                f"{self.model.name} has no chat template: using the built-in 'plain' one "
-                "(System:/User:/Assistant:); model.chat_template takes another"
-            )
-        return renderer
-
-    @cached_property
-    def untouched(self) -> ResolvedModel:
-        """The base without the words that training adds."""
-        return dataclasses.replace(self.model, new_words=())
-
-    @cached_property
-    def baseline_renderer(self) -> Renderer:
-        from tunesmith.models.load import load_renderer
-
-        return load_renderer(self.untouched) if self.model.new_words else self.renderer
 
     def key(self, stage: str) -> str:
         """A hash of all that the stage's result depends on.
@@ -196,75 +142,6 @@ class Journey:
         goal = {"goal": r.goal.model_dump(mode="json")} | ({"gate": gate} if gate else {})
         return model | {"section": kept} | goal | ({"files": self.own_files} if self.own_files else {})
 
-    @cached_property
-    def own_files(self) -> dict[str, str]:
-        """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
-        return {path.name: runs.hash_file(path) for path in self.named_files if path.is_file()}
-
-    @property
-    def named_files(self) -> list[Path]:
-        """The files that `evaluate` names."""
-        evaluated, metrics = self.recipe.evaluate, [self.recipe.goal.metric or ""]
-        named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
-        named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
-        named += [suite.file for suite in evaluated.suites if suite.file]
-        named += [evaluated.judge.human] if evaluated.judge and evaluated.judge.human else []
-        return [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
-
-    @cached_property
-    def files(self) -> dict[str, list[Any]]:
-        """The data's files, fetched where they were elsewhere."""
-        from tunesmith.data.sources import source_files
-
-        return source_files(self.recipe.data, self.folder)
-
-    @cached_property
-    def start(self) -> Path | None:
-        """The adapter or model that training starts from, if the recipe names one."""
-        name = self.recipe.train.start_from
-        return adapter_of(name, self.folder, self.run.path.parent) if name else None
-
-    @cached_property
-    def sources(self) -> list[tuple[str, str]]:
-        """Names and hashes of the data's files, in the recipe's order."""
-        paths = [path for part in self.files.values() for _, path in part]
-        paths += [path for step in self.recipe.data.clean.values() for path in step.files(self.folder)]
-        return [(path.name, runs.hash_file(path)) for path in paths]
-
-    @cached_property
-    def general_sources(self) -> dict[str, DataSection]:
-        """The data that `train.keep` names, by the path given there, read as the recipe's own data."""
-        from tunesmith.data.section import SourceSection, SplitSection
-
-        named = [term.rows for term in self.recipe.train.keep if getattr(term, "rows", None)]
-        none = SplitSection(validation=0, test=0)
-        return {
-            path: self.recipe.data.model_copy(update={"sources": [SourceSection(path=path)], "split": none})
-            for path in named
-        }
-
-    @cached_property
-    def kept_files(self) -> list[tuple[str, str]]:
-        """Names and hashes of those files."""
-        from tunesmith.data.prepare import source_files
-
-        try:
-            parts = [source_files(section, self.folder)["train"] for section in self.general_sources.values()]
-        except DataError as error:
-            raise DataError(error.what, where="train.keep", fix=error.fix) from None
-        return [(path.name, runs.hash_file(path)) for part in parts for _, path in part]
-
-    def general(self) -> dict[str, list[Any]]:
-        """The rows of that data."""
-        from tunesmith.data.prepare import load_rows, prepare
-
-        found = {}
-        for path, section in self.general_sources.items():
-            with tempfile.TemporaryDirectory() as folder:
-                prepare(section, self.data_inputs(), Path(folder))
-                found[path] = load_rows(Path(folder) / "train.jsonl")
-        return found
-
     @contextlib.contextmanager
     def artifact(self, stage: str, key: str) -> Iterator[Path]:
         """Where a stage writes. Only training keeps what a stopped attempt left, to go on from it."""
@@ -305,34 +182,6 @@ class Journey:
             )
         say(f"data: {describe_counts(told['counts'])}")
         return told
-
-    def data_inputs(self) -> Any:
-        from tunesmith.data.prepare import DataInputs
-        from tunesmith.models.load import context_length
-        from tunesmith.train import auto
-
-        longest = auto.with_length(self.recipe.train, self.model)[0].max_length
-        context = context_length(self.model) or longest
-        if context < longest:
-            say(f"rows may have {context} tokens, the model's context (train.max_length is {longest})")
-        return DataInputs(
-            self.renderer, min(longest, context), self.recipe.seed, self.folder, self.files, self._answers
-        )
-
-    def _answers(self, prompts: Sequence[Sequence[Any]], limit: int) -> list[str]:
-        """What the base model answers, for rows that are made with it."""
-        from tunesmith.progress import bar
-
-        renderer = self.renderer
-        ids = [renderer.prompt(list(prompt)) for prompt in prompts]
-        with bar("Making rows", len(ids)) as progress:
-            out = self.engine(None).generate(ids, limit, renderer.stop_ids, progress.advance)
-        return [renderer.decode(answer) for answer in out]
-
-    def rows(self, part: str) -> list[Any]:
-        from tunesmith.data.prepare import load_rows
-
-        return load_rows(self.run.stage("data") / f"{part}.jsonl")
 
     def _train(self, target: Path) -> dict[str, Any]:
         from tunesmith import plugins
@@ -414,81 +263,6 @@ class Journey:
         card = evaluate(self.recipe.evaluate, inputs, target)
         return {"verdict": card["verdict"], "gate": card["gate"]["decision"]}
 
-    def judge(self) -> Kept | None:
-        """The model that `evaluate.judge` names, if it names one."""
-        from tunesmith.models.section import ModelSection
-
-        section = self.recipe.evaluate.judge
-        if section is None:
-            return None
-        asked = endpoint(section.model, self.run)
-        if asked is not None:
-            return asked
-        recipe = self.recipe.model_copy(update={"model": ModelSection(name=os.path.expandvars(section.model))})
-        return Journey(recipe, self.folder, self.run).kept(self.run, None, section.model)
-
-    def kept(self, there: Run, adapter: Path | None, name: str) -> Kept:
-        """The journey's model with an adapter, its answers kept in a run's folder."""
-        from tunesmith.inference.subject import Kept, Local
-
-        renderer, tokenizer = self.renderer, self.renderer.tokenizer
-        weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
-        state = [self.model.identity, renderer.hash, weights, self.machine.precision]
-        return Kept(
-            there.answers / f"model-{runs.hash_json(state)[:16]}.jsonl",
-            name,
-            lambda: Local(name, self.engine(adapter), renderer),
-            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-        )
-
-    def subject(self, adapter: Path | None) -> Kept:
-        """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
-        from tunesmith.inference.subject import Kept
-
-        trained = self.run.complete("train") if adapter else None
-        renderer = self.renderer if adapter else self.baseline_renderer
-        state = [self.model.identity, renderer.hash, runs.digest(trained) if trained else None]
-        engine = self.recipe.evaluate.engine
-        likely = engine == "transformers"  # the others give no likelihoods
-        state += [] if likely else [engine]
-        name = "tuned" if adapter else "baseline"
-        tokenizer = renderer.tokenizer
-        return Kept(
-            self.run.answers / f"{name}-{runs.hash_json([*state, self.machine.precision])[:16]}.jsonl",
-            self.run.name if adapter else self.model.name,
-            lambda: self._opened(name, adapter),
-            lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
-            scores=likely,
-        )
-
-    def _opened(self, name: str, adapter: Path | None) -> Subject:
-        from tunesmith.inference.subject import Local
-        from tunesmith.models.load import classes_of
-
-        if adapter and classes_of(adapter):
-            from tunesmith.inference.scorer import Scorer
-
-            return Scorer(name, self.model, self.machine, adapter, self.renderer)
-        renderer = self.renderer if adapter else self.baseline_renderer
-        return Local(name, self.engine(adapter, self.recipe.evaluate.engine), renderer)
-
-    def talker(self, adapter: Path | None, engine: str = "transformers") -> Any:
-        """What a chat asks: a language model, or the classes of a model that tells such apart."""
-        from tunesmith.models.load import classes_of
-
-        classes = classes_of(adapter) if adapter else []
-        if len(classes) == 1:
-            raise RunError("scores answers and gives none", where=str(self.run.path), fix="Chat with the base: --base.")
-        return self._opened("tuned", adapter) if classes else self.engine(adapter, engine)
-
-    def engine(self, adapter: Path | None, kind: str = "transformers") -> Engine:
-        from tunesmith import plugins
-
-        machine = self.machine  # first: its limits must stand before torch is there
-        model = self.model if adapter else self.untouched
-        engine: Engine = plugins.load("engine", kind)(model, machine, adapter)
-        return engine
-
     def _package(self, target: Path) -> dict[str, Any]:
         from tunesmith.package.card import card
         from tunesmith.package.package import PackageInputs, loading, package
@@ -526,18 +300,6 @@ NOT_IN_THE_RESULT = {
 }
 
 
-def endpoint(name: str, there: Run) -> Kept | None:
-    """What lies behind an address as something to ask, its answers kept in a run's folder; None for another name."""
-    from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
-    from tunesmith.inference.subject import Kept
-
-    if not is_endpoint(os.path.expandvars(name)):
-        return None
-    found = Endpoint(name)
-    path = there.answers / f"endpoint-{runs.hash_json(found.name)[:16]}.jsonl"
-    return Kept(path, found.model, lambda: found, about_tokens, scores=False)
-
-
 def describe_counts(counts: dict[str, Any]) -> str:
     """The data stage's counts as a sentence."""
     removed = "".join(f", {n} removed ({step})" for step, n in counts["removed"].items())
@@ -547,18 +309,3 @@ def describe_counts(counts: dict[str, Any]) -> str:
         f"{counts['read']} rows read, {counts['accepted']} accepted, {counts['rejected']} rejected{removed}; "
         f"{counts['train']} to train on, {counts['validation']} for validation, {counts['test']} for the test"
     )
-
-
-def adapter_of(name: str, folder: Path, runs_folder: str | Path | None) -> Path:
-    """The folder of an adapter or model: `name` itself, as a path from here or from `folder`, or what a run trained.
-
-    Raises:
-        RunError: neither is there, or the run is not trained.
-    """
-    for path in (folder / name, Path(name)):
-        if any(path.glob("*.safetensors")):
-            return path
-    run = runs.get(name, runs_folder)
-    if not any(run.tuned.glob("*.safetensors")):
-        raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
-    return run.tuned

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import ModelError, RunError
-from tunesmith.journey import Journey, adapter_of
+from tunesmith.kit import Kit, adapter_of
 from tunesmith.recipe import load
 from tunesmith.runs import get, read_json
 
@@ -49,7 +49,7 @@ def _base(adapters: Sequence[Path], runs: Path | None) -> Any:
         if adapter.parent.name == "train":
             run = get(str(adapter.parents[1]), runs)
             recipe, folder = load(run.recipe)
-            return Journey(recipe, folder, run).model
+            return Kit(recipe, folder, run).model
         if (adapter / "base.json").is_file():
             return resolve(ModelSection(name=read_json(adapter / "base.json")["name"]))
     raise ModelError(

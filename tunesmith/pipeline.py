@@ -14,6 +14,7 @@ from tunesmith import claims, progress, runs
 from tunesmith import recipe as recipes
 from tunesmith.errors import Interrupted, RunError, TrainingError
 from tunesmith.journey import Journey
+from tunesmith.kit import Kit
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import STAGES, Run
@@ -181,17 +182,17 @@ class Result:
         if not self.run.complete("train") and not base:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
         recipe, folder = recipes.load(self.run.recipe)
-        journey = Journey(recipe, folder, self.run)
+        kit = Kit(recipe, folder, self.run)
         data = self.run.manifest("data") or {}
         trained_on = (self.run.manifest("train") or {}).get("model", {}).get("identity")
-        if not base and trained_on != journey.model.identity:
+        if not base and trained_on != kit.model.identity:
             raise RunError(
                 "was trained on another base model than the recipe names now",
                 where=str(self.path),
                 fix="Run the recipe again.",
             )
-        talker = journey.talker(None if base else self.run.tuned, engine)
-        renderer = journey.baseline_renderer if base else journey.renderer
+        talker = kit.talker(None if base else self.run.tuned, engine)
+        renderer = kit.baseline_renderer if base else kit.renderer
         return Chatter(talker, renderer, data.get("system", recipe.data.system))
 
     def __hash__(self) -> int:

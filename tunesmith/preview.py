@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tunesmith.journey import Journey
+from tunesmith.kit import Kit
 from tunesmith.pipeline import open_recipe
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
@@ -51,12 +51,12 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.plan import empty_model
 
-    journey = _journey(recipe, overrides)
-    journey.recipe.train.adapter.attach(empty_model(journey.model))
+    kit = _kit(recipe, overrides)
+    kit.recipe.train.adapter.attach(empty_model(kit.model))
     with tempfile.TemporaryDirectory() as folder:
         # Rows that can't be used are listed here, not a reason to stop before the others are seen.
-        section = journey.recipe.data.model_copy(update={"max_rejected": 1.0})
-        told = prepare(section, journey.data_inputs(), Path(folder))
+        section = kit.recipe.data.model_copy(update={"max_rejected": 1.0})
+        told = prepare(section, kit.data_inputs(), Path(folder))
         rows = load_rows(Path(folder) / "train.jsonl")
         rejected = read_jsonl(Path(folder) / "rejected.jsonl")
         left_out = [{"row": r["row"], "reason": r["reason"], "why": r["why"]} for r in rejected]
@@ -64,13 +64,13 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
             {"row": r["row"], "reason": r["step"], "why": r["why"]} for r in read_jsonl(Path(folder) / "removed.jsonl")
         ]
         cut = read_jsonl(Path(folder) / "cut.jsonl")
-    error = too_many_rejected(journey.recipe.data.max_rejected, told["counts"]["read"], rejected)
+    error = too_many_rejected(kit.recipe.data.max_rejected, told["counts"]["read"], rejected)
     from tunesmith.train.encode import encode
 
-    renderer, shown = journey.renderer, []
+    renderer, shown = kit.renderer, []
     from tunesmith.train import auto
 
-    train, _ = auto.with_length(journey.recipe.train, journey.model)
+    train, _ = auto.with_length(kit.recipe.train, kit.model)
     for example in encode(train, rows[:SHOWN], renderer)[:SHOWN]:
         for sequence in example.sequences:
             texts = [renderer.tokenizer.decode([i]) for i in sequence.ids]
@@ -104,30 +104,30 @@ def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
     from tunesmith.train.batching import Schedule
     from tunesmith.train.calibrate import job_of
 
-    journey = _journey(recipe, overrides)
-    train = journey.recipe.train
+    kit = _kit(recipe, overrides)
+    train = kit.recipe.train
     with tempfile.TemporaryDirectory() as folder:
-        counts = prepare(journey.recipe.data, journey.data_inputs(), Path(folder))["counts"]
+        counts = prepare(kit.recipe.data, kit.data_inputs(), Path(folder))["counts"]
         rows = load_rows(Path(folder) / "train.jsonl")
     from tunesmith.train.encode import encode
 
-    train, choices = auto.with_length(train, journey.model)
-    examples = encode(train, rows, journey.renderer)
-    empty = empty_model(journey.model)
+    train, choices = auto.with_length(train, kit.model)
+    examples = encode(train, rows, kit.renderer)
+    empty = empty_model(kit.model)
     if auto.wanted(train):
         train, more = auto.resolve(train, examples, empty)
         choices |= more
     if choices:
         say(auto.told(choices))
-    schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, journey.recipe.seed)
+    schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, kit.recipe.seed)
     shape = shape_of(empty)
-    train.optimizer.check(journey.machine.device)
+    train.optimizer.check(kit.machine.device)
     weights = {name: p for name, p in train.adapter.attach(empty).named_parameters() if p.requires_grad}
-    precision = journey.machine.precision if train.precision == "auto" else train.precision
-    found = estimate(job_of(train, shape, weights, precision, examples, schedule), journey.machine)
+    precision = kit.machine.precision if train.precision == "auto" else train.precision
+    found = estimate(job_of(train, shape, weights, precision, examples, schedule), kit.machine)
     return Resolved(found, train, counts)
 
 
-def _journey(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Journey:
+def _kit(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Kit:
     resolved, folder, _ = open_recipe(recipe, overrides)
-    return Journey(resolved, folder, Run(Path(tempfile.gettempdir()) / "tunesmith-preview"))
+    return Kit(resolved, folder, Run(Path(tempfile.gettempdir()) / "tunesmith-preview"))

@@ -10,7 +10,7 @@ from typing import Any
 from tunesmith import pipeline, runs
 from tunesmith import recipe as recipes
 from tunesmith.errors import RunError
-from tunesmith.journey import Journey
+from tunesmith.kit import Kit
 from tunesmith.runs import Run
 
 
@@ -76,8 +76,8 @@ def report(
     if manifest is None:
         raise RunError("has no prepared data", where=str(there.path), fix="tunesmith data prepare RECIPE")
     recipe, folder = recipes.load(there.recipe)
-    journey = Journey(recipe, folder, there)
-    renderer, method = journey.renderer, recipe.train.method
+    kit = Kit(recipe, folder, there)
+    renderer, method = kit.renderer, recipe.train.method
 
     def tokens(row: Any) -> list[list[tuple[str, float]]]:
         if row.kind == method.takes:

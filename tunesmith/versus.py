@@ -12,7 +12,7 @@ import yaml
 from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
-from tunesmith.journey import Journey, endpoint
+from tunesmith.kit import Kit, endpoint
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
 
@@ -53,7 +53,7 @@ def evaluate(
         }
         inputs = EvaluateInputs(
             rows, kind, settings.goal.metric, subjects, settings.seed, Path.cwd(), settings.gate,
-            judge=Journey(settings, Path.cwd(), there).judge(), review=there.review,
+            judge=Kit(settings, Path.cwd(), there).judge(), review=there.review,
         )  # fmt: skip
         runs.write_text(there.recipe, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         with runs.whole_folder(there.stage("evaluate")) as target:
@@ -84,10 +84,10 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
     run = _run_named(name, runs_folder)
     if run is not None:
         recipe, folder = recipes.load(run.recipe)
-        journey = Journey(recipe, folder, run)
+        kit = Kit(recipe, folder, run)
         if run.complete("train") is None:
             raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
-        return journey.kept(there, run.tuned, run.name)
+        return kit.kept(there, run.tuned, run.name)
     folder = Path(name).expanduser()
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
@@ -97,7 +97,7 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
             raise ModelError("names no base model", where=str(adapter), fix="Give it: --base MODEL")
     keys = settings.model_dump(mode="json")
     recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}})
-    return Journey(recipe, Path.cwd(), there).kept(there, adapter, name)
+    return Kit(recipe, Path.cwd(), there).kept(there, adapter, name)
 
 
 def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:

@@ -1,0 +1,251 @@
+"""Sources from elsewhere: the hub, URLs, databases; each row as it stands there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import colour_rows
+from tests.fake_hub import COMMIT, FakeHub
+from tests.sources import rows_of
+from tunesmith.data import remote
+from tunesmith.data.section import DataSection
+from tunesmith.data.sources import source_files
+from tunesmith.errors import DataError, RecipeError, TunesmithError
+
+# ------------------------------------------------------------------ the hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[dict[str, str]], FakeHub]]:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    folder = tmp_path / "set"
+    folder.mkdir()
+    with FakeHub({"team/set": folder, "team/gated": folder}, gated={"team/gated"}) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+
+        def holds(files: dict[str, str]) -> FakeHub:
+            shutil.rmtree(folder)
+            monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / f"hub{len(server.asked)}"))
+            for name, text in files.items():
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(text)
+            return server
+
+        yield holds
+
+
+CARD = """---
+configs:
+- config_name: small
+  default: true
+  data_files:
+  - {split: train, path: "small/tr*.jsonl"}
+  - {split: held, path: [small/held.jsonl]}
+- config_name: big
+  data_dir: big
+  data_files: "*.csv"
+---
+# A set
+"""
+
+
+def row(name: str) -> str:
+    return json.dumps({"name": name}) + "\n"
+
+
+def test_hub_sets_by_their_card(hub: Any, tmp_path: Path) -> None:
+    hub({"README.md": CARD, "small/tr1.jsonl": row("a"), "small/tr2.jsonl": row("b") + "{oh\n",
+         "small/held.jsonl": row("c"), "big/x.csv": "name\nd\n"})  # fmt: skip
+    assert rows_of(tmp_path, hub="team/set") == [{"name": "a"}, {"name": "b"}, "broken_json"]
+    assert rows_of(tmp_path, hub="team/set", split="held", revision="main") == [{"name": "c"}]
+    assert rows_of(tmp_path, hub="team/set", subset="big") == [{"name": "d"}]
+    [(source, _), *_] = source_files(DataSection(sources=[{"hub": "team/set"}]), tmp_path)["train"]
+    assert source.revision == COMMIT
+    for keys, told in (
+        ({"split": "test"}, "no split 'test'"), ({"subset": "bigg"}, "did you mean 'big'"),
+        ({"revision": "v9"}, "no revision 'v9'"), ({"hub": "team/none"}, "not a data set of the hub"),
+        ({"hub": "team/gated"}, "is gated"), ({"hub": "a/b/c"}, "not a hub id"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=told):
+            rows_of(tmp_path, **({"hub": "team/set"} | keys))
+
+
+def test_hub_sets_by_their_files(hub: Any, tmp_path: Path) -> None:
+    hub({"data/train-00000-of-00002.jsonl": row("a"), "data/train-00001-of-00002.jsonl": row("b"),
+         "data/test-00000.jsonl": row("c"), "retrained.csv": "x\n", "README.md": "# none"})  # fmt: skip
+    assert rows_of(tmp_path, hub="team/set") == [{"name": "a"}, {"name": "b"}]
+    assert rows_of(tmp_path, hub="team/set", split="test") == [{"name": "c"}]
+    with pytest.raises(DataError, match="no split 'validation'"):
+        rows_of(tmp_path, hub="team/set", split="validation")
+    hub({"rows.jsonl": row("z")})
+    assert rows_of(tmp_path, hub="team/set") == [{"name": "z"}]
+    hub({"en/train.jsonl": row("e"), "de/train.jsonl": row("d")})
+    assert rows_of(tmp_path, hub="team/set", subset="de") == [{"name": "d"}]
+    with pytest.raises(DataError, match="several subsets"):
+        rows_of(tmp_path, hub="team/set")
+    hub({"set.py": "raise SystemExit"})
+    with pytest.raises(DataError, match="never run"):
+        rows_of(tmp_path, hub="team/set")
+
+
+def test_the_manifest_pins_the_hubs_commit(hub: Any, prepared: Any) -> None:
+    hub({"train.jsonl": "".join(json.dumps(r) + "\n" for r in colour_rows(30))})
+    assert prepared({"hub": "team/set", "tag": "general"}).told["sources"] == [
+        {"hub": "team/set", "split": "train", "revision": COMMIT, "tag": "general", "files": ["train.jsonl"]}
+    ]
+
+
+# ------------------------------------------------------------------ URLs
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "WAITS", (0.0, 0.0))
+
+
+class Web:
+    """A server whose files break off midway so many times before they come whole."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.breaks, self.asked = 0, 0
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                content = web.files.get(self.path)
+                if content is None:
+                    self.send_error(404 if self.path != "/closed.jsonl" else 403)
+                    return
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.send_header("ETag", str(hash(content)))
+                self.end_headers()
+                if self.command == "HEAD":
+                    return
+                web.asked += 1
+                whole = web.breaks <= 0
+                web.breaks -= 1
+                self.wfile.write(content if whole else content[: len(content) // 2])
+                self.close_connection = True
+
+            do_HEAD = do_GET
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+
+
+@pytest.fixture
+def web(quick: None) -> Iterator[Web]:
+    made = Web()
+    yield made
+    made.server.shutdown()
+    made.server.server_close()
+
+
+def test_a_url_is_tried_again_and_kept(web: Web, tmp_path: Path) -> None:
+    content = (row("a") * 20_000).encode()
+    web.files["/rows.jsonl"] = content
+    web.breaks = 2
+    url = f"{web.url}/rows.jsonl"
+    assert len(rows_of(tmp_path, path=url)) == 20_000 and web.asked == 3
+    assert len(rows_of(tmp_path, path=url)) == 20_000 and web.asked == 3  # the copy in the cache
+    web.files["/rows.jsonl"] = row("b").encode()
+    assert rows_of(tmp_path, path=url) == [{"name": "b"}] and web.asked == 4
+    web.files["/rows.jsonl"] = content[:-9]
+    web.breaks = 99
+    with pytest.raises(DataError, match="could not be fetched, 3 tries"):
+        rows_of(tmp_path, path=url)
+    with pytest.raises(DataError, match="nothing is at"):
+        rows_of(tmp_path, path=f"{web.url}/absent.jsonl")
+    with pytest.raises(DataError, match="may not be read"):
+        rows_of(tmp_path, path=f"{web.url}/closed.jsonl")
+    with pytest.raises(DataError, match="no address"):
+        rows_of(tmp_path, path="nosuch://x/y.jsonl")
+
+
+def test_any_fsspec_url(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for name in ("b", "a"):
+        memory.pipe(f"/bucket/{name}.jsonl", row(name).encode())
+    assert rows_of(tmp_path, path="memory://bucket/*.jsonl") == [{"name": "a"}, {"name": "b"}]
+    with pytest.raises(DataError, match="nothing is at"):
+        rows_of(tmp_path, path="memory://bucket/*.csv")
+    with pytest.raises(DataError, match="is a folder"):
+        rows_of(tmp_path, path="memory://bucket")
+    assert remote.file_name("https://x/../..%2f/a b?.jsonl") == "a_b"
+    assert remote.file_name("https://x/..") == "source"
+
+    def full(*_: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    memory.pipe("/bucket/a.jsonl", row("other").encode())
+    monkeypatch.setattr(remote, "hash_file", full)
+    with pytest.raises(TunesmithError, match="the disk is full"):
+        rows_of(tmp_path, path="memory://bucket/a.jsonl")
+
+
+def test_passwords_stay_out_of_recipes(recipe: Any) -> None:
+    import tunesmith
+
+    recipe["data"]["sources"] = [{"sql": "postgresql://me:secret@host/x", "query": "select 1"}]
+    with pytest.raises(RecipeError, match="A_VARIABLE") as caught:
+        tunesmith.check(recipe)
+    assert "secret" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ databases
+
+
+def test_databases(tmp_path: Path, prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with sqlite3.connect(tmp_path / "t.db") as base:
+        base.execute("create table tickets (prompt text, completion text, at date, raw blob, n real)")
+        base.executemany(
+            "insert into tickets values (?, ?, ?, ?, ?)",
+            [("a", "b", "2024-05-06", b"\xff\x00", 1.5), ("c é", "d", None, b"ok", 9e999)],
+        )
+    base.close()
+    keys = {"sql": "sqlite:///t.db", "query": "select prompt, completion from tickets order by prompt"}
+    assert rows_of(tmp_path, **keys) == [{"prompt": "a", "completion": "b"}, {"prompt": "c é", "completion": "d"}]
+    made = prepared(keys | {"tag": "mine"})
+    assert made.turns() == [[("user", "a"), ("assistant", "b")], [("user", "c é"), ("assistant", "d")]]
+    assert made.told["sources"] == [{"query": keys["query"], "tag": "mine", "files": ["query.jsonl"]}]
+    blobs = rows_of(tmp_path, sql=keys["sql"], query="select raw from tickets order by prompt")
+    assert blobs == [{"raw": "ff00"}, {"raw": "ok"}]
+    assert rows_of(tmp_path, sql=keys["sql"], query="select n from tickets order by prompt") == [
+        {"n": 1.5},
+        "broken_json",
+    ]
+    monkeypatch.setenv("TUNESMITH_TEST_DB", "t.db")
+    for wrong, told in (
+        ({"query": "select absent from tickets"}, "refuses the query .*no such column"),
+        ({"query": "delete from tickets"}, "gives no rows"),
+        ({"query": "select prompt, prompt from tickets"}, "two columns named 'prompt'"),
+        ({"sql": "sqlite:///absent.db"}, "no such database"),
+        ({"sql": "tickets.db"}, "no database's URL"),
+        ({"sql": "oracle9://x/y"}, "no database's URL"),
+    ):
+        with pytest.raises(DataError, match=told):
+            rows_of(tmp_path, **(keys | wrong))
+    assert len(rows_of(tmp_path, sql="sqlite:///$TUNESMITH_TEST_DB", query=keys["query"])) == 2  # nothing was deleted
