@@ -80,3 +80,22 @@ def test_python_runs_and_chats(tunesmith: Any, recipe: dict[str, Any], tmp_path:
     assert isinstance(ts.open_run("tiny", tmp_path / "runs").chat("What?", base=True), str)
     said = tunesmith("chat", "tiny", "--say", "What colour is it?", "--base", "--json")
     assert said.code == 0 and set(said.json) == {"prompt", "tuned", "base"}
+
+
+def test_a_chat_is_with_what_the_run_is_now(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with a model that an earlier training of it, or another folder's run of the same name, left in memory."""
+    import tunesmith as ts
+
+    answers = set()
+    for folder, rate in (("here", 0.01), ("here", 0.05), ("there", 0.02)):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / folder)
+        write_recipe(Path(), recipe | {"train": recipe["train"] | {"learning_rate": rate}})
+        ts.run("tiny.yaml", (), "runs", ("data", "train"))
+        if rate == 0.01:
+            first = ts.open_run("tiny", "runs")
+        result = first if rate == 0.05 else ts.open_run("tiny", "runs")
+        answers.add(result.chat("What colour is it?", max_new_tokens=12))
+    assert len(answers) == 3

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -150,6 +149,7 @@ class Result:
     """A run, with what can be asked of it."""
 
     run: Run
+    _loaded: dict[Any, Chatter] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -176,11 +176,19 @@ class Result:
         """The tuned model's answer (or the base's) to one message, under the recipe's system prompt."""
         return self.chatter(base, engine).reply(text, [], max_new_tokens=max_new_tokens)
 
-    @functools.cache  # noqa: B019 (a result lives as long as its user wants the model in memory)
     def chatter(self, base: bool = False, engine: str = "transformers") -> Chatter:
-        """The tuned model (or the base), loaded and ready to talk. `engine`: what answers (docs/engines.md)."""
-        if not self.run.complete("train") and not base:
+        """The tuned model (or the base), loaded and ready to talk; kept in memory while this result is and the run's
+        training is the same. `engine`: what answers (docs/engines.md)."""
+        trained = self.run.complete("train")
+        if not trained and not base:
             raise RunError("is not trained yet", where=str(self.path), fix="Finish it: tunesmith run RECIPE")
+        key = base, engine, runs.digest(trained) if trained else None
+        if key not in self._loaded:
+            self._loaded = {other: kept for other, kept in self._loaded.items() if other[2] == key[2]}
+            self._loaded[key] = self._load(base, engine)
+        return self._loaded[key]
+
+    def _load(self, base: bool, engine: str) -> Chatter:
         recipe, folder = recipes.load(self.run.recipe)
         kit = Kit(recipe, folder, self.run)
         data = self.run.manifest("data") or {}
@@ -194,9 +202,6 @@ class Result:
         talker = kit.talker(None if base else self.run.tuned, engine)
         renderer = kit.baseline_renderer if base else kit.renderer
         return Chatter(talker, renderer, data.get("system", recipe.data.system))
-
-    def __hash__(self) -> int:
-        return hash(self.run)
 
 
 def _ignore(text: str) -> None:
