@@ -24,7 +24,7 @@ from openai import OpenAI
 import tunesmith
 
 ROWS = Path(tunesmith.__file__).parent / "recipes/quickstart/train.jsonl"
-SYSTEM = "You triage support messages. Reply with one JSON object: intent, urgency, product, refund."
+SYSTEM = "You triage support messages. Reply with one JSON object: intent, product, refund."
 COUNT = int(os.environ.get("EXAMPLE_ROWS", "240"))
 
 

@@ -10,8 +10,6 @@ intent   what the writer is after.
          defect: a product that is broken or incomplete.  account: signing in, or the customer's own data.
          howto: how to use or look after a product.  cancel: stop an order or a plan not yet fulfilled
          (it stays cancel when a deposit is asked back along with it).
-urgency  high: the writer says the matter cannot wait beyond tomorrow.  low: the writer says it can wait.
-         normal: neither is said, however cross the writer is and whatever dates are told.
 product  the catalogue's name, however the writer spells it; null when no product is named.
 refund   the amount asked back, as a number; null when none is asked back. Prices, order numbers and dates
          which are merely mentioned do not count.
@@ -61,8 +59,6 @@ class Bank:
     """
 
     intents: dict[str, list[str]]
-    high: list[str]
-    low: list[str]
     asides: list[str]
     greetings: list[str]
     closings: list[str]
@@ -129,22 +125,6 @@ TRAIN = Bank(
             Cancel my plan and refund the {a} for this month. | Please do not renew my subscription.
             """),
     },
-    high=phrases("""
-        This is urgent. | Please answer today. | I need an answer within the hour. | Super urgent!!
-        ASAP please! | I need this solved by tonight. | It cannot wait.
-        Please hurry, I leave tomorrow morning. | This is an emergency.
-        I must have this settled today. | Please act immediately.
-        My guests come tonight, so be quick. | I need help right now. | Tomorrow is too late.
-        Please call me back in the next hour. | We are stuck until you fix this. | Top priority please.
-        I have to know before noon today. | Drop everything for this one, please.
-        """),
-    low=phrases("""
-        No rush. | Take your time. | Whenever you have a moment. | It is not urgent. | There is no hurry.
-        This can wait until next week. | Any time this month is fine. | Answer when it suits you.
-        I am in no hurry at all. | No need to reply soon. | It is a small thing, so it can wait. | I can wait.
-        Please do not rush. | Sometime next month will do. | Low priority for me. | Nothing pressing.
-        Just when you get round to it.
-        """),
     asides=phrases("""
         My order number is {n}. | I bought it on {d}. | It cost {x}. | I paid {x} in all. | I am not happy.
         I ordered it today. | My neighbour is very pleased with hers. | I have been a customer for 6 years.
@@ -197,16 +177,6 @@ TEST = Bank(
             I wish to end the service plan of my {p}.
             """),
     },
-    high=phrases("""
-        I need a reply today. | It's very urgent! | Please be quick, I need it tonight. | I can't wait.
-        Please fix this at once. | This must be done by tomorrow. | Every minute counts.
-        Answer me right away, please. | I need it sorted immediately.
-        """),
-    low=phrases("""
-        I'm not in any rush. | Not urgent at all. | Reply whenever you like. | Handle it at your leisure.
-        Next week is early enough. | Please take all the time you need. | It can wait a few weeks.
-        You needn't hurry.
-        """),
     asides=phrases("""
         The order is no. {n}. | I purchased it on {d}. | The price was {x}. | I have had enough of this!
         I saw your advert today. | My receipt shows {x}. | My brother owns one as well.
@@ -218,7 +188,7 @@ TEST = Bank(
 
 def all_phrases(bank: Bank) -> set[str]:
     """Every wording of a bank as bare lower-case words, so that punctuation cannot hide a repetition."""
-    groups = [*bank.intents.values(), bank.high, bank.low, bank.asides, bank.greetings, bank.closings]
+    groups = [*bank.intents.values(), bank.asides, bank.greetings, bank.closings]
     return {" ".join(re.findall(r"[\w'{}]+", phrase.lower())) for group in groups for phrase in group}
 
 
@@ -259,15 +229,12 @@ def write_amount(amount: float, currency: str) -> str:
     return currency.format(f"{amount:.2f}" if amount % 1 else f"{amount:.0f}")
 
 
-def compose(rng: random.Random, bank: Bank, template: str, urgency: str) -> str:
+def compose(rng: random.Random, bank: Bank, template: str) -> str:
     """Put a message's parts together, its slots still open; typos go in here, so never into a slot."""
     parts = [template]
     asides = [a for a in bank.asides if not any(slot in template for slot in re.findall(r"{\w}", a))]
     if rng.random() < 0.6:
         parts.append(rng.choice(asides))
-    if urgency != "normal":
-        cue = rng.choice(bank.high if urgency == "high" else bank.low)
-        parts.insert(0 if rng.random() < 0.25 else len(parts), cue)
     message = " ".join(parts)
     if rng.random() < 0.25:
         word = rng.choice(re.findall(r"[a-z]{4,}", message))
@@ -283,11 +250,10 @@ def make_rows(name: str, bank: Bank, count: int) -> list[dict[str, str]]:
     """The rows of one file. Each has its own random stream, so a change to one leaves the other be."""
     rng = random.Random(f"{SEED} {name}")
     intents, products = deal(rng, tuple(bank.intents)), deal(rng, PRODUCTS)
-    urgencies = deal(rng, ("low", "normal", "high"))
     templates = {intent: deal(rng, options) for intent, options in bank.intents.items()}
     rows: dict[str, str] = {}
     while len(rows) < count:
-        intent, urgency, product = next(intents), next(urgencies), next(products)
+        intent, product = next(intents), next(products)
         template = next(templates[intent])
         refund, currency = draw_amount(rng), rng.choice(CURRENCIES)
         slots = {
@@ -299,11 +265,10 @@ def make_rows(name: str, bank: Bank, count: int) -> list[dict[str, str]]:
         }
         answer = {
             "intent": intent,
-            "urgency": urgency,
             "product": product if "{p}" in template else None,
             "refund": refund if "{a}" in template else None,
         }
-        prompt = compose(rng, bank, template, urgency).format(**slots)
+        prompt = compose(rng, bank, template).format(**slots)
         rows.setdefault(prompt, json.dumps(answer, separators=(",", ":")))
     return [{"prompt": prompt, "completion": completion} for prompt, completion in rows.items()]
 
@@ -314,7 +279,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
     check = parser.parse_args().check
     check_apart(TRAIN, TEST)
-    train, test = make_rows("train", TRAIN, 680), make_rows("test", TEST, 120)
+    train, test = make_rows("train", TRAIN, 520), make_rows("test", TEST, 120)
     assert not {row["prompt"] for row in train} & {row["prompt"] for row in test}
     status = 0
     for path, rows in ((FOLDER / "train.jsonl", train), (FOLDER / "test.jsonl", test)):
