@@ -11,7 +11,8 @@ against instructions that a machine only claims to have, and the same settings o
 
 `trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
 at a time, no gradient checkpointing. Where a machine hides its AMX tiles (tunesmith/models/tiles.py), peers are told
-them as we are: without that they would end, or have to do without.
+them as we are: without that they would end, or have to do without. With --untold they do without, as for a user who has
+found the setting that lets them run at all.
 """
 
 from __future__ import annotations
@@ -159,6 +160,7 @@ def main() -> None:
     options.add_argument("--pairs", type=int, default=5)
     options.add_argument("--steps", type=int, default=6, help="optimizer steps of 8 rows, TRL's default batch")
     options.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"], help="of weights")
+    options.add_argument("--untold", action="store_true", help="peers do without tiles that the machine hides")
     given = options.parse_args()
 
     from tunesmith.models.machine import ISA, machine
@@ -169,11 +171,10 @@ def main() -> None:
     here = machine()
     precision = here.precision if given.precision == "auto" else given.precision
     environment = dict(os.environ) | ALLOCATOR
-    if here.tiles:  # peers are told them too
-        environment |= {"TILES": str(compiled())}
-        environment.pop(ISA, None)
-    elif here.isa:
-        environment |= {ISA: here.isa}
+    for_peers = environment | ({ISA: here.isa} if here.isa else {})
+    if here.tiles and not given.untold:
+        for_peers |= {"TILES": str(compiled())}
+        for_peers.pop(ISA, None)
     model = resolve(ModelSection(name="smollm2-135m-instruct")).path
     print(json.dumps({"machine": here.as_dict(), "rows": given.rows, "steps": given.steps}))
     lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
@@ -197,7 +198,7 @@ def main() -> None:
                 for name in names:
                     peer = PEERS[name]
                     script = [str(pythons[name]), str(HERE / "peers" / peer.script), str(model), str(rows)]
-                    theirs = run([*script, what, peer.mode, str(given.steps), precision], environment)
+                    theirs = run([*script, what, peer.mode, str(given.steps), precision], for_peers)
                     rounds[name].append((ours, theirs))
                     print(f"{what}, {name} {number}: ours {told(ours)}; theirs {told(theirs)}", flush=True)
             for name in names:
