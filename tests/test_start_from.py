@@ -123,6 +123,8 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
     [
         (("out", "tiny"), "Name two adapters or more"),
         (("out", "tiny", "tiny", "--weight", 1), "a --weight for each"),
+        (("out", "tiny", "tiny", "--weight", "nan", "--weight", 1), "nan, 1.0 are no weights"),
+        (("out", "tiny", "tiny", "--weight", 0, "--weight", 0), "0.0, 0.0 are no weights"),
         (("out", "tiny", "tiny", "--how", "magic"), "no way is called 'magic'"),
         (("runs", "tiny", "tiny"), "is there already"),
         (("out", "tiny", "absent"), "no run is called 'absent'"),
@@ -131,6 +133,13 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
 def test_what_can_t_be_merged_is_said(tunesmith: Any, first: dict[str, Any], words: tuple[Any, ...], part: str) -> None:
     said = tunesmith("merge", *words)
     assert said.code == 2 and part in said.err, said.err
+
+
+def test_an_adapter_with_a_head_is_not_merged_without_it(tunesmith: Any, first: dict[str, Any], tmp_path: Path) -> None:
+    other = first | {"name": "classes", "train": first["train"] | {"method": "classify", "max_steps": 1}}
+    assert tunesmith("train", write_recipe(tmp_path, other, "classes.yaml")).code == 0
+    said = tunesmith("merge", "out", "tiny", "classes")
+    assert said.code == 2 and "has a head of classes" in said.err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", [{"kind": "lora", "rank": 4}, {"kind": "tokens"}, {"kind": "full"}])
