@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tunesmith as ts
-from tests.conftest import COLOURS, colour_rows, write_jsonl, write_recipe
+from tests.conftest import COLOURS, colour_rows, make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
 
 ASKED = [row["prompt"] for row in colour_rows(48)]
@@ -98,6 +98,22 @@ def test_a_packaged_classifier_is_what_transformers_loads(
         found = model(**batch).logits.argmax(-1).tolist()
     assert [model.config.id2label[i] for i in found] == [row["tuned"]["answer"] for row in answers]
     assert ts.open_run(run).chat(answers[0]["prompt"][-1]["content"]) == answers[0]["tuned"]["answer"]
+
+
+def test_another_teacher_in_the_same_place_is_another_training(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_model, teacher)
+    recipe["train"] |= {"method": {"kind": "distill", "teacher": str(teacher)}, "max_steps": 1}
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("train", path).code == 0
+    assert "train: up to date" in tunesmith("train", path).err
+    make_model(teacher, num_hidden_layers=1)
+    said = tunesmith("train", path)
+    assert said.code == 0 and "train: up to date" not in said.err
+    said = tunesmith("train", path, "--set", f"train.method.teacher={tmp_path}/nowhere")
+    assert said.code == 2 and "nowhere" in said.err and "Traceback" not in said.err
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
@@ -74,6 +75,32 @@ def test_an_adapter_of_another_base_is_no_start(tunesmith: Any, first: dict[str,
     other = first | {"name": "other", "model": str(folder), "train": first["train"] | {"start_from": "tiny"}}
     said = tunesmith("train", write_recipe(tmp_path, other, "other.yaml"))
     assert said.code == 2 and "was made for another base" in said.err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "as if it were cut short"),
+        (lambda file: file.write_bytes(b""), "as if it were cut short"),
+        (lambda file: file.unlink(), "holds no weights"),
+        (
+            lambda file: save_file({n: w / 0 for n, w in load_file(file).items()}, file),
+            "not finite, such as base_model",
+        ),
+    ],
+)
+def test_a_spoilt_adapter_is_never_taken(
+    tunesmith: Any, first: dict[str, Any], tmp_path: Path, spoil: Callable[[Path], Any], told: str
+) -> None:
+    shutil.copytree(tmp_path / "runs/tiny/train/adapter", tmp_path / "runs/bad")
+    spoil(tmp_path / "runs/bad/adapter_model.safetensors")
+    other = first | {"name": "other", "train": first["train"] | {"start_from": "runs/bad", "max_steps": 0}}
+    for words in (("train", write_recipe(tmp_path, other, "other.yaml")), ("merge", "out", "tiny", "runs/bad")):
+        said = tunesmith(*words)
+        assert said.code == 2 and told in said.err and "runs/bad" in said.err and "Traceback" not in said.err, said.err
+    spoil(tmp_path / "runs/tiny/train/adapter/adapter_model.safetensors")
+    said = tunesmith("chat", "tiny", "--say", "Hello")
+    assert said.code == 2 and told in said.err and "Traceback" not in said.err, said.err
 
 
 def test_whole_models_go_on_too(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.models.load import load_model, mark_base, refuse_anothers
+from tunesmith.models.load import load_model, mark_base, refuse_anothers, refuse_spoilt
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.runs import whole_folder
 
@@ -42,6 +42,7 @@ def merge(
 
     for adapter in adapters:
         refuse_anothers(base, adapter)
+        refuse_spoilt(adapter)
         config = PeftConfig.from_pretrained(str(adapter))
         kind = config.peft_type
         if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
