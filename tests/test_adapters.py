@@ -114,6 +114,9 @@ def test_plan_counts_what_training_trains(tunesmith: Any, recipe: dict[str, Any]
     ("adapter", "parts"),
     [
         ({"kind": "lora", "rank": 99}, ["train.adapter.rank", "is 99", "more than layer"]),
+        ({"kind": "lora", "targets": []}, ["train.adapter.targets"]),
+        ({"kind": "boft", "butterflies": 2}, ["train.adapter.butterflies", "there is one round only"]),
+        ({"kind": "full", "lisa": {"layers": 3}}, ["train.adapter.lisa.layers", "is 3, the model has 2 layers"]),
         ({"kind": "lora", "targets": ["qproj"]}, ["train.adapter.targets", "no layer fits", "q_proj"]),
         ({"kind": "oft", "block_size": 7}, ["train.adapter.block_size", "does not divide"]),
         ({"kind": "partial", "names": ["*.nothing"]}, ["train.adapter", "no weight fits", "embed_tokens"]),

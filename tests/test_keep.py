@@ -158,6 +158,21 @@ def test_models_that_go_row_by_row_are_held_too(tunesmith: Any, recipe: dict[str
     assert found[0] == pytest.approx(0, abs=1e-6) and found[1] > found[0]
 
 
+def test_the_rows_of_a_term_are_those_that_it_names(recipe: dict[str, Any], tmp_path: Path) -> None:
+    """And not the recipe's own; neither mixed nor added to as those are."""
+    from tunesmith.kit import Kit
+    from tunesmith.recipe import build
+    from tunesmith.runs import Run
+
+    recipe["data"]["sources"][0]["tag"] = "mine"
+    recipe["data"] |= {"mix": {"mine": 1.0}, "canaries": 2, "augment": ["typos"]}
+    recipe["train"]["keep"] = [{"kind": "ewc", "rows": general(tmp_path)}]
+    kit = Kit(build(recipe), tmp_path, Run(tmp_path / "run"))
+    ((path, rows),) = kit.general().items()
+    assert path == str(tmp_path / "general.jsonl")
+    assert [row.answer for row in rows] == [f"the number {i}" for i in range(8)]
+
+
 @pytest.mark.parametrize(
     ("term", "parts"),
     [
@@ -165,11 +180,15 @@ def test_models_that_go_row_by_row_are_held_too(tunesmith: Any, recipe: dict[str
         ({"kind": "kl"}, ["train.keep.0.rows", "is missing"]),
         ({"kind": "l2", "wieght": 1}, ["train.keep.0.wieght", "did you mean 'weight'"]),
         ({"kind": "ewc", "rows": "nowhere.jsonl"}, ["train.keep", "no such file", "nowhere.jsonl"]),
+        ({"kind": "ewc", "rows": "empty.jsonl"}, ["empty.jsonl", "holds no rows"]),
+        ({"kind": "kl", "rows": "pairs.jsonl"}, ["pairs.jsonl:1", "this is a preference row", "train.keep"]),
     ],
 )
 def test_wrong_terms_are_said(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, term: dict[str, Any], parts: list[str]
 ) -> None:
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(tmp_path / "pairs.jsonl", [{"prompt": "2+2?", "chosen": "4", "rejected": "5"}] * 3)
     recipe["train"]["keep"] = [term]
     said = tunesmith("train", write_recipe(tmp_path, recipe))
     assert said.code == 2 and "Traceback" not in said.err

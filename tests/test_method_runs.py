@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tunesmith as ts
-from tests.conftest import COLOURS, colour_rows, write_jsonl, write_recipe
+from tests.conftest import COLOURS, colour_rows, make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
 
 ASKED = [row["prompt"] for row in colour_rows(48)]
@@ -56,6 +56,7 @@ def test_each_method_trains_goes_on_exactly_and_is_proved(
     path, run = write_recipe(tmp_path, recipe), tmp_path / "runs/tiny"
     said = tunesmith("train", path)
     assert said.code == 0, said.err
+    assert "rows packed" in said.err
     whole = files(run)
     lines = read_jsonl(run / "metrics.jsonl")
     assert "validation_loss" in lines[-1]
@@ -97,6 +98,37 @@ def test_a_packaged_classifier_is_what_transformers_loads(
         found = model(**batch).logits.argmax(-1).tolist()
     assert [model.config.id2label[i] for i in found] == [row["tuned"]["answer"] for row in answers]
     assert ts.open_run(run).chat(answers[0]["prompt"][-1]["content"]) == answers[0]["tuned"]["answer"]
+
+
+def test_another_teacher_in_the_same_place_is_another_training(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_model, teacher)
+    recipe["train"] |= {"method": {"kind": "distill", "teacher": str(teacher)}, "max_steps": 1}
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("train", path).code == 0
+    assert "train: up to date" in tunesmith("train", path).err
+    make_model(teacher, num_hidden_layers=1)
+    said = tunesmith("train", path)
+    assert said.code == 0 and "train: up to date" not in said.err
+    said = tunesmith("train", path, "--set", f"train.method.teacher={tmp_path}/nowhere")
+    assert said.code == 2 and "nowhere" in said.err and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_each_method_trains_an_adapter_on_rounded_weights(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, name: str
+) -> None:
+    """Also a head, which is float32 where what it reads is not."""
+    method, rows = METHODS[name]
+    if name == "distill":
+        method = method | {"teacher": str(tiny_model)}
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["train"] |= {"method": method, "precision": "bfloat16", "max_steps": 2}
+    said = tunesmith("run" if name in ("reward", "classify") else "train", write_recipe(tmp_path, recipe))
+    assert said.code == 0 and "speed: bfloat16, rows packed" in said.err, said.err
+    assert ("chat tiny" in said.out + said.err) == (name == "classify")  # a reward model does not talk
 
 
 def test_a_method_says_which_rows_it_takes(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

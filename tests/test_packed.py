@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
@@ -116,6 +116,25 @@ def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:
         nll_N = forward.nll(forward.pack(rows(12)))
         total = torch.stack([plain_loss(model, row) for row in rows(12)]).sum()
         torch.testing.assert_close(nll_N.sum(), total, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_with_a_head_of_classes_is_packed_as_well(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its rows' scores are transformers' own; a model that packing would change is found out here too."""
+    from peft import LoraConfig, get_peft_model
+
+    def scorer(architecture: str, **settings: Any) -> Any:
+        folder = make_model(tmp_path / architecture, architecture=architecture, **settings)
+        model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype, num_labels=3).eval()
+        return get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules="all-linear"))
+
+    given = rows(12)
+    for model, is_packed in ((scorer("llama"), True), (scorer("gemma2", attn_logit_softcapping=1.0), False)):
+        expected = torch.cat([model(input_ids=torch.tensor([row.ids])).logits.float() for row in given]).detach()
+        forward = PackedForward(model, given)
+        assert forward.packed is is_packed, forward.why
+        off = 0.3 if dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(forward.scores(forward.pack(given)), expected, rtol=1e-2, atol=off)
 
 
 def test_filled_up_packs_have_few_shapes() -> None:

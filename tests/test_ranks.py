@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 STEPS = 8
 ZERO = importlib.util.find_spec("deepspeed") is not None
 FULL = ("train.adapter=full", "train.learning_rate=0.001")
+KEEP = ("train.keep=[l2, {kind: ewc, rows: general.jsonl}, {kind: kl, rows: general.jsonl, batch_size: 3}]",)
 DROPOUT = ("train.adapter.dropout=0.3",)
 
 
@@ -41,10 +42,12 @@ METHODS = {
     "kto": ("train.method=kto", "data.sources=[{path: rated.jsonl}]"),
 }
 KINDS = ["ddp", "fsdp", *(["zero-2", "zero-3"] if ZERO else [])]
-ALONE = [("one", (), ""), ("one-full", FULL, ""), *((f"one-{name}", sets, "") for name, sets in METHODS.items())]
+ALONE = [("one", (), ""), ("one-full", FULL, ""), ("one-keep", KEEP, "")]
+ALONE += [(f"one-{name}", sets, "") for name, sets in METHODS.items()]
 SHARED = [(kind, of(kind), "") for kind in KINDS]
 SHARED += [(f"{kind}-again", of(kind), kind) for kind in KINDS if kind != "ddp"]
 SHARED += [("ddp-dropout", (*of("ddp"), *DROPOUT), ""), ("ddp-dropout-again", (*of("ddp"), *DROPOUT), "ddp-dropout")]
+SHARED += [("ddp-keep", (*of("ddp"), *KEEP), ""), ("ddp-keep-again", (*of("ddp"), *KEEP), "ddp-keep")]
 SHARED += [("fsdp-full", (*of("fsdp"), *FULL), ""), ("fsdp-from-one", of("fsdp"), "one")]
 SHARED += [(f"fsdp-{name}", (*of("fsdp"), *sets), "") for name, sets in METHODS.items()]
 BACK = [("one-from-fsdp", (), "fsdp")]
@@ -80,6 +83,7 @@ def keys(folder: Path, model: Path) -> dict[str, Any]:
         {"prompt": r["prompt"], "chosen": r["completion"], "rejected": o} for r, o in zip(rows, others, strict=True)
     ]
     write_jsonl(folder / "pairs.jsonl", pairs)
+    write_jsonl(folder / "general.jsonl", rows[:7])
     write_jsonl(folder / "rated.jsonl", [row | {"label": i % 3 > 0} for i, row in enumerate(rows)])
     return {
         "name": "tiny",
@@ -176,7 +180,13 @@ def test_all_weights_and_other_methods_are_trained_alike_too(trained: Path, what
     assert_same_curve(trained, f"one-{what}", f"fsdp-{what}")
 
 
-@pytest.mark.parametrize("kind", ["ddp-dropout", "fsdp", "zero-2", "zero-3"])
+def test_what_holds_a_model_near_its_start_does_so_on_two_ranks(trained: Path) -> None:
+    assert_same_curve(trained, "one-keep", "ddp-keep")
+    last = read_jsonl(trained / "ddp-keep/tiny/metrics.jsonl")[-1]
+    assert all(last[f"keep_{kind}"] > 0 for kind in ("l2", "ewc", "kl"))
+
+
+@pytest.mark.parametrize("kind", ["ddp-dropout", "ddp-keep", "fsdp", "zero-2", "zero-3"])
 def test_a_run_of_two_ranks_goes_on_bit_for_bit(trained: Path, kind: str) -> None:
     needs_zero(kind)
     found = [trained / name / "tiny/train/adapter/adapter_model.safetensors" for name in (kind, f"{kind}-again")]
@@ -284,7 +294,8 @@ def test_a_wrong_way_to_share_is_refused(tunesmith: Any, recipe: Any, tmp_path: 
     [
         ({"parallel": "zero", "optimizer": "adafactor"}, "train.parallel"),
         ({"parallel": "fsdp", "optimizer": "muon"}, "train.parallel"),
-        ({"keep": ["l2"]}, "train.keep"),
+        ({"parallel": "fsdp", "keep": ["l2"]}, "train.keep"),
+        ({"parallel": "zero", "keep": ["l2"]}, "train.keep"),
         ({"adapter": {"kind": "full", "unfreeze_every": 2}}, "train.adapter"),
         ({"parallel": "fsdp", "adapter": "adalora"}, "train.parallel"),
         ({"parallel": "fsdp", "quantise": "nf4"}, "train.quantise"),
@@ -297,6 +308,7 @@ def test_what_only_one_process_does_is_refused(keys: dict[str, Any], where: str)
 
     several(TrainSection.model_validate({"parallel": "zero"}))
     several(TrainSection.model_validate({"parallel": "fsdp", "adapter": "full"}))
+    several(TrainSection.model_validate({"keep": ["l2"]}))
     several(TrainSection.model_validate({"optimizer": "muon", "best_by": "exact_match"}))
     with pytest.raises(RecipeError) as refused:
         several(TrainSection.model_validate(keys))

@@ -59,6 +59,9 @@ def test_a_file_and_a_shipped_name_load(tmp_path: Path) -> None:
         ('data.system="a=b: c"', "data.system", "a=b: c"),
         ("evaluate.max_new_tokens=3", "evaluate.max_new_tokens", 3),
         (" train.epochs =1", "train.epochs", 1.0),
+        ("train.epochs=inf", None, "train.epochs: expected a finite number"),
+        ("train.learning_rate=.nan", None, "train.learning_rate: expected a"),
+        ("train.clip=.inf", None, "train.clip: expected a finite number"),
     ],
 )
 def test_set(override: str, key: str | None, value: Any) -> None:

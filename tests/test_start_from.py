@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
@@ -76,6 +77,32 @@ def test_an_adapter_of_another_base_is_no_start(tunesmith: Any, first: dict[str,
     assert said.code == 2 and "was made for another base" in said.err.replace("\n", " ")
 
 
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-100]), "as if it were cut short"),
+        (lambda file: file.write_bytes(b""), "as if it were cut short"),
+        (lambda file: file.unlink(), "holds no weights"),
+        (
+            lambda file: save_file({n: w / 0 for n, w in load_file(file).items()}, file),
+            "not finite, such as base_model",
+        ),
+    ],
+)
+def test_a_spoilt_adapter_is_never_taken(
+    tunesmith: Any, first: dict[str, Any], tmp_path: Path, spoil: Callable[[Path], Any], told: str
+) -> None:
+    shutil.copytree(tmp_path / "runs/tiny/train/adapter", tmp_path / "runs/bad")
+    spoil(tmp_path / "runs/bad/adapter_model.safetensors")
+    other = first | {"name": "other", "train": first["train"] | {"start_from": "runs/bad", "max_steps": 0}}
+    for words in (("train", write_recipe(tmp_path, other, "other.yaml")), ("merge", "out", "tiny", "runs/bad")):
+        said = tunesmith(*words)
+        assert said.code == 2 and told in said.err and "runs/bad" in said.err and "Traceback" not in said.err, said.err
+    spoil(tmp_path / "runs/tiny/train/adapter/adapter_model.safetensors")
+    said = tunesmith("chat", "tiny", "--say", "Hello")
+    assert said.code == 2 and told in said.err and "Traceback" not in said.err, said.err
+
+
 def test_whole_models_go_on_too(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     recipe["train"] |= {"adapter": "full", "learning_rate": 0.003}
     assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
@@ -123,6 +150,8 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
     [
         (("out", "tiny"), "Name two adapters or more"),
         (("out", "tiny", "tiny", "--weight", 1), "a --weight for each"),
+        (("out", "tiny", "tiny", "--weight", "nan", "--weight", 1), "nan, 1.0 are no weights"),
+        (("out", "tiny", "tiny", "--weight", 0, "--weight", 0), "0.0, 0.0 are no weights"),
         (("out", "tiny", "tiny", "--how", "magic"), "no way is called 'magic'"),
         (("runs", "tiny", "tiny"), "is there already"),
         (("out", "tiny", "absent"), "no run is called 'absent'"),
@@ -131,6 +160,13 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
 def test_what_can_t_be_merged_is_said(tunesmith: Any, first: dict[str, Any], words: tuple[Any, ...], part: str) -> None:
     said = tunesmith("merge", *words)
     assert said.code == 2 and part in said.err, said.err
+
+
+def test_an_adapter_with_a_head_is_not_merged_without_it(tunesmith: Any, first: dict[str, Any], tmp_path: Path) -> None:
+    other = first | {"name": "classes", "train": first["train"] | {"method": "classify", "max_steps": 1}}
+    assert tunesmith("train", write_recipe(tmp_path, other, "classes.yaml")).code == 0
+    said = tunesmith("merge", "out", "tiny", "classes")
+    assert said.code == 2 and "has a head of classes" in said.err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("kind", [{"kind": "lora", "rank": 4}, {"kind": "tokens"}, {"kind": "full"}])

@@ -136,7 +136,7 @@ class Journey(Kit):
             kept = r.train.model_dump(mode="json", exclude=NOT_IN_THE_RESULT)
             start = self.start and [runs.hash_file(path) for path in sorted(self.start.glob("*.safetensors"))]
             beside = ({"keep": self.kept_files} if self.kept_files else {}) | ({"start": start} if start else {})
-            return model | {"section": kept} | beside
+            return model | {"section": kept} | beside | r.train.method.models
         kept = (r.evaluate if stage == "evaluate" else r.package).model_dump(mode="json")
         gate = r.gate.model_dump(mode="json") if r.gate else None
         goal = {"goal": r.goal.model_dump(mode="json")} | ({"gate": gate} if gate else {})

@@ -118,13 +118,14 @@ class Kit:
 
     @cached_property
     def general_sources(self) -> dict[str, DataSection]:
-        """The data that `train.keep` names, by the path given there, read as the recipe's own data."""
+        """The data that `train.keep` names, by the path given there, read and cleaned as the recipe's own data."""
         from tunesmith.data.section import SourceSection, SplitSection
 
         named = [term.rows for term in self.recipe.train.keep if getattr(term, "rows", None)]
         none = SplitSection(validation=0, test=0)
+        as_they_are = {"split": none, "mix": {}, "balance": None, "augment": [], "canaries": 0}
         return {
-            path: self.recipe.data.model_copy(update={"sources": [SourceSection(path=path)], "split": none})
+            path: self.recipe.data.model_copy(update={"sources": [SourceSection(path=path)], **as_they_are})
             for path in named
         }
 
@@ -146,7 +147,7 @@ class Kit:
         found = {}
         for path, section in self.general_sources.items():
             with tempfile.TemporaryDirectory() as folder:
-                prepare(section, self.data_inputs(), Path(folder))
+                prepare(section, dataclasses.replace(self.data_inputs(), files=None), Path(folder))
                 found[path] = load_rows(Path(folder) / "train.jsonl")
         return found
 

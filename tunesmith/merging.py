@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,12 @@ def merge(
             f"{len(sources)} adapters and {len(weights)} weights",
             where="tunesmith merge",
             fix="Name two adapters or more, and a --weight for each or none.",
+        )
+    if not all(math.isfinite(weight) for weight in weights) or (weights and not any(weights)):
+        raise RunError(
+            f"{', '.join(map(str, weights))} are no weights",
+            where="--weight",
+            fix="Give numbers that are not all zero, such as 0.7 and 0.3.",
         )
     if out.exists():
         raise RunError("is there already", where=str(out), fix="Name a folder that is not there yet.")

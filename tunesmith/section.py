@@ -8,9 +8,11 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, ValidatorFun
 
 
 class Section(BaseModel):
-    """A part of a recipe: unknown keys are errors, and a field's docstring is its help text."""
+    """A part of a recipe: unknown keys are errors, numbers are finite, and a field's docstring is its help text."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 AUTO = "auto"

@@ -157,12 +157,20 @@ def ending(result: Result) -> None:
         out.print(f"Model:  {run.model}", highlight=False, soft_wrap=True)
     out.print("Next:", highlight=False)
     name = run.name if runs_folder() / run.name == run.path else run.path
+    talks = () if _only_scores(run) else ((f"chat {name} --base", "talk with it, the base beside it"),)
     for command, why in (
-        (f"chat {name} --base", "talk with it, the base beside it"),
+        *talks,
         (f"runs show {name}", "its stages and figures"),
         ("init YOUR-DATA.jsonl", "the same with your own rows"),
     ):
         out.print(f"  {program()} {command:<38} {why}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _only_scores(run: Run) -> bool:
+    """Whether the tuned model is a reward model, which gives no answers."""
+    from tunesmith.models.load import classes_of
+
+    return len(classes_of(run.tuned)) == 1
 
 
 def program() -> str:

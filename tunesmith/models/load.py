@@ -192,7 +192,7 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
     Merging is done in float32 and rounded once, so that a bfloat16 base loses no more than it must.
 
     Raises:
-        ModelError: the adapter was made for another base, or does not fit this one.
+        ModelError: the adapter was made for another base, does not fit this one, or is spoilt.
     """
     import torch
     from peft import PeftModel
@@ -203,6 +203,7 @@ def load_tuned(model: ResolvedModel, adapter: Path, dtype: torch.dtype, device: 
     if not is_adapter(adapter):
         return load_model(replace(model, path=adapter, new_words=()), dtype, device, classes)
     refuse_anothers(model, adapter)
+    refuse_spoilt(adapter)
     merge = merge and mergeable(adapter)
     base = load_model(model, torch.float32 if merge else dtype, device, classes)
     if classes:
@@ -267,3 +268,33 @@ def refuse_anothers(model: ResolvedModel, adapter: Path) -> None:
             where=str(adapter),
             fix="Set model.name to that base, or take an adapter of this one.",
         )
+
+
+def refuse_spoilt(adapter: Path) -> None:
+    """Raise if an adapter's weights are not there, can't be read, or hold NaN or an infinity."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    files = sorted(adapter.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            "holds no weights (*.safetensors)",
+            where=str(adapter),
+            fix="Copy the adapter's whole folder there; pickled weights are never opened.",
+        )
+    for path in files:
+        try:
+            weights = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"can't be read, as if it were cut short ({first_line(error)})",
+                where=str(path),
+                fix="Copy the whole file there, or train it again.",
+            ) from error
+        broken = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+        if broken is not None:
+            raise ModelError(
+                f"has weights that are not finite, such as {broken}",
+                where=str(path),
+                fix="Train it again, at a lower train.learning_rate, or take another adapter.",
+            )

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.models.load import load_model, mark_base, refuse_anothers
+from tunesmith.models.load import load_model, mark_base, refuse_anothers, refuse_spoilt
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.runs import whole_folder
 
@@ -42,7 +42,15 @@ def merge(
 
     for adapter in adapters:
         refuse_anothers(base, adapter)
-        kind = PeftConfig.from_pretrained(str(adapter)).peft_type
+        refuse_spoilt(adapter)
+        config = PeftConfig.from_pretrained(str(adapter))
+        kind = config.peft_type
+        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+            raise ModelError(
+                "has a head of classes or new words besides its updates, and those can't be merged",
+                where=str(adapter),
+                fix="Merge adapters without them; package this run by itself.",
+            )
         if kind != "LORA":
             raise ModelError(
                 f"is a {kind} adapter, and only LoRA's can be merged with one another",

@@ -152,7 +152,8 @@ class PackedForward:
     def scores(self, batch: Pack) -> Tensor:
         """The scores [R, K] that a model with a head of K classes gives each of the pack's rows at its end."""
         head = self.model.score
-        found: Tensor = head(self._ends(batch).to(next(head.parameters()).dtype)).float()
+        *_, last = head.parameters()  # PEFT keeps the head that it copied before the one that computes
+        found: Tensor = head(self._ends(batch).to(last.dtype)).float()
         return found
 
     def _ends(self, batch: Pack) -> Tensor:
@@ -179,9 +180,9 @@ class PackedForward:
         return hidden.index_select(0, places)
 
     def _together(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
-        """The pack's losses; or its rows' states, in units of their spread, where the model has no language head."""
+        """The pack's losses; or its rows' states where the model has no language head."""
         if self._scorer:
-            return self._spread(self._ends(batch))
+            return self._ends(batch).float()
         before_N, to_N = batch.before_N, batch.ids_T[batch.places_N]
         filling = -len(to_N) % LOSSES if batch.layout.few else 0
         if filling:
@@ -193,7 +194,7 @@ class PackedForward:
 
     def _one_by_one(self, batch: Pack, smoothing: float = 0.0, hits: list[Tensor] | None = None) -> Tensor:
         if self._scorer:
-            return self._spread(self._ends_apart(batch))
+            return self._ends_apart(batch).float()
         with self._own_attention(), waiting(self.offload, self.device):
             losses = []
             for logits, to in self._separate_logits(batch):
@@ -201,9 +202,6 @@ class PackedForward:
                     hits.append(logits.detach().argmax(-1) == to)
                 losses.append(F.cross_entropy(logits.float(), to, reduction="none", label_smoothing=smoothing))
             return torch.cat(losses)
-
-    def _spread(self, states: Tensor) -> Tensor:
-        return states.float() / states.float().std()
 
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -237,9 +235,11 @@ class PackedForward:
         self.model.eval()
         try:
             expected = self._one_by_one(pack(probe, self.device, share=False))
+            # States, which a head of classes reads, are told in units of how far they spread: about as large as nats.
+            unit = expected.std().item() if self._scorer else 1.0
             allowed = self.tolerance
             if self._coarse:
-                allowed += COARSE * expected.abs().mean().item()
+                allowed += COARSE * expected.abs().mean().item() / unit
             if self.prefixed:
                 raise CannotPack("trained keys and values lie before each row")
             from transformers import AttentionInterface
@@ -250,7 +250,7 @@ class PackedForward:
                 raise CannotPack("train.speed.packing is off")
             if self.model.config._attn_implementation != ATTENTION:
                 raise CannotPack("this architecture does not use transformers' attention interface")
-            if getattr(self.model, "is_gradient_checkpointing", False):
+            if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
                 raise CannotPack("its layers are computed again in the backward pass")
             if not self._scorer:
                 self._check_head(probe[0])
@@ -258,13 +258,13 @@ class PackedForward:
             counts: Counter[str] = Counter()
             if self.ways.fused:
                 counts = fuse(self.model, lambda: self._together(pack(probe, self.device)), liger)
-            if self._off(probe, expected) > allowed:
+            if self._off(probe, expected, unit) > allowed:
                 unfuse(self.model)
                 counts.clear()
-                off = self._off(probe, expected)
+                off = self._off(probe, expected, unit)
                 if off > allowed:
                     raise CannotPack(f"packed losses are off by {off:.2g} nats a token")
-            self._check_separation(probe)
+            self._check_separation(probe, unit)
             told = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
             self.why += f"; fused: {told}" if told else ""
         except torch.OutOfMemoryError:
@@ -290,13 +290,13 @@ class PackedForward:
         if shown.shape != expected.shape or (shown - expected).abs().max() > 0.05 * expected.abs().max():
             raise CannotPack("something follows its output layer (a scale or a soft cap)")
 
-    def _check_separation(self, rows: Sequence[Rendered]) -> None:
+    def _check_separation(self, rows: Sequence[Rendered], unit: float) -> None:
         """Other tokens in the first row must leave the other rows' losses, and a window must have been asked for."""
         first, *others = rows
         changed = Rendered(first.ids[:SHARED_AT_LEAST] + first.ids[SHARED_AT_LEAST:][::-1], first.weights)
         mine, theirs = (pack([row, *others], self.device, few=self.few) for row in (first, changed))
         others_N = slice(1, None) if self._scorer else mine.owner_N > 0
-        moved = (self._together(mine) - self._together(theirs))[others_N].abs().max().item()
+        moved = (self._together(mine) - self._together(theirs))[others_N].abs().max().item() / unit
         if not moved <= self.tolerance / 10:
             raise CannotPack(f"a row's tokens move another row's losses by {moved:.2g} nats")
         if _window(self.model.config.get_text_config()) and not any(
@@ -304,8 +304,8 @@ class PackedForward:
         ):
             raise CannotPack("its sliding window is only in the mask")
 
-    def _off(self, rows: Sequence[Rendered], expected: Tensor) -> float:
+    def _off(self, rows: Sequence[Rendered], expected: Tensor, unit: float) -> float:
         """By how many nats a token packing changes the loss, with and without a common beginning."""
         found = [self._together(pack(rows, self.device, share, few=self.few)) for share in (True, False)]
-        off = max((losses - expected).abs().mean().item() for losses in found)
+        off = max((losses - expected).abs().mean().item() for losses in found) / unit
         return off if math.isfinite(off) else math.inf

@@ -10,7 +10,7 @@ import torch
 
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.models.load import load_model, refuse_anothers, whole_model
+from tunesmith.models.load import load_model, refuse_anothers, refuse_spoilt, whole_model
 from tunesmith.models.machine import reuse_buffers
 from tunesmith.models.packed import PackedForward
 from tunesmith.models.quantise import parameter_count, weight_bytes
@@ -70,6 +70,7 @@ def attached(section: TrainSection, inputs: TrainInputs, base: Any, examples: li
     section.adapter.begin(model, [example.sequences[0] for example in examples], steps)
     if inputs.start:
         refuse_anothers(inputs.model, inputs.start)
+        refuse_spoilt(inputs.start)
         section.adapter.load(model, inputs.start)
     return model
 

@@ -68,10 +68,11 @@ class Ready:
         if hasattr(adapter, "trained_at"):  # layers in turns
             names = adapter.trained_at(step, list(self.learned.weights), self.inputs.seed)
             self.learned.only(names, self.split.optimizer)
+        self.keep.add(step, shared=True)
         return gradients(self.section, self.split, chosen, self.known, partial(self._also, step))
 
     def _also(self, step: int) -> None:
-        self.keep.at(step)()
+        self.keep.add(step, shared=False)
         self.section.adapter.regularise(self.model)
 
     def forget(self) -> None:

@@ -57,6 +57,9 @@ class Full(Adapter):
                 where="train.adapter",
                 fix="Take an adapter that lies beside them, such as lora, or a base in bfloat16 or float32.",
             )
+        layers = model.config.get_text_config().num_hidden_layers
+        if self.lisa and self.lisa.layers > layers:
+            raise _too_many("lisa.layers", self.lisa.layers, layers)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.trains(model, name))
         return model
@@ -108,11 +111,7 @@ class Partial(Full):
     def attach(self, model: PreTrainedModel) -> PreTrainedModel:
         layers = model.config.get_text_config().num_hidden_layers
         if self.last_layers and self.last_layers > layers:
-            raise ModelError(
-                f"is {self.last_layers}, the model has {layers} layers",
-                where="train.adapter.last_layers",
-                fix=f"Take at most {layers}.",
-            )
+            raise _too_many("last_layers", self.last_layers, layers)
         super().attach(model)
         if not any(p.requires_grad for p in model.parameters()):
             shown = ", ".join(name for name, _ in list(model.named_parameters())[:12])
@@ -134,3 +133,9 @@ class Partial(Full):
         if self.only == "norms" and "norm" in type(model.get_submodule(module)).__name__.lower():
             return True
         return any(fnmatch(name, pattern) for pattern in self.names)
+
+
+def _too_many(key: str, asked: int, layers: int) -> ModelError:
+    return ModelError(
+        f"is {asked}, the model has {layers} layers", where=f"train.adapter.{key}", fix=f"Take at most {layers}."
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -77,14 +77,22 @@ class Boft(LayerAdapter):
     block_size: int = Field(4, ge=2)
     """Inputs that are turned together; must divide each layer's."""
     butterflies: int = Field(1, ge=1)
-    """Rounds of turning; with n of them a layer's inputs must be a multiple of 2^n blocks."""
+    """Rounds of turning; with n of them a layer's inputs must be a multiple of 2^(n - 1) blocks. More than one needs
+    CUDA."""
 
     def refuses(self, quantise: str | None) -> str | None:
         return quantise and "boft turns the base's weights themselves, and quantised ones can't be turned; take oft"
 
     def config(self, model: PreTrainedModel) -> PeftConfig:
         from peft import BOFTConfig
+        from peft.tuners.boft.layer import get_fbd_cuda
 
+        if self.butterflies > 1 and get_fbd_cuda() is None:  # PEFT would take one round, and save that it took more
+            raise ModelError(
+                f"is {self.butterflies}, and without CUDA (and a compiler for PEFT's kernel) there is one round only",
+                where="train.adapter.butterflies",
+                fix="Leave it out, or train on a CUDA device.",
+            )
         _divides(self.block_size, self.chosen(model))
         return BOFTConfig(
             boft_block_size=self.block_size,
@@ -98,7 +106,7 @@ class Ia3(LayerAdapter):
     """Learnt scales of keys, values and the feed-forward's inner activations (Liu et al. 2022, arXiv:2205.05638)."""
 
     kind: Literal["ia3"] = "ia3"
-    targets: Literal["auto"] | list[str] = "auto"  # type: ignore[assignment]
+    targets: Literal["auto"] | Annotated[list[str], Field(min_length=1)] = "auto"  # type: ignore[assignment]
     """Names of the layers that are scaled; PEFT's choice for the model's family if `auto`."""
     feedforward: list[str] = Field(default_factory=list)
     """Those of them whose input is scaled rather than their output; given only beside `targets`."""

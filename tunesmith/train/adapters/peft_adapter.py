@@ -105,7 +105,7 @@ class PeftAdapter(Adapter):
 class LayerAdapter(PeftAdapter):
     """An adapter beside chosen linear layers."""
 
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """The layers that get one: all linear ones but the output layer, or a list of names (`q_proj`) and patterns
     (`*.layers.1?.mlp.*`)."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.message import Conversation, Text
@@ -39,24 +39,28 @@ class Keep:
                 fix="Take l2.",
             )
         general = {path: _rendered(rows, inputs.renderer) for path, rows in inputs.general.items()}
-        start = Start(forward, weights, general, inputs.seed)
+        start = Start(forward, weights, general, inputs.seed, inputs.ranks)
         for number, term in enumerate(section.keep):
             again = [t.kind for t in section.keep[:number]].count(term.kind)
             self.terms[f"keep_{term.kind}" + (f"_{again + 1}" if again else "")] = term.begin(start)
 
-    def at(self, step: int) -> Callable[[], None]:
-        """What adds every term's gradient at a step (counted from 0), and notes its value."""
-
-        def add() -> None:
-            for name, term in self.terms.items():
+    def add(self, step: int, shared: bool) -> None:
+        """Add, at a step counted from 0, the gradient of the terms that ranks share out, or of the others; and note
+        their values."""
+        for name, term in self.terms.items():
+            if term.shared is shared:
                 self.figures[name] = term.add(step)
-
-        return add
 
 
 def _rendered(rows: Sequence[Conversation], renderer: Renderer) -> list[Rendered]:
     found = []
     for row in rows:
+        if row.kind not in (Conversation.kind, Text.kind):
+            raise DataError(
+                f"ewc and kl look at conversations and texts, and this is a {row.kind} row",
+                where=row.id,
+                fix="Name a file of such rows in train.keep.",
+            )
         rendered = renderer.render_text(row) if isinstance(row, Text) else renderer.render(row)
         if not rendered.trained:
             raise DataError("no token of this row is an answer", where=row.id, fix="Give rows with answers, or texts.")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from tunesmith.conversation.render import Rendered
 from tunesmith.models.head import LOGIT_CHUNK
 from tunesmith.models.packed import PackedForward
 from tunesmith.progress import bar
+from tunesmith.train.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -32,16 +34,25 @@ class Start:
     weights: Mapping[str, torch.nn.Parameter]
     general: Mapping[str, Sequence[Rendered]]
     seed: int
+    ranks: Ranks = field(default_factory=Ranks)
 
 
-class Term(Protocol):
-    """What is added to the loss at every step."""
+class Term(ABC):
+    """What is added to the loss at every step.
 
+    Attributes:
+        shared: whether each rank adds a part of the gradient, before the loss adds its own; the parts are then added up
+            with the loss's. If not, every rank adds the whole when that has been done.
+    """
+
+    shared: ClassVar[bool] = False
+
+    @abstractmethod
     def add(self, step: int) -> float:
         """Add the term's gradient to what is trained at this step (counted from 0), and return its value."""
 
 
-class L2ToStart:
+class L2ToStart(Term):
     """weight / 2 |w - w0|^2; its figure is 1 / 2 |w - w0|^2."""
 
     def __init__(self, start: Start, weight: float) -> None:
@@ -58,7 +69,7 @@ class L2ToStart:
         return total
 
 
-class FisherToStart:
+class FisherToStart(Term):
     """weight / 2 sum of F (w - w0)^2; its figure is that without the weight. F is the mean over rows of the squared
     gradient of a row's log-likelihood."""
 
@@ -75,6 +86,7 @@ class FisherToStart:
                         fisher.addcmul_(w.grad, w.grad, value=1 / len(rows))
                         w.grad = None
                 progress.advance()
+        start.ranks.same(fisher for *_, fisher in self.held)
 
     def add(self, step: int) -> float:
         total = 0.0
@@ -87,11 +99,14 @@ class FisherToStart:
         return total
 
 
-class KlToStart:
-    """weight times the mean over tokens of KL(p0 || p); its figure is that mean, in nats, on the rows of the step."""
+class KlToStart(Term):
+    """weight times the mean over tokens of KL(p0 || p); its figure is that mean, in nats, on the rows of the step, of
+    which each rank takes some."""
+
+    shared: ClassVar[bool] = True
 
     def __init__(self, start: Start, rows: Sequence[Rendered], weight: float, batch_size: int) -> None:
-        self.forward, self.rows, self.weight = start.forward, rows, weight
+        self.forward, self.rows, self.weight, self.ranks = start.forward, rows, weight, start.ranks
         self.batch_size, self.seed = min(batch_size, len(rows)), start.seed
         self.forward.model.eval()
         self.before: list[Tensor] = []
@@ -107,11 +122,17 @@ class KlToStart:
     def add(self, step: int) -> float:
         draw = np.random.default_rng([self.seed, step, len(self.rows)])
         chosen = sorted(int(i) for i in draw.choice(len(self.rows), self.batch_size, replace=False))
+        tokens = sum(len(self.before[i]) for i in chosen)
+        mine = self.ranks.share(chosen, lambda i: len(self.rows[i]))[self.ranks.rank]
+        return self.ranks.sum(self._add(mine, tokens) if mine else 0.0)
+
+    def _add(self, chosen: Sequence[int], tokens: int) -> float:
+        """What some of the step's rows add to the mean over its `tokens`."""
         was_training = self.forward.model.training
         self.forward.model.eval()  # no dropout and no noise: at the start, the divergence is zero
         states, head = self.forward.predicting(self.forward.pack([self.rows[i] for i in chosen]))
         before = torch.cat([self.before[i] for i in chosen])
-        value = divergence(states, head, before, self.head_before).mean()
+        value = divergence(states, head, before, self.head_before).sum() / tokens
         (self.weight * value).backward()
         self.forward.model.train(was_training)
         return value.item()

@@ -42,6 +42,10 @@ class Distill(Sft):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Of the teacher's weights; auto: what this machine is faster at."""
 
+    @property
+    def models(self) -> dict[str, str]:
+        return {"teacher": self._teacher().identity}
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         if self.source == "text":
             from tunesmith.train.teacher import answers

@@ -89,6 +89,11 @@ class Method(Section):
         """Whether it needs the log-probabilities that the model had before training."""
         return False
 
+    @property
+    def models(self) -> dict[str, str]:
+        """The identities of models that it learns from, by their keys: in others, training begins anew."""
+        return {}
+
     @abstractmethod
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         """The examples of each row, in order."""

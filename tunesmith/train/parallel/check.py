@@ -23,9 +23,11 @@ def several(section: TrainSection) -> None:
             where="train.parallel",
             fix=f"Take parallel ddp, or one of the optimizers {', '.join(ELEMENTWISE)}.",
         )
-    if section.keep:
+    if section.keep and kind != "ddp":
         raise RecipeError(
-            "its terms are one process's", where="train.keep", fix="Leave --nproc (torchrun) away, or train.keep."
+            f"its terms look at whole weights, and {kind} parts them among the ranks",
+            where="train.keep",
+            fix="Take train.parallel: ddp, or leave train.keep away.",
         )
     if getattr(section.adapter, "unfreeze_every", None) or getattr(section.adapter, "lisa", None):
         raise RecipeError(
