@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from environments import HERE, python_of, run, same_for_all
+from environments import HERE, own_environment, peers_environment, python_of, run
 
 SYSTEM = "Name the intent of the customer's message. Answer with the intent alone."
 LIMIT, OFFERED = 16, 10
@@ -99,6 +99,7 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", default=["8", "32"], help="lm-eval's batch sizes; its best counts")
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--precision", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--untold", action="store_true", help="lm-eval does without tiles that the machine hides")
     parser.add_argument("--ours", nargs=2, metavar=("KIND", "FILE"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.ours:
@@ -111,7 +112,8 @@ def main() -> None:
     from tunesmith.models.resolve import resolve
     from tunesmith.models.section import ModelSection
 
-    environment, python = same_for_all(), str(python_of("lm-eval", PINS))
+    environment, for_peers = own_environment(), peers_environment(asked.untold)
+    python = str(python_of("lm-eval", PINS))
     precision = machine().precision if asked.precision == "auto" else asked.precision
     model = resolve(ModelSection(name=asked.model))
     print(json.dumps({"machine": machine().as_dict(), "rows": asked.rows, "precision": precision}), flush=True)
@@ -127,7 +129,7 @@ def main() -> None:
                 mine = [sys.executable, __file__, "--model", asked.model, "--ours", kind, str(file)]
                 here = run(mine, environment)
                 peer = [python, str(PEER), str(model.path), str(file), kind]
-                tried = {batch: run([*peer, batch], environment) for batch in asked.batch}
+                tried = {batch: run([*peer, batch], for_peers) for batch in asked.batch}
                 batch, there = min(tried.items(), key=lambda found: found[1]["seconds"])
                 speeds = count / here["seconds"], count / there["seconds"]
                 rounds.append((speeds, agreement(kind, here["answers"], there["answers"])))
