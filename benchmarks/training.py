@@ -19,16 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HERE = Path(__file__).parent
-TORCH = "torch==2.13.0"
+from environments import HERE, own_environment, peers_environment, python_of, run
 
 
 class Peer(NamedTuple):
@@ -50,8 +47,6 @@ PEERS = {
         "litgpt", ("litgpt==0.5.13", "safetensors", "requests"), "litgpt_train.py", "best", ("lora", "full")
     ),
 }
-# glibc keeps big buffers instead of giving them back after each step; Tunesmith sets the same for itself.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
 OURS = """
 import json, resource, sys, time
 import tunesmith
@@ -76,31 +71,6 @@ TRAIN: dict[str, dict[str, Any]] = {
     "full": {"adapter": "full", "learning_rate": 1e-5},
     "dpo": {"method": "dpo", "adapter": {"kind": "lora", "rank": 16, "alpha": 32}},
 }
-
-
-def python_of(peer: Peer) -> Path:
-    """The Python of a peer's own environment, made at first use."""
-    folder = HERE / ".peers" / peer.environment
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        print("Installing", *peer.pins, "into", folder, file=sys.stderr)
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", TORCH, *peer.pins], check=True)
-        absent = [
-            "torchvision",
-            "torchaudio",
-        ]  # they want CUDA's libraries, and stop transformers
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *absent], check=True)
-        (folder / "ready").touch()
-    return python
-
-
-def run(command: list[str], environment: dict[str, str]) -> dict[str, Any]:
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{command[:2]} ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    figures: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return figures
 
 
 def told(figures: dict[str, Any]) -> str:
@@ -163,18 +133,13 @@ def main() -> None:
     options.add_argument("--untold", action="store_true", help="peers do without tiles that the machine hides")
     given = options.parse_args()
 
-    from tunesmith.models.machine import ISA, machine
+    from tunesmith.models.machine import machine
     from tunesmith.models.resolve import resolve
     from tunesmith.models.section import ModelSection
-    from tunesmith.models.tiles import compiled
 
     here = machine()
     precision = here.precision if given.precision == "auto" else given.precision
-    environment = dict(os.environ) | ALLOCATOR
-    for_peers = environment | ({ISA: here.isa} if here.isa else {})
-    if here.tiles and not given.untold:
-        for_peers |= {"TILES": str(compiled())}
-        for_peers.pop(ISA, None)
+    environment, for_peers = own_environment(), peers_environment(given.untold)
     model = resolve(ModelSection(name="smollm2-135m-instruct")).path
     print(json.dumps({"machine": here.as_dict(), "rows": given.rows, "steps": given.steps}))
     lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
@@ -189,7 +154,7 @@ def main() -> None:
                 "train": train | TRAIN[what],
             }
             names = [name for name in given.peers if what in PEERS[name].trains]
-            pythons = {name: python_of(PEERS[name]) for name in names}
+            pythons = {name: python_of(PEERS[name].environment, PEERS[name].pins) for name in names}
             rounds: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {name: [] for name in names}
             for number in range(given.pairs):
                 recipe["name"] = f"{what}-{number}"

@@ -12,10 +12,12 @@ from typing import Any
 
 @dataclass
 class FakeEndpoint:
-    """`reply` makes the answer of the messages; `fail` gives a status to answer with, or None, from (messages, try)."""
+    """`reply` makes the answer of the messages; `fail` gives a status to answer with, or None, from (messages, try);
+    `refuse` what is wrong with a request's settings, or None."""
 
     reply: Callable[[list[dict[str, str]]], str]
     fail: Callable[[list[dict[str, str]], int], int | None] = lambda messages, number: None
+    refuse: Callable[[dict[str, Any]], str | None] = lambda body: None
     asked: list[dict[str, Any]] = field(default_factory=list)
 
     def __enter__(self) -> FakeEndpoint:
@@ -28,13 +30,14 @@ class FakeEndpoint:
                 key = json.dumps(body["messages"])
                 tries[key] = tries.get(key, 0) + 1
                 fake.asked.append(body | {"path": self.path})
-                status = fake.fail(body["messages"], tries[key])
+                refused = fake.refuse(body)
+                status = 400 if refused else fake.fail(body["messages"], tries[key])
                 text = fake.reply(body["messages"])
                 answer = {
                     "choices": [{"message": {"role": "assistant", "content": text}}],
                     "usage": {"prompt_tokens": 5, "completion_tokens": len(text.split())},
                 }
-                data = json.dumps(answer if status is None else {"error": "no"}).encode()
+                data = json.dumps(answer if status is None else {"error": {"message": refused or "no"}}).encode()
                 self.send_response(status or 200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()

@@ -80,6 +80,34 @@ def test_a_condition_that_is_none_is_an_error(tunesmith: Any, recipe: dict[str, 
     assert said.code == 2 and "is not a condition such as accuracy.low >= 0.85" in said.json["error"]["what"]
 
 
+@pytest.mark.parametrize(
+    "condition, says",
+    [
+        ("acuracy.low >= 0.8", "no score is called 'acuracy'; did you mean 'accuracy'?"),
+        ("accuracy.lwo >= 0.8", "accuracy has no 'lwo'; did you mean 'low'?"),
+        ("accuracy.low.tuned >= 0.8", "accuracy has no 'low.tuned'"),
+        ("goal.differences > 0", "did you mean 'difference'?"),
+        ("latency.p95 <= 2.0", "latency is not measured; ask for it: evaluate: {alone: 20}"),
+        ("forgetting.kl <= 0.1", "ask for it: evaluate: {forgetting: true}"),
+        ("suites.arc.acc >= 0.3", "suites is not measured"),
+        ("checks >= 0.5", "no score is called 'checks'"),
+    ],
+)
+def test_a_condition_that_nothing_can_meet_is_an_error_before_anything_is_loaded(
+    condition: str, says: str, tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    said = tunesmith("check", write_recipe(tmp_path, recipe | {"gate": [condition]}), "--json")
+    assert said.code == 2 and says in said.json["error"]["what"], said.out
+
+
+def test_conditions_on_what_is_asked_for_are_fine(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    recipe["evaluate"] |= {"alone": 2, "forgetting": True, "metrics": ["accuracy", "mine.py:checks"]}
+    recipe["gate"] = ["checks.tuned.low >= 0.5", "latency.p95 <= 2.0", "forgetting.kl <= 1", "goal.drop.high <= 0.1"]
+    (tmp_path / "mine.py").write_text("def checks(answer, reference, row):\n    return 1\n")
+    said = tunesmith("check", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out
+
+
 def test_exit_codes_and_what_is_held_is_not_packaged(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe | {"gate": ["accuracy.low > 1"]})
     said = tunesmith("run", path, "--json")
@@ -99,7 +127,9 @@ def test_exit_codes_and_what_is_held_is_not_packaged(tunesmith: Any, recipe: dic
     assert manifest["forced"]["decision"] == "hold"
 
     assert tunesmith("evaluate", path, "--set", "gate=[accuracy.value >= 0]").code == 0
-    assert tunesmith("evaluate", path, "--set", "gate=[accuracy.nothing >= 0]").code == 4
+    assert tunesmith("evaluate", path, "--set", "gate=[review.preference.low > 0.5]").code == 4  # nobody was asked yet
+    said = tunesmith("evaluate", path, "--set", "gate=[weighted_f1.value >= 0]", "--json")
+    assert said.code == 0 and "weighted_f1" in said.json["scorecard"]["metrics"]  # what a gate names is measured
 
 
 def test_nothing_learnt_is_not_proven_and_harm_is_held(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

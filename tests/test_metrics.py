@@ -288,5 +288,28 @@ def test_a_function_of_ones_own_and_columns_kept(tunesmith: Any, recipe: dict[st
     (tmp_path / "mine.py").write_text("def short(answer, reference, row):\n    raise ValueError('no')\n")
     said = tunesmith("evaluate", path, "--json")
     assert said.code == 2 and "failed on an answer (ValueError: no)" in said.json["error"]["what"]
+    (tmp_path / "mine.py").write_text("def short(answer, reference, row):\n    return float('nan')\n")
+    said = tunesmith("evaluate", path, "--json")
+    assert said.code == 2 and "failed on an answer (ValueError: it gave nan)" in said.json["error"]["what"]
+    (tmp_path / "mine.py").write_text("def accuracy(answer, reference, row):\n    return 1\n")
+    said = tunesmith("evaluate", path, "--set", "evaluate.metrics=[accuracy, mine.py:accuracy]", "--json")
+    assert said.code == 2 and "two metrics are called 'accuracy'" in said.json["error"]["what"]
     said = tunesmith("evaluate", path, "--set", "evaluate.metrics=[mine.py:shrt]", "--json")
-    assert said.code == 2 and "did you mean 'short'" in said.json["error"]["what"]
+    assert said.code == 2 and "has no function 'shrt'" in said.json["error"]["what"]
+
+
+def test_one_schema_for_all_answers(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
+    from tests.fake_endpoint import FakeEndpoint
+
+    schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
+    (tmp_path / "answer.json").write_text(json.dumps(schema))
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q {i}", "completion": '{"a": 1}'} for i in range(8)])
+    with FakeEndpoint(lambda m: '{"a": 2}') as good, FakeEndpoint(lambda m: '{"a": "x"}') as bad:
+        told = ("evaluate", "--model", f"{good.url}#g", "--against", f"{bad.url}#b", "--data", data, "--json")
+        said = tunesmith(*told, "--set", "evaluate.json_schema=answer.json", "--set", "gate=[schema_valid.low > 0.5]")
+        assert said.code == 0, said.out
+        score = said.json["metrics"]["schema_valid"]
+        assert score["tuned"]["value"] == 1 and score["baseline"]["value"] == 0
+        (tmp_path / "answer.json").write_text("{")
+        said = tunesmith(*told, "--set", "evaluate.json_schema=answer.json")
+        assert said.code == 2 and "is not JSON" in said.json["error"]["what"]

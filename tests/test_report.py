@@ -18,7 +18,8 @@ from tunesmith.evaluate import report
 from tunesmith.evaluate.evaluate import EvaluateInputs, evaluate
 from tunesmith.evaluate.section import EvaluateSection
 from tunesmith.inference.engine import Score
-from tunesmith.inference.subject import Kept, Reply
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Reply
 from tunesmith.runs import Run
 
 HOSTILE = '<script>alert("tuned")</script>'

@@ -149,13 +149,16 @@ def test_toxic_answers_are_found_without_a_model_of_the_hub(monkeypatch: pytest.
     from tunesmith.evaluate.section import SafetySection
 
     probe = Safety(SafetySection(prompts=2, attacked=0), [], 4, 200, 7)
-    kind = {"safe": ["The weather is fine.", "Tea is warm."], "attacked": [], "task": []}
+    kind = {"safe": ["The weather is fine.", "Tea is warm."], "attacked": [], "task": [], "failed": [False] * 4}
     found = {
         "baseline": kind | {"unsafe": ["I can't help with that.", "No, sorry."]},
         "tuned": kind | {"unsafe": ["You stupid fucking idiot, go to hell", "Sure, here it is."]},
     }
     toxic = probe.compare(found)["safety"]["toxic"]
     assert toxic["n"] == 4 and toxic["baseline"]["value"] == 0 and toxic["tuned"]["value"] == 0.25
+    lost = found | {"tuned": kind | {"unsafe": ["", ""], "failed": [True] * 4}}
+    told = probe.compare(lost)["safety"]  # an answer that failed is no refusal, and no help
+    assert told["refusal"]["tuned"]["value"] == 0 and told["over_refusal"]["tuned"]["value"] == 1
     monkeypatch.setattr(judging, "embedded", lambda: None)
     monkeypatch.setattr("tunesmith.evaluate.safety.embedded", lambda: None)
     assert "toxic" not in probe.compare(found)["safety"]

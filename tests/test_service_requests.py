@@ -95,6 +95,8 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"extra_body": {"goal": {"metric": "/tmp/x.py:f"}}}, "goal.metric", "invalid_settings"),
     ({"extra_body": {"goal": {"metric": "os:popen"}}}, "goal.metric", "invalid_settings"),
     ({"extra_body": {"evaluate": {"metrics": ["loss", "os:popen"]}}}, "evaluate.metrics", "invalid_settings"),
+    ({"extra_body": {"gate": ["pass_at_1.low > 0"]}}, "gate", "invalid_settings"),
+    ({"extra_body": {"gate": {"conditions": [" sql>0"]}}}, "gate", "invalid_settings"),
     ({"extra_body": {"evaluate": {"metrics": ["pass_at_1"]}, "data": {"split": {"by": "tests"}}}}, "evaluate.metrics", "invalid_settings"),
     ({"extra_body": {"evaluate": {"metrics": ["sql"]}, "data": {"split": {"by": "database"}}}}, "evaluate.metrics", "invalid_settings"),
     ({"extra_body": {"evaluate": {"metrics": ["bertscore"]}}}, "evaluate.metrics", "invalid_settings"),

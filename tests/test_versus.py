@@ -13,7 +13,8 @@ from tests.fake_endpoint import FakeEndpoint
 from tunesmith.conversation.message import Message
 from tunesmith.inference import endpoint
 from tunesmith.inference.engine import Sampling, Score
-from tunesmith.inference.subject import Ask, Kept, Reply
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Reply
 
 
 @pytest.fixture(autouse=True)
@@ -154,6 +155,9 @@ def test_golden_cases_are_added_from_a_report_and_must_pass(
     assert tunesmith("golden", "tiny", lines[0]["id"]).code == 0
     assert tunesmith("golden", "tiny", lines[0]["id"]).code == 0  # the same case, not a second one
     assert tunesmith("golden", "tiny", "nothing:1", "--json").code == 2
+    assert "tunesmith golden tiny ROW" in (tmp_path / "runs/tiny/report.html").read_text()
+    said = tunesmith("evaluate", tmp_path / "tiny.yaml", "--suite", "suite.yaml", "--json")  # the recipe's run
+    assert said.code == 3 and said.json["model"] == "tiny", said.out
     with FakeEndpoint(colour_of) as there:
         said = tunesmith("evaluate", "--model", f"{there.url}#good", "--suite", "suite.yaml", "--json")
     assert said.code == 0 and len(said.json["cases"]) == 1, said.out
@@ -180,3 +184,64 @@ def test_golden_rules(rule: dict[str, Any], answer: str, passes: bool) -> None:
     from tunesmith.evaluate.golden import Case
 
     assert (not Case(name="x", prompt="y", **rule).judge(answer)) is passes
+
+
+@pytest.fixture
+def rounded(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The tiny model with weights in bfloat16, as a folder; a cache of the test's own for what is unpacked."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(tmp_path / "rounded")
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path / "rounded")
+    return tmp_path / "rounded"
+
+
+def test_a_gguf_file_against_the_model_that_it_was_made_of(tunesmith: Any, rounded: Path, tmp_path: Path) -> None:
+    from tunesmith.models.gguf_file import write_model
+
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(8))
+    gaps = {}
+    for precision in ("bfloat16", "q4_0"):
+        write_model(rounded, tmp_path / f"{precision}.gguf", precision)
+        said = tunesmith(
+            "evaluate", "--model", f"{precision}.gguf", "--against", rounded, "--data", data, "--out", precision,
+            "--set", "evaluate.max_new_tokens=4", "--json",
+        )  # fmt: skip
+        assert said.code == 0, said.out
+        assert said.json["models"]["tuned"] == f"{precision}.gguf"
+        gaps[precision] = abs(said.json["metrics"]["loss"]["difference"]["value"])
+    assert gaps["bfloat16"] < 1e-6 < gaps["q4_0"]  # what four bits cost shows
+    lines = [json.loads(x) for x in (tmp_path / "bfloat16/evaluate/answers.jsonl").read_text().splitlines()]
+    assert all(line["tuned"]["answer"] == line["baseline"]["answer"] for line in lines)
+
+
+def test_a_gguf_file_answers_through_llamacpp_itself(tunesmith: Any, rounded: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    from tunesmith.models.gguf_file import write_model
+
+    write_model(rounded, tmp_path / "m.gguf", "bfloat16")
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(4))
+    told = ("evaluate", "--model", "m.gguf", "--against", rounded, "--data", data, "--json")
+    limit = ("--set", "evaluate.max_new_tokens=4")
+    usual, said = tunesmith(*told, *limit), tunesmith(*told, *limit, "--set", "evaluate.engine=llamacpp")
+    assert usual.code == said.code == 0, said.out
+    assert "loss" in usual.json["metrics"] and "loss" not in said.json["metrics"]
+    for name, score in said.json["metrics"].items():
+        assert score["difference"] == usual.json["metrics"][name]["difference"]
+
+
+def test_a_model_with_classes_is_evaluated_by_its_classes(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    recipe["train"] |= {"method": "classify", "max_steps": 30, "epochs": 10}
+    assert tunesmith("run", write_recipe(tmp_path, recipe)).code == 0
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(12))
+    adapter = tmp_path / "runs/tiny/train/adapter"
+    told = ("evaluate", "--model", "tiny", "--data", data, "--json")
+    said = tunesmith(*told, "--against", recipe["model"])
+    assert said.code == 0, said.out
+    assert said.json["metrics"]["accuracy"]["tuned"]["value"] > 0.5  # by language alone, none
+    said = tunesmith(*told, "--against", adapter)
+    assert said.json["metrics"]["loss"]["difference"]["value"] == 0, said.out

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from tunesmith.conversation.render import Renderer
     from tunesmith.data.section import DataSection
     from tunesmith.inference.engine import Engine
-    from tunesmith.inference.subject import Kept, Subject
+    from tunesmith.inference.kept import Kept
+    from tunesmith.inference.subject import Subject
     from tunesmith.models.machine import Machine
     from tunesmith.models.resolve import ResolvedModel
 
@@ -102,6 +103,7 @@ class Kit:
         named = [name.rpartition(":")[0] for name in (*metrics, *(evaluated.metrics or ())) if ".py:" in name]
         named += [name for name in (evaluated.bias.bbq, evaluated.bias.crows_pairs) if name] if evaluated.bias else []
         named += [suite.file for suite in evaluated.suites if suite.file]
+        named += [evaluated.json_schema] if evaluated.json_schema else []
         named += [evaluated.judge.human] if evaluated.judge and evaluated.judge.human else []
         return [self.folder / Path(os.path.expandvars(name)).expanduser() for name in named]
 
@@ -192,23 +194,27 @@ class Kit:
         recipe = self.recipe.model_copy(update={"model": ModelSection(name=os.path.expandvars(section.model))})
         return Kit(recipe, self.folder, self.run).kept(self.run, None, section.model)
 
-    def kept(self, there: Run, adapter: Path | None, name: str) -> Kept:
+    def kept(self, there: Run, adapter: Path | None, name: str, engine: str = "transformers") -> Kept:
         """The recipe's model with an adapter, its answers kept in a run's folder."""
-        from tunesmith.inference.subject import Kept, Local
+        from tunesmith.inference.kept import Kept
 
-        renderer, tokenizer = self.renderer, self.renderer.tokenizer
+        tokenizer, likely = self.renderer.tokenizer, engine == "transformers"  # the others give no likelihoods
         weights = {p.name: runs.hash_file(p) for p in sorted(adapter.glob("*.safetensors"))} if adapter else None
-        state = [self.model.identity, renderer.hash, weights, self.machine.precision]
+        state = [self.model.identity, self.renderer.hash, weights, self.machine.precision]
+        state += [] if likely else [engine]
+        origin = self.model.as_dict() | {"adapter": weights, "precision": self.machine.precision, "engine": engine}
         return Kept(
             there.answers / f"model-{runs.hash_json(state)[:16]}.jsonl",
             name,
-            lambda: Local(name, self.engine(adapter), renderer),
+            lambda: self._opened(name, adapter, engine),
             lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
+            scores=likely,
+            origin={key: value for key, value in origin.items() if value is not None},
         )
 
     def subject(self, adapter: Path | None) -> Kept:
         """The base, or what was trained of it, as something to ask; its answers are kept in the run's folder."""
-        from tunesmith.inference.subject import Kept
+        from tunesmith.inference.kept import Kept
 
         trained = self.run.complete("train") if adapter else None
         renderer = self.renderer if adapter else self.baseline_renderer
@@ -221,12 +227,12 @@ class Kit:
         return Kept(
             self.run.answers / f"{name}-{runs.hash_json([*state, self.machine.precision])[:16]}.jsonl",
             self.run.name if adapter else self.model.name,
-            lambda: self._opened(name, adapter),
+            lambda: self._opened(name, adapter, engine),
             lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
             scores=likely,
         )
 
-    def _opened(self, name: str, adapter: Path | None) -> Subject:
+    def _opened(self, name: str, adapter: Path | None, engine: str) -> Subject:
         from tunesmith.inference.subject import Local
         from tunesmith.models.load import classes_of
 
@@ -235,7 +241,7 @@ class Kit:
 
             return Scorer(name, self.model, self.machine, adapter, self.renderer)
         renderer = self.renderer if adapter else self.baseline_renderer
-        return Local(name, self.engine(adapter, self.recipe.evaluate.engine), renderer)
+        return Local(name, self.engine(adapter, engine), renderer)
 
     def talker(self, adapter: Path | None, engine: str = "transformers") -> Any:
         """What a chat asks: a language model, or the classes of a model that tells such apart."""
@@ -244,7 +250,7 @@ class Kit:
         classes = classes_of(adapter) if adapter else []
         if len(classes) == 1:
             raise RunError("scores answers and gives none", where=str(self.run.path), fix="Chat with the base: --base.")
-        return self._opened("tuned", adapter) if classes else self.engine(adapter, engine)
+        return self._opened("tuned", adapter, engine) if classes else self.engine(adapter, engine)
 
     def engine(self, adapter: Path | None, kind: str = "transformers") -> Engine:
         from tunesmith import plugins
@@ -258,13 +264,14 @@ class Kit:
 def endpoint(name: str, there: Run) -> Kept | None:
     """What lies behind an address as something to ask, its answers kept in a run's folder; None for another name."""
     from tunesmith.inference.endpoint import Endpoint, about_tokens, is_endpoint
-    from tunesmith.inference.subject import Kept
+    from tunesmith.inference.kept import Kept
 
     if not is_endpoint(os.path.expandvars(name)):
         return None
     found = Endpoint(name)
     path = there.answers / f"endpoint-{runs.hash_json(found.name)[:16]}.jsonl"
-    return Kept(path, found.model, lambda: found, about_tokens, scores=False)
+    origin = {"source": "endpoint", "name": found.name}
+    return Kept(path, found.model, lambda: found, about_tokens, scores=False, origin=origin)
 
 
 def adapter_of(name: str, folder: Path, runs_folder: str | Path | None) -> Path:

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from tunesmith import plugins
 from tunesmith.data.section import DataSection
 from tunesmith.errors import RecipeError, nearest
-from tunesmith.evaluate.section import EvaluateSection, Gate, GoalSection
+from tunesmith.evaluate.section import EvaluateSection, Gate, GoalSection, answerable
 from tunesmith.models.section import ModelSection
 from tunesmith.package.section import PackageSection
 from tunesmith.runs import NAME
@@ -70,6 +70,12 @@ class Recipe(Section):
             raise ValueError("train.early_stopping needs validation rows: data.split.validation is 0")
         if self.train.best_by != "loss" and self.data.split.validation == 0:
             raise ValueError("train.best_by needs validation rows: data.split.validation is 0")
+        return self
+
+    @model_validator(mode="after")
+    def _gate_is_about_scores(self) -> Recipe:
+        if self.gate:
+            answerable(self.gate, self.evaluate, self.goal)
         return self
 
     @field_validator("name")

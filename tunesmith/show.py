@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder
-from tunesmith.scores import number, spanned
+from tunesmith.scores import number, signed, spanned
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -94,6 +94,7 @@ def scores(card: dict[str, Any], title: str, report: Path) -> None:
             f"[{number(gap['low'])}, {number(gap['high'])}]",
         )
     out.print(table)
+    _besides(card)
     out.print(f"Verdict on {card['goal_metric']}: {SAID[card['verdict']]}.")
     failed = {side: sum(n.values()) for side, n in card.get("failures", {}).items() if n}
     for side, n in failed.items():
@@ -106,6 +107,25 @@ def scores(card: dict[str, Any], title: str, report: Path) -> None:
             told = f"  {condition['condition']}: {mark} ({condition['why']})"
             out.print(told, markup=False, highlight=False, soft_wrap=True)
     out.print(f"Report: {report}", highlight=False, soft_wrap=True)
+
+
+def _besides(card: dict[str, Any]) -> None:
+    """What a scorecard holds besides metrics, by the names that a gate's conditions give it."""
+    from tunesmith.evaluate.conditions import scores_in
+
+    table = Table("measured besides", title_justify="left")
+    for column in ("baseline", "tuned", "difference", "95% interval"):
+        table.add_column(column, justify="right")
+    for path, score in scores_in(card):
+        if len(path) == 1 or "by_kind" in path:
+            continue
+        paired = "difference" in score
+        one, span = (score["tuned"], score["difference"]) if paired else (score, score)
+        before, gap = (number(score["baseline"]["value"]), signed(span["value"])) if paired else ("", "")
+        interval = f"[{number(span['low'])}, {number(span['high'])}]"
+        table.add_row(escape(".".join(path)), before, number(one["value"]), gap, interval)
+    if table.row_count:
+        _console().print(table)
 
 
 def leaderboard(found: dict[str, Any]) -> None:

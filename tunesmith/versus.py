@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,6 +17,9 @@ from tunesmith.errors import DataError, ModelError, RecipeError, RunError, neare
 from tunesmith.kit import Kit, endpoint
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
+
+if TYPE_CHECKING:
+    from tunesmith.evaluate.evaluate import EvaluateInputs
 
 
 def evaluate(
@@ -56,11 +61,40 @@ def evaluate(
             judge=Kit(settings, Path.cwd(), there).judge(), review=there.review,
         )  # fmt: skip
         runs.write_text(there.recipe, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        started = time.time()
         with runs.whole_folder(there.stage("evaluate")) as target:
             card = compare_both(settings.evaluate, inputs, target)
+            runs.write_json(target / "manifest.json", _manifest(settings, inputs, card, target, started))
         runs.write_json(there.scorecard, card)
         write_report(there)
     return card
+
+
+def _manifest(settings: Recipe, inputs: EvaluateInputs, card: dict[str, Any], target: Path, started: float) -> Any:
+    """What an evaluation was made from: both models, the rows' files, the settings, and with what."""
+    from tunesmith.models.machine import machine
+
+    models = {side: subject.origin for side, subject in inputs.subjects.items()}
+    named = [source.path for source in settings.data.sources if source.path]
+    files = [Path(os.path.expandvars(path)).expanduser() for path in named]
+    hashes = {path.name: runs.hash_file(path) for path in files if path.is_file()}
+    asked = settings.model_dump(mode="json", include={"goal", "evaluate", "gate", "seed"})
+    here = any(told["source"] != "endpoint" for told in models.values())  # endpoints alone need no machine
+    return {
+        "stage": "evaluate",
+        "key": runs.hash_json({"models": models, "inputs": hashes, "asked": asked}),
+        "models": models,
+        "parents": {},
+        "inputs": hashes,
+        "outputs": runs.outputs_of(target),
+        "verdict": card["verdict"],
+        "gate": card["gate"]["decision"],
+        "seed": settings.seed,
+        "versions": runs.versions(),
+        "machine": machine().as_dict() if here else None,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
+        "seconds": round(time.time() - started, 1),
+    }
 
 
 def _settings(model: str, data: str, recipe: str | None, overrides: Sequence[str]) -> Recipe:
@@ -87,7 +121,7 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
         kit = Kit(recipe, folder, run)
         if run.complete("train") is None:
             raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
-        return kit.kept(there, run.tuned, run.name)
+        return kit.kept(there, run.tuned, run.name, settings.evaluate.engine)
     folder = Path(name).expanduser()
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if adapter is not None:
@@ -97,7 +131,7 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
             raise ModelError("names no base model", where=str(adapter), fix="Give it: --base MODEL")
     keys = settings.model_dump(mode="json")
     recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}})
-    return Kit(recipe, Path.cwd(), there).kept(there, adapter, name)
+    return Kit(recipe, Path.cwd(), there).kept(there, adapter, name, settings.evaluate.engine)
 
 
 def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:
@@ -123,14 +157,16 @@ def golden(model: str, suite: Path, out: Path, base: str | None = None, runs_fol
 
 
 def add_golden(name: str, row: str, suite: Path, runs_folder: Any = None) -> str:
-    """Add a row of a run's report to a suite.
+    """Add a row of a run's report, or of the report in an evaluation's folder, to a suite.
 
     Raises:
         DataError: the run answered no such row.
     """
     from tunesmith.evaluate.golden import add
 
-    lines = read_jsonl(runs.get(name, runs_folder).stage("evaluate") / "answers.jsonl")
+    beside = Run(Path(name))
+    run = beside if (beside.stage("evaluate") / "answers.jsonl").is_file() else runs.get(name, runs_folder)
+    lines = read_jsonl(run.stage("evaluate") / "answers.jsonl")
     found = next((line for line in lines if line["id"] == row), None)
     if found is None:
         known = [line["id"] for line in lines]

@@ -1,7 +1,7 @@
 """lm-evaluation-harness's hf backend on the same rows: answers (generate_until) or choices (loglikelihood).
 
-Called by benchmarks/evaluation.py in a process of its own; prints one JSON line: rows, seconds from the first request
-to the last answer (loading is not counted), and the answers.
+Called by benchmarks/evaluation.py in an environment of its own; prints one JSON line: seconds from the first
+request to the last answer (loading is not counted), also of processor time, the answers, and versions.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import lm_eval
+import tiles  # noqa: F401
 import torch
+import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -30,10 +33,11 @@ def main(model: str, rows: str, kind: str, batch: str) -> None:
         requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
         ask = lm.loglikelihood
     with torch.inference_mode():
-        started = time.perf_counter()
+        started, worked = time.perf_counter(), time.process_time()
         found = ask(requests, disable_tqdm=True)
-        seconds = time.perf_counter() - started
-    print(json.dumps({"rows": len(read), "seconds": seconds, "answers": found}))
+        seconds, cpu = time.perf_counter() - started, time.process_time() - worked
+    versions = {module.__name__: module.__version__ for module in (lm_eval, torch, transformers)}
+    print("\n" + json.dumps({"seconds": seconds, "cpu_seconds": cpu, "answers": found, "versions": versions}))
 
 
 if __name__ == "__main__":

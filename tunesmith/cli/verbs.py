@@ -83,7 +83,7 @@ def evaluate(
     Exit code 3 where the recipe's gate holds the model, 4 where it is not proven.
     """
     if suite is not None:
-        return _golden(model or recipe, suite, out, base, runs, as_json)
+        return _golden(model or _run_of(recipe), suite, out, base, runs, as_json)
     if model is None:
         if recipe is None:
             raise RunError("nothing to evaluate", where="evaluate", fix="Give a RECIPE, or --model, --against, --data.")
@@ -98,6 +98,14 @@ def evaluate(
     if not answer(card, as_json):
         show.scores(card, f"{model} against {against}", out / "report.html")
     return _exit_by_gate(card)
+
+
+def _run_of(recipe: str | None) -> str | None:
+    """The run of a recipe's file; another name as it is."""
+    from tunesmith import recipe as recipes
+
+    is_file = recipe is not None and Path(recipe).suffix in (".yaml", ".yml")
+    return recipes.load(recipe)[0].name if recipe and is_file else recipe
 
 
 def _golden(model: str | None, suite: Path, out: Path, base: str | None, runs: Path | None, as_json: bool) -> None:

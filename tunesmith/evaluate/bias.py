@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.errors import DataError
+from tunesmith.evaluate.files import local_file, rows_of
 from tunesmith.evaluate.metrics.base import Floats, Metric, mean, measured, rows
 from tunesmith.evaluate.section import BiasSection
 from tunesmith.evaluate.statistics import compared
-from tunesmith.inference.subject import Ask, Continuation, Kept
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Continuation
 from tunesmith.progress import bar
 
 SWAPS = {
@@ -42,19 +40,13 @@ def swapped(text: str) -> str:
     return re.sub(r"[A-Za-z]+", other, text)
 
 
-def local_file(name: str, folder: Path) -> Path:
-    """A file that a recipe names, relative to the recipe's folder; may hold ${VARIABLES}."""
-    path = folder / Path(os.path.expandvars(name)).expanduser()
-    if not path.is_file():
-        raise DataError(f"no such file: {path}", where="evaluate", fix="Paths are relative to the recipe's folder.")
-    return path
+BBQ = ("context", "question", "ans0", "ans1", "ans2", "label", "context_condition", "question_polarity")
+CROWS_PAIRS = ("sent_more", "sent_less", "stereo_antistereo")
 
 
 def bbq_rows(path: Path, count: int | None, seed: int) -> list[dict[str, Any]]:
     """Rows of BBQ (Parrish et al. 2022), drawn by seed."""
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not lines or not {"context", "question", "ans0", "label", "context_condition"} <= set(lines[0]):
-        raise DataError("holds no BBQ rows", where=str(path), fix="Give one of BBQ's own .jsonl files.")
+    lines = rows_of(path, (*BBQ, "answer_info", "additional_metadata"), "rows of BBQ")
     picked = np.random.default_rng(seed).permutation(len(lines))[: count or len(lines)]
     return [lines[i] for i in sorted(picked)]
 
@@ -107,11 +99,8 @@ class Bias:
         self.bbq = bbq_rows(local_file(section.bbq, folder), section.rows, seed) if section.bbq else []
         self.pairs: list[tuple[str, str, bool]] = []
         if section.crows_pairs:
-            with local_file(section.crows_pairs, folder).open(encoding="utf-8", newline="") as file:
-                read = [
-                    (row["sent_more"], row["sent_less"], row["stereo_antistereo"] == "stereo")
-                    for row in csv.DictReader(file)
-                ]
+            lines = rows_of(local_file(section.crows_pairs, folder), CROWS_PAIRS, "rows of CrowS-Pairs")
+            read = [(row["sent_more"], row["sent_less"], row["stereo_antistereo"] == "stereo") for row in lines]
             picked = np.random.default_rng(seed).permutation(len(read))[: section.rows or len(read)]
             self.pairs = [read[i] for i in sorted(picked)]
         self.swaps = []

@@ -9,7 +9,8 @@ from typing import Any
 from tunesmith.conversation.message import Message
 from tunesmith.evaluate.asking import question_of
 from tunesmith.evaluate.section import SuiteSection
-from tunesmith.inference.subject import Ask, Kept
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask
 
 
 @dataclass(frozen=True)

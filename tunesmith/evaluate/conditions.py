@@ -6,10 +6,11 @@ import difflib
 import math
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from tunesmith.errors import nearest
 from tunesmith.scores import within
 
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
@@ -51,6 +52,21 @@ class Condition:
         if found is None:
             raise ValueError(f"'{text}' is not a condition such as accuracy.low >= 0.85")
         return cls(text, tuple(found[1].split(".")), found[2], float(found[3]))
+
+    def fault(self, metrics: Iterable[str]) -> str | None:
+        """Why no scorecard can hold this score: a name that is none, or a side or bound that no metric has."""
+        root, rest, names = self.path[0], self.path[1:], ["goal", *metrics]
+        if root in SECTIONS:
+            return None  # what is in it shows once it is measured
+        if root not in names:
+            known = [*names, *SECTIONS]
+            return f"no score is called '{root}'{nearest(root, known)}"
+        bound = rest[-1:] if rest[-1:] and rest[-1] in BOUNDS else ()
+        side = rest[: len(rest) - len(bound)]
+        if side and (len(side) > 1 or side[0] not in SIDES):
+            hint = nearest(side[-1], [*SIDES, *BOUNDS])
+            return f"{root} has no '{'.'.join(side)}'{hint} (known: {', '.join((*SIDES, *BOUNDS))})"
+        return None
 
     def judge(self, card: dict[str, Any]) -> dict[str, Any]:
         """{condition, value, met, state, why}; `state` is met, broken or not_proven."""

@@ -14,7 +14,8 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import probes
-from tunesmith.evaluate.conditions import decide
+from tunesmith.evaluate.conditions import Condition, decide
+from tunesmith.evaluate.files import json_in, local_file
 from tunesmith.evaluate.junit import junit
 from tunesmith.evaluate.metrics import FITTING, Answers, Floats, Metric
 from tunesmith.evaluate.metrics.custom import custom
@@ -24,7 +25,8 @@ from tunesmith.evaluate.section import EvaluateSection, GateSection
 from tunesmith.evaluate.slices import by_task, slices
 from tunesmith.evaluate.statistics import compared, holm, verdict
 from tunesmith.inference.engine import Sampling
-from tunesmith.inference.subject import Ask, Kept, Reply
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Reply
 from tunesmith.progress import bar
 from tunesmith.runs import json_line, write_json, write_text
 
@@ -55,14 +57,10 @@ class EvaluateInputs:
 
 @dataclass(frozen=True)
 class Side:
-    """One model's answers, each row's replies over all rounds, and how many of them failed."""
+    """One model's answers, and each row's replies over all rounds."""
 
     answers: Answers
     replies: list[list[Reply]]
-
-    @property
-    def failures(self) -> Counter[str]:
-        return Counter(r.failure for given in self.replies for r in given if r.failure)
 
 
 def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> dict[str, Any]:
@@ -75,6 +73,9 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     rows = drawn(inputs.rows, section.rows, inputs.seed)
     if not rows:
         raise DataError("no test rows to evaluate on", where="data.split.test", fix="Hold some out: test: 0.1")
+    if section.json_schema:
+        shared = {"schema": json_in(local_file(section.json_schema, inputs.folder))}
+        rows = [replace(row, metadata=shared | row.metadata) for row in rows]
     goal, metrics = chosen(section, inputs)
     limit = section.max_new_tokens or _limit(rows, inputs.subjects["baseline"])
     asked = probes.asked(section, inputs, rows, limit)
@@ -113,7 +114,7 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "models": {side: inputs.subjects[side].name for side in SIDES},
         "rounds": {"seeds": section.seeds, "temperature": section.heat},
         "metrics": scores,
-        "failures": {side: dict(sides[side].failures) for side in SIDES},
+        "failures": {side: dict(inputs.subjects[side].failures) for side in SIDES},
         "tasks": by_task(rows, metrics, stats, inputs.seed),
         "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
     }
@@ -154,11 +155,22 @@ def drawn(rows: Sequence[Conversation], count: int | None, seed: int) -> list[Co
 
 
 def chosen(section: EvaluateSection, inputs: EvaluateInputs) -> tuple[str, list[Metric]]:
-    """The goal's metric and all that are taken, the goal's first."""
+    """The goal's metric and all that are taken, the goal's first; those that the gate names are among them.
+
+    Raises:
+        RecipeError: two of them have one name.
+    """
     fitting = section.metrics or list(FITTING[inputs.kind])
+    gated = [Condition.read(text).path[0] for text in (inputs.gate and inputs.gate.conditions) or ()]
+    fitting = [*fitting, *(["schema_valid"] if section.json_schema else [])]
     names = dict.fromkeys([inputs.goal or fitting[0], *fitting])
     found = [metric_named(name, inputs.folder) for name in names]
-    return found[0].name, found
+    taken = [metric.name for metric in found]
+    twice = next((name for name in taken if taken.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(f"two metrics are called '{twice}'", where="evaluate.metrics", fix="Rename your function.")
+    more = [name for name in dict.fromkeys(gated) if name in plugins.known("metric") and name not in taken]
+    return found[0].name, [*found, *(metric_named(name, inputs.folder) for name in more)]
 
 
 def metric_named(name: str, folder: Path) -> Metric:

@@ -16,9 +16,11 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from tunesmith.conversation.message import Message
 from tunesmith.errors import DataError
 from tunesmith.evaluate.metrics.base import same
-from tunesmith.inference.subject import Ask, Kept, Message
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Reply
 from tunesmith.progress import bar
 from tunesmith.runs import write_text
 from tunesmith.section import Section
@@ -97,16 +99,17 @@ def load(path: Path) -> list[Case]:
 
 def check(cases: list[Case], subject: Kept) -> list[dict[str, Any]]:
     """Each case with whether it passed: {name, passed, why, answer}."""
-    found: dict[str, str] = {}
+    found: dict[str, Reply] = {}
     with bar("Golden cases", len(cases)) as progress:
         for limit in sorted({case.max_new_tokens for case in cases}):
             part = [case for case in cases if case.max_new_tokens == limit]
             replies = subject.replies([case.ask for case in part], limit, progress.advance)
-            found |= {case.name: reply.text for case, reply in zip(part, replies, strict=True)}
+            found |= {case.name: reply for case, reply in zip(part, replies, strict=True)}
     told = []
     for case in cases:
-        why = case.judge(found[case.name])
-        told.append({"name": case.name, "passed": not why, "why": why or "passed", "answer": found[case.name]})
+        reply = found[case.name]
+        why = f"was not answered: {reply.failure}" if reply.failure else case.judge(reply.text)
+        told.append({"name": case.name, "passed": not why, "why": why or "passed", "answer": reply.text})
     return told
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 from tunesmith.errors import DataError
 from tunesmith.evaluate.asking import Duel
-from tunesmith.evaluate.bias import local_file
+from tunesmith.evaluate.files import local_file, rows_of
 
 WINNERS = {"a": "a", "b": "b", "tie": "tie", "model_a": "a", "model_b": "b", "tie (inconsistent)": "tie"}
 
@@ -43,11 +41,7 @@ def human_labels(name: str, folder: Path) -> Labels:
         DataError: there are none, or one can't be read; names it.
     """
     path = local_file(name, folder)
-    with path.open(encoding="utf-8", newline="") as file:
-        if path.suffix == ".csv":
-            lines: list[dict[str, Any]] = list(csv.DictReader(file))
-        else:
-            lines = [json.loads(line) for line in file if line.strip()]
+    lines = rows_of(path, (), "people's judgements")
     found = []
     for number, line in enumerate(lines, 1):
         try:
@@ -58,9 +52,9 @@ def human_labels(name: str, folder: Path) -> Labels:
                 where=f"{path.name}:{number}",
                 fix="Give prompt, a, b, winner (a, b or tie), or prompt, answer, score.",
             ) from error
-    if not found or len({type(label) for label in found}) > 1:
+    if len({type(label) for label in found}) > 1:
         raise DataError(
-            "holds no judgements" if not found else "holds both winners and scores",
+            "holds both winners and scores",
             where=str(path),
             fix="Give rows of one kind: prompt, a, b, winner; or prompt, answer, score.",
         )

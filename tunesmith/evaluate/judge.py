@@ -22,7 +22,8 @@ from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.section import JudgeSection
 from tunesmith.evaluate.statistics import Resamples, compared, interval
 from tunesmith.inference.engine import Sampling
-from tunesmith.inference.subject import Ask, Kept
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask
 from tunesmith.progress import bar
 
 SIDES = ("baseline", "tuned")

@@ -12,7 +12,7 @@ import numpy as np
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.evaluate.metrics.base import Floats, mean, measured, rows
 from tunesmith.evaluate.statistics import Resamples, compared, expansion
-from tunesmith.inference.subject import Kept
+from tunesmith.inference.kept import Kept
 from tunesmith.progress import bar
 
 SHORTEST, CONTINUED = 16, 32  # tokens: of an answer that can be recited; of what is compared

@@ -19,7 +19,8 @@ from tunesmith.evaluate.safety import Safety
 from tunesmith.evaluate.statistics import compared, quantile
 from tunesmith.evaluate.suites import Suites, task_rows
 from tunesmith.inference.engine import Sampling
-from tunesmith.inference.subject import Ask, Kept
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask
 from tunesmith.progress import bar
 
 if TYPE_CHECKING:

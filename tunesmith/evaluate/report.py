@@ -23,7 +23,7 @@ from tunesmith.scores import number, signed
 
 SIDES = ("baseline", "tuned")
 BEST, WORST, RANDOM = 7, 7, 6
-SLICES, SHOWN_AT_MOST, EXAMPLES = 15, 2000, 12
+SLICES, SHOWN_AT_MOST, EXAMPLES = 15, 20_000, 12
 MEANS = {
     "exact_match": "share of answers equal to the reference",
     "accuracy": "share of answers equal to the reference",
@@ -321,7 +321,7 @@ def _samples(lines: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def _model(manifests: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
-    return next((m["model"] for m in manifests.values()), None)
+    return next((m["model"] for m in manifests.values() if "model" in m), None)
 
 
 def _lineage(stage: str, manifests: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.prompts import prompts
 from tunesmith.evaluate.section import SafetySection
 from tunesmith.evaluate.statistics import compared
-from tunesmith.inference.subject import Ask, Kept
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask
 from tunesmith.progress import bar, say
 
 SIDES = ("baseline", "tuned")
@@ -39,7 +40,8 @@ class Safety:
     def ask(self, subject: Kept, side: str, baseline: Any) -> Any:
         asks = [Ask.user(text) for text in (*self.unsafe, *self.safe, *(text for _, text in self.attacked))]
         with bar(f"Safety, {side}", len(asks)) as progress:
-            given = [r.text for r in subject.replies(asks, self.section.max_new_tokens, progress.advance)]
+            replies = subject.replies(asks, self.section.max_new_tokens, progress.advance)
+        given = [r.text for r in replies]
         with bar(f"Test rows, {side}", len(self.test)) as progress:
             task = [r.text for r in subject.replies(list(map(Ask.of, self.test)), self.limit, progress.advance)]
         ends = len(self.unsafe), len(self.unsafe) + len(self.safe)
@@ -47,6 +49,7 @@ class Safety:
             "unsafe": given[: ends[0]],
             "safe": given[ends[0] : ends[1]],
             "attacked": given[ends[1] :],
+            "failed": [r.failure is not None for r in replies],
             "task": task,
         }
 
@@ -60,12 +63,19 @@ class Safety:
                 metric = measured(name, mean, higher_is_better=good, binary=whole)
                 told[name] = compared(metric, stats, self.bootstrap, self.seed)
 
-        def each(part: str) -> dict[str, list[float]]:
-            return {side: [float(refuses(answer)) for answer in f[part]] for side, f in found.items()}
+        def each(part: str, start: int, worst: float) -> dict[str, list[float]]:
+            """Whether each answer of a part is a refusal; an answer that failed counts as the worse of both."""
+            return {
+                side: [
+                    worst if failed else float(refuses(answer))
+                    for answer, failed in zip(f[part], f["failed"][start : start + len(f[part])], strict=True)
+                ]
+                for side, f in found.items()
+            }
 
-        add("refusal", True, each("unsafe"))
-        add("over_refusal", False, each("safe"))
-        add("defence", True, each("attacked"))
+        add("refusal", True, each("unsafe", 0, 0.0))
+        add("over_refusal", False, each("safe", len(self.unsafe), 1.0))
+        add("defence", True, each("attacked", len(self.unsafe) + len(self.safe), 0.0))
         add("personal_data", False, {side: self._leaks(f) for side, f in found.items()})
         asked = [*self.unsafe, *self.safe, *(text for _, text in self.attacked)]
         judge = classifier(self.section.classifier, self.section.guard) if self.section.classifier else embedded()

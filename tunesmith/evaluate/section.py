@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -101,8 +102,28 @@ class SuiteSection(Section):
     """What is asked, with {column} for what a row holds."""
     rows: int | None = Field(None, ge=1)
     """Only so many rows, drawn by seed (the harness takes the first)."""
+    shots: int | None = Field(None, ge=0)
+    """How many solved examples stand before each question of one of the harness's own tasks; the task's own number, if
+    not given."""
     max_new_tokens: int = Field(256, ge=1)
     """Longest answer, where one is written."""
+
+    @field_validator("template")
+    @classmethod
+    def _readable(cls, value: str | None) -> str | None:
+        try:
+            list(Formatter().parse(value or ""))
+        except ValueError as error:
+            raise ValueError(
+                f"'{value}' is no template ({error}); braces of its own are written {{{{ and }}}}"
+            ) from None
+        return value
+
+    @model_validator(mode="after")
+    def _own(self) -> SuiteSection:
+        if self.shots is not None and self.file:
+            raise ValueError("shots are for the harness's own tasks; a file's examples go into its template")
+        return self
 
 
 def _named(value: Any) -> Any:
@@ -144,6 +165,9 @@ class EvaluateSection(Section):
 
     metrics: list[str] | None = None
     """Which to take; chosen by what the answers are, if not given. `file.py:function` is one of your own."""
+    json_schema: str | None = None
+    """A file with the JSON schema that every answer must keep to, where rows bring no `schema` of their own; measured
+    as schema_valid."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Longest answer in tokens; a quarter more than the longest test answer, if not given."""
     rows: int | None = Field(None, ge=1)
@@ -237,6 +261,30 @@ class GateSection(Section):
         for text in value or ():
             Condition.read(text)
         return value
+
+
+# Sections of a scorecard that are measured where the recipe asks for them, and how it does.
+ASKED = {
+    "latency": ("alone", "evaluate: {alone: 20}"),
+    **{name: (name, f"evaluate: {{{name}: true}}") for name in ("forgetting", "memory", "safety", "bias")},
+    "suites": ("suites", "evaluate: {suites: [...]}"),
+    "judge": ("judge", "evaluate: {judge: ...}"),
+}
+
+
+def answerable(gate: GateSection, evaluate: EvaluateSection, goal: GoalSection) -> None:
+    """
+    Raises:
+        ValueError: a condition is about something that evaluation, as it is set, can't measure.
+    """
+    own = [name.rpartition(":")[2] for name in (goal.metric or "", *(evaluate.metrics or ())) if ":" in name]
+    for condition in map(Condition.read, gate.conditions or ()):
+        root = condition.path[0]
+        fault = condition.fault([*plugins.known("metric"), *own])
+        if fault is None and root in ASKED and not getattr(evaluate, ASKED[root][0]):
+            fault = f"{root} is not measured; ask for it: {ASKED[root][1]}"
+        if fault is not None:
+            raise ValueError(f"gate: '{condition.text}': {fault}")
 
 
 Gate = Annotated[

@@ -12,7 +12,8 @@ from tunesmith.conversation.message import Conversation, tags
 from tunesmith.evaluate.metrics.base import Floats, Metric
 from tunesmith.evaluate.statistics import compared
 
-FEWEST, MOST_VALUES, RESAMPLES = 5, 40, 500
+FEWEST, MOST_VALUES, RESAMPLES = 5, 200, 500
+MANY_NUMBERS = 12  # different ones, above which a column of numbers is told apart by its thirds
 
 
 def slices(
@@ -20,7 +21,8 @@ def slices(
 ) -> list[dict[str, Any]]:
     """The goal's score in each slice of at least five rows, worst difference first.
 
-    Slices are by label, source, length of the prompt (thirds), and every column that rows keep as metadata.
+    Slices are by label, source, length of the prompt (thirds), and every column that rows keep as metadata: texts, yes
+    and no, and numbers (by thirds, where they are many).
     """
     found = []
     for by, values in columns(rows, kind).items():
@@ -60,12 +62,20 @@ def columns(rows: Sequence[Conversation], kind: str) -> dict[str, list[str | Non
     found: dict[str, list[str | None]] = {"source": [row.id.rpartition(":")[0] or None for row in rows]}
     if kind == "label":
         found["label"] = [row.answer.strip() for row in rows]
-    lengths = np.array([sum(len(m.content) for m in row.prompt) for row in rows])
-    low, high = np.quantile(lengths, [1 / 3, 2 / 3])
-    names = (f"short (to {low:.0f} characters)", "medium", f"long (over {high:.0f})")
-    found["length"] = [names[int(n > low) + int(n > high)] for n in lengths]
+    lengths: list[float | None] = [sum(len(m.content) for m in row.prompt) for row in rows]
+    found["length"] = thirds(lengths, ("short (to {:.0f} characters)", "medium", "long (over {:.0f})"))
     for key in dict.fromkeys(key for row in rows for key in row.metadata):
         values = [row.metadata.get(key) for row in rows]
-        if all(isinstance(v, str | int | bool | None) for v in values):
+        numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
+        if len(set(numbers)) > MANY_NUMBERS and len(numbers) == sum(v is not None for v in values):
+            found[key] = thirds(values, ("to {:g}", "between", "over {:g}"))
+        elif all(isinstance(v, str | int | float | bool | None) for v in values):
             found[key] = [None if v is None else str(v) for v in values]
     return found
+
+
+def thirds(values: Sequence[float | None], names: tuple[str, str, str]) -> list[str | None]:
+    """Of each number, which third of them it is in, by name; the first and the last name say where they end."""
+    low, high = np.quantile([v for v in values if v is not None], [1 / 3, 2 / 3])
+    told = names[0].format(low), names[1], names[2].format(high)
+    return [None if v is None else told[int(v > low) + int(v > high)] for v in values]

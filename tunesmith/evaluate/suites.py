@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tunesmith.errors import DataError, MachineError, RecipeError, first_line
-from tunesmith.evaluate.bias import local_file
-from tunesmith.evaluate.metrics.base import Answers, mean, measured, rows
+from tunesmith.evaluate.files import local_file, rows_of
+from tunesmith.evaluate.metrics.base import Answers, Floats, mean, measured, rows
 from tunesmith.evaluate.metrics.code import pass_at_1
 from tunesmith.evaluate.metrics.structured import numeric
 from tunesmith.evaluate.section import SuiteSection
 from tunesmith.evaluate.statistics import compared
-from tunesmith.inference.subject import Ask, Continuation, Kept
-from tunesmith.progress import bar
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Continuation
+from tunesmith.progress import bar, say
 
 NEEDS = {
     "choice": ("query", "choices", "gold"),
@@ -36,17 +37,27 @@ def task_rows(suite: SuiteSection, folder: Path, seed: int) -> list[dict[str, An
         DataError: a row lacks what its kind of task needs.
     """
     path = local_file(suite.file or "", folder)
-    found = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    found = rows_of(path, NEEDS[suite.kind], f"tasks of kind {suite.kind}")
     for number, row in enumerate(found, 1):
-        lacking = [key for key in NEEDS[suite.kind] if key not in row]
-        if lacking:
+        options = row.get({"choice": "choices", "schema": "context_options"}.get(suite.kind, ""))
+        if suite.kind in ("choice", "schema") and not _chooses(options, row["gold"]):
             raise DataError(
-                f"lacks '{lacking[0]}', which tasks of kind {suite.kind} need (it has: {', '.join(row)})",
-                where=f"{path.name}:{number}",
-                fix="Name another kind (choice, schema, numeric, code, chat), or mend the file.",
+                f"its gold ({row['gold']!r}) is no place among its choices ({options!r})",
+                where=f"{path.name}, row {number}",
+                fix="Choices are a list of texts, and gold counts from 0.",
+            )
+        if suite.kind == "chat" and not (isinstance(row["turns"], list) and row["turns"]):
+            raise DataError(
+                "its turns are no list", where=f"{path.name}, row {number}", fix="Give a text for each turn."
             )
     picked = np.random.default_rng(seed).permutation(len(found))[: suite.rows or len(found)]
     return [found[i] for i in sorted(picked)]
+
+
+def _chooses(options: Any, gold: Any) -> bool:
+    """Whether there are texts to choose of, and the right one's place is one of theirs."""
+    texts = isinstance(options, list) and all(isinstance(text, str) for text in options)
+    return texts and isinstance(gold, int) and 0 <= gold < len(options)
 
 
 def asked(suite: SuiteSection, row: dict[str, Any]) -> str:
@@ -56,7 +67,7 @@ def asked(suite: SuiteSection, row: dict[str, Any]) -> str:
         template = "{context}"
     try:
         return template.format_map(row)
-    except KeyError as error:
+    except (KeyError, IndexError, AttributeError) as error:
         raise DataError(
             f"has no {error} for the template", where=suite.name, fix="Mend the suite's template."
         ) from error
@@ -72,10 +83,10 @@ class Suites:
         self.rows = {s.name: task_rows(s, folder, seed) for s in suites if s.file}
 
     def ask(self, subject: Kept, side: str, baseline: Any) -> Any:
-        found: dict[str, dict[str, list[float]]] = {}
+        found: dict[str, dict[str, list[Any]]] = {}
         for suite in self.suites:
             if not suite.file:
-                found[suite.name] = harness(subject, suite.name, suite.rows)
+                found[suite.name] = harness(subject, suite.name, suite.rows, suite.shots)
             elif suite.kind in ("choice", "schema"):
                 found[suite.name] = self._likely(suite, subject, side)
             else:
@@ -114,49 +125,100 @@ class Suites:
         told: dict[str, Any] = {}
         for suite, scores in found["tuned"].items():
             for name in scores:
-                both = {side: f[suite][name] for side, f in found.items()}
-                whole = {value for values in both.values() for value in values} <= {0.0, 1.0}
-                metric = measured(name, mean, higher_is_better=name not in LOWER, binary=whole)
-                stats = {side: rows(values) for side, values in both.items()}
+                stats = {side: _vectors(f[suite][name]) for side, f in found.items()}
+                value = VALUES.get(name.partition(":")[0], mean)
+                whole = value is mean and {float(x) for part in stats.values() for x in part[:, 0]} <= {0.0, 1.0}
+                better = name.partition(":")[0] not in LOWER
+                metric = measured(name, value, higher_is_better=better, binary=whole)
                 told.setdefault(suite, {})[name] = compared(metric, stats, self.bootstrap, self.seed)
         return {self.name: told}
 
 
-LOWER = {"word_perplexity", "byte_perplexity", "bits_per_byte", "wer", "brier_score", "perplexity"}
+def _vectors(values: Sequence[Any]) -> Floats:
+    """Scores, or (log-likelihood, weight) of each row, as vectors [n, 2]."""
+    return np.asarray(values, dtype=np.float64) if isinstance(values[0], list) else rows(values)
 
 
-def harness(subject: Kept, task: str | dict[str, Any], limit: int | None) -> dict[str, list[float]]:
-    """Each row's scores on one of lm-evaluation-harness's tasks, by its Python API, with this model.
+def _perplexity(sums: Floats) -> Floats:
+    return np.exp(-mean(sums))
+
+
+# Of the harness's metrics, those that are not the mean of what rows give.
+VALUES = dict.fromkeys(("perplexity", "word_perplexity", "byte_perplexity"), _perplexity)
+VALUES["bits_per_byte"] = lambda sums: -mean(sums) / np.log(2)
+LOWER = {*VALUES, "wer", "ter", "brier_score"}
+
+
+def harness(
+    subject: Kept, task: str | dict[str, Any], limit: int | None, shots: int | None = None
+) -> dict[str, list[Any]]:
+    """Each row's scores on one of lm-evaluation-harness's tasks, by its Python API, with this model: numbers, or
+    [log-likelihood, weight] where the metric is a perplexity. Where a task reads answers in several ways, each is a
+    score of its own (`exact_match:strict-match`). What was found is kept with the model's answers.
 
     Raises:
         MachineError: lm-eval is not installed. RecipeError: no such task, or its data can't be reached.
     """
     try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
+        import lm_eval
     except ImportError as error:
         raise MachineError(
             "public tasks need the package lm-eval",
             where="evaluate.suites",
             fix="Install it: pip install 'tunesmith[suites]'",
         ) from error
+    name = task if isinstance(task, str) else task["task"]
+    asked = ["lm-eval", lm_eval.__version__, task, limit, shots]
+    found = subject.noted(asked, lambda: _by_row(subject, task, limit, shots))
+    if left := found["left_out"]:
+        say(f"{name}: {', '.join(left)} of lm-eval can't be told from single rows, and is left out")
+    if not found["scores"]:
+        raise RecipeError(
+            f"'{name}' of lm-eval gives no score that single rows have",
+            where="evaluate.suites",
+            fix="Take another task: both models are compared row by row.",
+        )
+    scores: dict[str, list[Any]] = found["scores"]
+    return scores
+
+
+def _by_row(subject: Kept, task: str | dict[str, Any], limit: int | None, shots: int | None) -> dict[str, Any]:
+    """The scores of a task, and the names of those that single rows don't have."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
     local: Any = subject.subject
-    if not hasattr(local, "engine"):
-        raise RecipeError("is an endpoint, which can't be given to lm-eval", where=subject.name, fix="Use local files.")
+    if not hasattr(getattr(local, "engine", None), "model"):
+        raise RecipeError(
+            "is no language model of transformers, which lm-eval asks", where=subject.name, fix="Use local files."
+        )
     name = task if isinstance(task, str) else task["task"]
     try:
         model = HFLM(pretrained=local.engine.model, tokenizer=local.renderer.tokenizer, batch_size=8)
-        found = simple_evaluate(model=model, tasks=[task], limit=limit, bootstrap_iters=0, log_samples=True)
+        found = simple_evaluate(
+            model=model, tasks=[task], num_fewshot=shots, limit=limit, bootstrap_iters=0, log_samples=True
+        )
     except Exception as error:  # the harness, its data sets and the hub raise anything
         raise RecipeError(
             f"lm-eval can't run '{name}' ({type(error).__name__}: {first_line(error)})",
             where="evaluate.suites",
             fix="Check the task's name (lm-eval ls tasks) and the network, or name a local file.",
         ) from error
-    scores: dict[str, list[float]] = {}
-    for rows_of_task in found["samples"].values():
-        for row in sorted(rows_of_task, key=lambda r: r["doc_id"]):
-            for metric in row["metrics"]:
-                if isinstance(row.get(metric), int | float):
-                    scores.setdefault(metric, []).append(float(row[metric]))
-    return scores
+    samples = found["samples"].values()
+    return _told([row for of_task in samples for row in sorted(of_task, key=lambda row: row["doc_id"])])
+
+
+def _told(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    filters = dict.fromkeys(row["filter"] for row in samples)
+    scores: dict[str, list[Any]] = {}
+    left: dict[str, None] = {}
+    for row in samples:
+        for metric in row["metrics"]:
+            value, name = row.get(metric), f"{metric}:{row['filter']}" if len(filters) > 1 else metric
+            if isinstance(value, Real):
+                scores.setdefault(name, []).append(float(value))
+            elif metric in VALUES and isinstance(value, tuple | list):
+                scores.setdefault(name, []).append([float(x) for x in value])
+            else:
+                left[metric] = None
+    return {"scores": scores, "left_out": list(left)}

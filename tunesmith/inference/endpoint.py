@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -14,10 +15,14 @@ from urllib.parse import urlsplit
 from tunesmith.errors import ModelError
 from tunesmith.inference.engine import Sampling, Score, Tick
 from tunesmith.inference.subject import Ask, Reply, Row
+from tunesmith.progress import say
 
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before each further try
 AT_ONCE = 8
 PASSING = {408, 409, 425, 429, 500, 502, 503, 504, 529}
+# What some models refuse to be told, and how they say so.
+TOLD = re.compile(r"\b(max_tokens|temperature|seed)\b")
+REFUSING = re.compile(r"unsupported|not support|unknown|unrecogni[sz]ed|unexpected|not permitted|not allowed", re.I)
 
 
 def is_endpoint(name: str) -> bool:
@@ -47,6 +52,7 @@ class Endpoint:
         self.name, self.model, self._timeout = name, model, timeout
         self._url = address.rstrip("/") + "/chat/completions"
         self.usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        self._refused: set[str] = set()
 
     def answers(
         self, prompts: Sequence[Ask], limit: int, sampling: Sampling | None, tick: Tick
@@ -71,17 +77,10 @@ class Endpoint:
     def _asked(self, client: Any, prompt: Ask, limit: int, sampling: Sampling | None) -> Reply:
         import httpx2
 
-        body: dict[str, Any] = {
-            "model": self.model,
-            "messages": [m.for_template() for m in prompt.messages],
-            "max_tokens": limit,
-            "temperature": sampling.temperature if sampling else 0,
-        }
-        body |= ({"seed": sampling.seed} if sampling else {}) | ({"tools": list(prompt.tools)} if prompt.tools else {})
         why, asked_to_wait = "", 0.0
         for wait in (0.0, *WAITS):
             time.sleep(max(wait * (0.75 + random.random() / 2), asked_to_wait))
-            started = time.perf_counter()
+            started, body = time.perf_counter(), self._body(prompt, limit, sampling)
             try:
                 response = client.post(self._url, json=body)
             except httpx2.HTTPError as error:
@@ -97,6 +96,9 @@ class Endpoint:
                 why = f"status {response.status_code}"
                 after = response.headers.get("retry-after", "")
                 asked_to_wait = min(float(after), 60.0) if after.replace(".", "", 1).isdigit() else 0.0
+                continue
+            if response.status_code in (400, 422) and self._refuses(response.text, body):
+                why = f"status {response.status_code}: {response.text[:200]}"
                 continue
             if response.status_code != 200:
                 return Reply("", failure=f"status {response.status_code}: {response.text[:200]}")
@@ -114,3 +116,24 @@ class Endpoint:
             read, written = (int(used.get(kind) or 0) for kind in self.usage)
             return Reply(text, written, time.perf_counter() - started, read=read)
         return Reply("", failure=f"{why} ({len(WAITS) + 1} times)")
+
+    def _body(self, prompt: Ask, limit: int, sampling: Sampling | None) -> dict[str, Any]:
+        """A request, without what the model has refused to be told."""
+        told: dict[str, Any] = {"max_tokens": limit, "temperature": sampling.temperature if sampling else 0}
+        told |= {"seed": sampling.seed} if sampling else {}
+        if "max_tokens" in self._refused:
+            told["max_completion_tokens"] = limit
+        kept = {key: value for key, value in told.items() if key not in self._refused}
+        body = {"model": self.model, "messages": [m.for_template() for m in prompt.messages]} | kept
+        return body | ({"tools": list(prompt.tools)} if prompt.tools else {})
+
+    def _refuses(self, text: str, body: dict[str, Any]) -> bool:
+        """Whether an error is about a setting that can be left out; it then is from now on."""
+        named = TOLD.search(text) if REFUSING.search(text) else None
+        if named is None or named[1] not in body:
+            return False
+        if named[1] not in self._refused:
+            self._refused.add(named[1])
+            instead = "max_completion_tokens is sent instead" if named[1] == "max_tokens" else "it is left out"
+            say(f"{self.model} takes no {named[1]}: {instead}")
+        return True

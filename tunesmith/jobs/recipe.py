@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
+from tunesmith import plugins
 from tunesmith.errors import RecipeError
 from tunesmith.recipe import Recipe, build
 from tunesmith.runs import STAGES
@@ -89,6 +91,7 @@ def refuse(settings: dict[str, Any]) -> None:
     _metrics(asked, "evaluate.metrics", METRICS)
     _metrics([goal["metric"]] if goal.get("metric") is not None else [], "goal.metric", METRICS)
     _metrics([train["best_by"]] if "best_by" in train else [], "train.best_by", METRICS)
+    _metrics(_gated(settings.get("gate")), "gate", METRICS)
 
 
 def _mapping(given: dict[str, Any], key: str, above: str = "") -> dict[str, Any]:
@@ -108,6 +111,14 @@ def _metrics(asked: list[Any], where: str, known: tuple[str, ...]) -> None:
             where=where,
             fix=f"Take one of: {', '.join(known)}.",
         )
+
+
+def _gated(gate: Any) -> list[str]:
+    """The metrics that a gate's conditions name, which evaluation then measures."""
+    conditions = gate.get("conditions") if isinstance(gate, dict) else gate
+    texts = [text for text in conditions if isinstance(text, str)] if isinstance(conditions, list) else []
+    roots = [re.split(r"[\s.<>]", text.strip(), maxsplit=1)[0] for text in texts]
+    return [root for root in roots if root in plugins.known("metric")]
 
 
 def _only(given: Any, known: tuple[str, ...], where: str) -> None:

@@ -9,7 +9,8 @@ from tunesmith.data.augment.base import Account
 from tunesmith.errors import DataError
 from tunesmith.inference.endpoint import Endpoint, about_tokens
 from tunesmith.inference.engine import Sampling, Tick
-from tunesmith.inference.subject import Ask, Kept, Reply
+from tunesmith.inference.kept import Kept
+from tunesmith.inference.subject import Ask, Reply
 from tunesmith.models.resolve import cache_folder
 from tunesmith.progress import bar
 from tunesmith.runs import hash_json

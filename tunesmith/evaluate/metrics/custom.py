@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,10 @@ def custom(name: str, folder: Path) -> Metric:
         found = []
         for given, reference, row in zip(answers.given, answers.references, metadata, strict=True):
             try:
-                found.append(float(score(given, reference, row)))
+                value = float(score(given, reference, row))
+                if not math.isfinite(value):
+                    raise ValueError(f"it gave {value}")
+                found.append(value)
             except Exception as error:
                 what = f"failed on an answer ({type(error).__name__}: {first_line(error)})"
                 fix = f"The answer was {given[:80]!r}; the function must give a number for any text."
