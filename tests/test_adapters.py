@@ -115,6 +115,7 @@ def test_plan_counts_what_training_trains(tunesmith: Any, recipe: dict[str, Any]
     [
         ({"kind": "lora", "rank": 99}, ["train.adapter.rank", "is 99", "more than layer"]),
         ({"kind": "lora", "targets": []}, ["train.adapter.targets"]),
+        ({"kind": "prompt", "tokens": 512}, ["train.adapter.tokens", "the model reads 512 tokens at most"]),
         ({"kind": "boft", "butterflies": 2}, ["train.adapter.butterflies", "there is one round only"]),
         ({"kind": "full", "lisa": {"layers": 3}}, ["train.adapter.lisa.layers", "is 3, the model has 2 layers"]),
         ({"kind": "lora", "targets": ["qproj"]}, ["train.adapter.targets", "no layer fits", "q_proj"]),

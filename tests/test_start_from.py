@@ -82,7 +82,6 @@ def test_an_adapter_of_another_base_is_no_start(tunesmith: Any, first: dict[str,
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-100]), "as if it were cut short"),
         (lambda file: file.write_bytes(b""), "as if it were cut short"),
-        (lambda file: file.unlink(), "holds no weights"),
         (
             lambda file: save_file({n: w / 0 for n, w in load_file(file).items()}, file),
             "not finite, such as base_model",
@@ -98,9 +97,6 @@ def test_a_spoilt_adapter_is_never_taken(
     for words in (("train", write_recipe(tmp_path, other, "other.yaml")), ("merge", "out", "tiny", "runs/bad")):
         said = tunesmith(*words)
         assert said.code == 2 and told in said.err and "runs/bad" in said.err and "Traceback" not in said.err, said.err
-    spoil(tmp_path / "runs/tiny/train/adapter/adapter_model.safetensors")
-    said = tunesmith("chat", "tiny", "--say", "Hello")
-    assert said.code == 2 and told in said.err and "Traceback" not in said.err, said.err
 
 
 def test_whole_models_go_on_too(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

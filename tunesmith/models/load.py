@@ -271,18 +271,11 @@ def refuse_anothers(model: ResolvedModel, adapter: Path) -> None:
 
 
 def refuse_spoilt(adapter: Path) -> None:
-    """Raise if an adapter's weights are not there, can't be read, or hold NaN or an infinity."""
+    """Raise if an adapter's weights can't be read, or hold NaN or an infinity."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    files = sorted(adapter.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            "holds no weights (*.safetensors)",
-            where=str(adapter),
-            fix="Copy the adapter's whole folder there; pickled weights are never opened.",
-        )
-    for path in files:
+    for path in sorted(adapter.glob("*.safetensors")):
         try:
             weights = load_file(path)
         except (SafetensorError, OSError) as error:

@@ -33,6 +33,13 @@ class VirtualTokens(PeftAdapter):
                 where="train.adapter",
                 fix="Take another adapter, such as lora.",
             )
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if context and self.tokens >= context:
+            raise ModelError(
+                f"is {self.tokens}, and the model reads {context} tokens at most, rows included",
+                where="train.adapter.tokens",
+                fix="Take fewer; 16 are usual.",
+            )
         tuned = super().attach(model)
         install(tuned)
         return tuned
