@@ -71,6 +71,8 @@ def test_decisions() -> None:
     assert [c["condition"] for c in decide(None, CARD, False)["conditions"]] == [
         "goal.difference > 0", "forgetting.kl <= 0.5", "safety.refusal.drop <= 0.1",
     ]  # fmt: skip
+    still = {"refusal": CARD["safety"]["refusal"] | {"difference": score(0.0, 0.0, 0.0)}}
+    assert "-0" not in Condition.read("safety.refusal.drop <= 0.1").judge(CARD | {"safety": still})["why"]
     hint = Condition.read("accuracyy >= 1").judge(CARD)["why"]
     assert "did you mean accuracy?" in hint
 

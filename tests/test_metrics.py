@@ -294,6 +294,8 @@ def test_a_function_of_ones_own_and_columns_kept(tunesmith: Any, recipe: dict[st
     (tmp_path / "mine.py").write_text("def accuracy(answer, reference, row):\n    return 1\n")
     said = tunesmith("evaluate", path, "--set", "evaluate.metrics=[accuracy, mine.py:accuracy]", "--json")
     assert said.code == 2 and "two metrics are called 'accuracy'" in said.json["error"]["what"]
+    said = tunesmith("evaluate", path, "--set", "evaluate.metrics=[gone.py:x:]")
+    assert said.code == 2 and "gone.py:x:" in said.err  # a name is shown as it is written
     said = tunesmith("evaluate", path, "--set", "evaluate.metrics=[mine.py:shrt]", "--json")
     assert said.code == 2 and "has no function 'shrt'" in said.json["error"]["what"]
 

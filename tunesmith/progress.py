@@ -114,7 +114,7 @@ def console() -> Console:
     if _console is None:
         from rich.console import Console
 
-        _console = Console(stderr=True)
+        _console = Console(stderr=True, emoji=False)
     return _console
 
 
@@ -125,4 +125,4 @@ def quiet() -> None:
 
     from rich.console import Console
 
-    _console = Console(file=io.StringIO(), force_terminal=False)
+    _console = Console(file=io.StringIO(), force_terminal=False, emoji=False)

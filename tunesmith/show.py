@@ -31,7 +31,7 @@ LISTED_AT_MOST = 20
 
 
 def _console() -> Console:
-    return Console()
+    return Console(emoji=False)  # :x: in a name is no picture
 
 
 def summary(result: Result) -> dict[str, Any]:

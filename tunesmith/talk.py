@@ -121,7 +121,7 @@ def talk(result: Result, base: bool, limit: int, engine: str = "transformers") -
 
 def talk_with(chatters: Mapping[str, Any], limit: int) -> None:
     """Read lines until an empty one or end of file, and answer each as it is generated."""
-    out = Console()
+    out = Console(emoji=False)
 
     def write(piece: str) -> None:
         out.print(piece, end="", markup=False, highlight=False)

@@ -138,7 +138,7 @@ def golden(
 
     name = versus.add_golden(run, row, suite, runs)
     if not answer({"suite": str(suite), "case": name}, as_json):
-        print(f"Added {name} to {suite}. Check a model: tunesmith evaluate --model {run} --suite {suite}")
+        print(f"Added {name} to {suite}. Check a model: tunesmith evaluate --model MODEL --suite {suite}")
 
 
 @app.command()

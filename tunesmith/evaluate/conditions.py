@@ -116,8 +116,8 @@ class Condition:
         if wanted in ("drop", "rise"):
             gap = score["difference"]
             sign = -1 if wanted == "drop" else 1
-            low, high = sorted((sign * gap["low"], sign * gap["high"]))
-            return {"value": sign * gap["value"], "low": low, "high": high}, bound
+            low, high = sorted((sign * gap["low"] + 0.0, sign * gap["high"] + 0.0))  # and no -0
+            return {"value": sign * gap["value"] + 0.0, "low": low, "high": high}, bound
         return score.get(wanted), bound
 
 
