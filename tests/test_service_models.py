@@ -145,7 +145,7 @@ def test_the_first_key_is_made_when_it_can_be_told(
 
     monkeypatch.setattr(up, "opened", lambda *_: Models())
     monkeypatch.setattr(up.signal, "signal", lambda *_: None)
-    wanted = up.Settings(settings(tmp_path, tiny_model), ServeSection())
+    wanted = up.Settings(service=settings(tmp_path, tiny_model), serve=ServeSection())
     said: list[dict[str, Any]] = []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -156,6 +156,35 @@ def test_the_first_key_is_made_when_it_can_be_told(
     service = open_service(wanted.service)
     assert not service.store.keys.any()
     service.store.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("service: {homes: x}", "service.homes: unknown key; did you mean 'home'?"),
+        ("service: [1]", "service: expected a mapping of keys"),
+        ("serve: {engine: nope}", "serve.engine: no serving is called 'nope'"),
+        ("serve: {dedline: 3}", "serve.dedline: unknown key; did you mean 'deadline'?"),
+        ("server: {}", "server: unknown key; did you mean 'serve'?"),
+        ("service: {models: {'a:b': x}}", "colons divide"),
+        ("[1]", "holds no settings"),
+        ("service: {", "is not YAML"),
+        (None, "can't be read"),
+    ],
+)
+def test_settings_that_can_not_be_meant_name_the_key(text: str | None, told: str, tmp_path: Path) -> None:
+    from tunesmith.api import up
+    from tunesmith.errors import RecipeError
+
+    file = tmp_path / "settings.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        up.read_settings(file, {"workers": 2})
+    assert told in error.value.what and error.value.where.startswith(str(file)) and error.value.fix
+    for good in ("", "service:", "serve: {deadline: 9}"):
+        file.write_text(good)
+        assert up.read_settings(file, {"workers": 2}).service.workers == 2
 
 
 def test_a_model_that_hangs_or_fails_holds_up_no_other(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -158,9 +158,7 @@ class Reply:
         found = {"x-tunesmith-model": self.started.model.encode("ascii", "replace").decode()}
         if state.settings.cache is not None:
             found["x-tunesmith-cache"] = "hit" if self.started.hit else "miss"
-        if self.started.flags:
-            found["x-tunesmith-guards"] = ", ".join(sorted(set(self.started.flags)))
-        return found
+        return found | guarded(self.started.flags)
 
     def account(self, status: int) -> None:
         """Count and keep the answer, once. Nothing here waits, so that no client escapes it by going away."""
@@ -200,6 +198,11 @@ class Reply:
 
     def _in_order(self) -> list[Choice]:
         return [self.choices[number] for number in sorted(self.choices)]
+
+
+def guarded(flags: Sequence[str]) -> dict[str, str]:
+    """The header that says what guards found."""
+    return {"x-tunesmith-guards": ", ".join(sorted(set(flags)))} if flags else {}
 
 
 def _calls(choice: Choice) -> dict[str, Any]:

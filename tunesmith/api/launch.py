@@ -11,7 +11,7 @@ from tunesmith.progress import say
 
 try:
     from tunesmith.api.app import State
-    from tunesmith.api.server import serve
+    from tunesmith.api.server import Place, serve
 except ImportError as error:
     raise MachineError(
         f"serving needs {error.name}, which is not installed", fix="pip install 'tunesmith[serve]'"
@@ -28,13 +28,10 @@ def launch(
     sets: Sequence[str],
     keys: Sequence[str],
     *,
-    host: str,
-    port: int,
+    place: Place,
     base: str | None,
     database: str | None,
     routes: Path,
-    certificate: Path | None,
-    private_key: Path | None,
     force: bool,
     runs: Path | None,
 ) -> None:
@@ -62,9 +59,7 @@ def launch(
     serving = Serving(settings, opening.models, routes)
     serving.fetch = opening.fetch
     state = State(settings, serving, keys=tuple(keys), store=store)
-    scheme = "https" if certificate else "http"
-    say(f"Serving {', '.join(names)} at {scheme}://{host}:{port} (Ctrl+C stops)")
-    serve(state, host, port, certificate, private_key)
+    serve(state, place, ready=lambda url: say(f"Serving {', '.join(names)} at {url} (Ctrl+C stops)"))
 
 
 def held_by_gate(name: str, runs: Path | None) -> Held | None:
