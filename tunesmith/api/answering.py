@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
@@ -88,6 +89,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
 
 
@@ -124,6 +126,7 @@ class Reply:
                     choice.text.append(delta.text)
                     choice.calls += delta.calls
                     choice.logprobs += delta.logprobs
+                    choice.prompt = choice.prompt or delta.prompt
                     choice.finish = delta.finish or choice.finish
                     self.tokens += delta.tokens
                     if delta.choice % self.asked.n == 0:  # a prompt counts once, however many answers it gets
@@ -251,6 +254,6 @@ def spend(state: Any, key: str, tokens: int) -> None:
     task.add_done_callback(SPENDING.discard)
 
 
-def logprob(one: TokenLogprob) -> float:
-    """A log-probability as JSON can hold it."""
-    return max(one.logprob, -9999.0)
+def logprob(one: TokenLogprob) -> float | None:
+    """A log-probability as JSON can hold it; None where there is none."""
+    return None if math.isnan(one.logprob) else max(one.logprob, -9999.0)

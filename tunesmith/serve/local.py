@@ -146,6 +146,7 @@ class Local:
             logit_bias=asked.logit_bias,
             stop=asked.stop,
             top_logprobs=asked.top_logprobs,
+            echo=asked.echo,
             grammar=schema,
         )
 
@@ -156,13 +157,14 @@ class Local:
         return unpacked(kept) if kept is not None else None
 
     async def _asked(self, served: Served, request: Request, choice: int, key: str | None) -> Deltas:
-        if request.max_new_tokens == 0:  # only an echo was asked for
+        if request.max_new_tokens == 0 and not request.echo:  # only the text of an echo was asked for
             yield Delta(choice, finish="length")
             return
         deltas: list[Delta] = []
         async with aclosing(served.engine.stream(request)) as pieces:
             async for p in pieces:
-                delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), p.finish, p.cached, p.drafted, p.accepted)
+                told = (p.finish, p.cached, p.drafted, p.accepted, p.prompt)
+                delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), *told)
                 if key is not None:
                     deltas.append(delta)
                 yield delta
