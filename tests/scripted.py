@@ -43,6 +43,7 @@ class Scripted:
     reply: Callable[[Request], str]
     name: str = "scripted"
     kind: str = "scripted"
+    precision: str | None = None
     context: int = 512
     slots: int = 4
     queue: int = 8

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -153,6 +154,22 @@ def test_an_adapter_that_is_spoilt_stops_nobody_else(tiny_model: Path, tmp_path:
                 assert await ids(engine, Request(prompts()[0], 12, STOPS, adapter=name, logit_bias=BIAS)) == answer
             with pytest.raises(UnknownAdapter):
                 await ids(engine, Request(prompts()[0], 12, STOPS, adapter="first"))
+
+    asyncio.run(through())
+
+
+def test_an_adapter_whose_folder_is_gone_stops_no_other_from_loading(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    for number, name in enumerate(("first", "second")):
+        make_adapter(tiny_model, tmp_path / name, number)
+
+    async def through() -> None:
+        async with started(LlamaCpp(slots=2, context=CONTEXT, threads=1), tiny_model) as engine:
+            await engine.load_adapter("first", tmp_path / "first")
+            shutil.rmtree(tmp_path / "first")
+            await engine.load_adapter("second", tmp_path / "second")
+            assert engine.adapters() == ["second"]
+            assert await ids(engine, Request(prompts()[0], 4, STOPS, adapter="second", logit_bias=ENDLESS))
 
     asyncio.run(through())
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith import runs as run_folders
-from tunesmith.errors import Held, MachineError, RunError
+from tunesmith.errors import Held, MachineError, ModelError, RunError
 from tunesmith.progress import say
 
 try:
@@ -50,7 +50,14 @@ def launch(
         names.append(opening.adapter(name, Path(folder).expanduser()))
     for name in named(dict(settings.routes) | read(routes)):
         if name not in names and not opening.models.taken(name) and not is_endpoint(name):
-            names.append(opening.open(name, name in forced(routes)))
+            try:
+                names.append(opening.open(name, name in forced(routes)))
+            except (ModelError, RunError) as error:  # it was deleted since, say
+                raise RunError(
+                    f"a route goes to '{name}', which can't be served: {error.what}",
+                    where=str(routes),
+                    fix="Promote another version (tunesmith promote), go back (tunesmith rollback), or bring it back.",
+                ) from error
     store = None
     if database:
         from tunesmith import store as stores

@@ -51,7 +51,7 @@ class Opening:
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             return self.adapter(name or folder.name, folder)
-        return self._base(_resolved(given), name or _short(given)).name
+        return self._base(resolved(given), name or _short(given)).name
 
     async def fetch(self, name: str, force: bool = False) -> None:
         """Open a target while others answer; `force` as of the class, for this one alone.
@@ -76,7 +76,7 @@ class Opening:
             of = self.base or told.get("base_model_name_or_path")
             if not of:
                 raise ModelError("names no base model", where=str(folder), fix="Give it: --base MODEL")
-            base = self._base(_resolved(of), _short(of))
+            base = self._base(resolved(of), _short(of))
         self.models.later(name, base.name, folder)
         return name
 
@@ -105,7 +105,7 @@ class Opening:
                 where=str(run.path),
                 fix="Package it first: tunesmith package RECIPE",
             )
-        served = self._base(_resolved(str(run.model)), name, identity)
+        served = self._base(resolved(str(run.model)), name, identity)
         self.models.soon(replace(served, system=system, root=str(run.model)))
         return name
 
@@ -161,7 +161,8 @@ def _run(name: str, runs_folder: Path | None) -> Run | None:
         return None
 
 
-def _resolved(name: str) -> ResolvedModel:
+def resolved(name: str) -> ResolvedModel:
+    """A base model, by what a recipe's `model` takes; this process keeps the machine's limits from here on."""
     from tunesmith.models.machine import machine
     from tunesmith.models.resolve import resolve
 

@@ -91,7 +91,7 @@ def state_of(service: Service, settings: ServeSection) -> State:
     """The service's state: its models answer, and what jobs make is added while it runs."""
     serving = Serving(settings, opened(service.settings, settings), service.settings.folder / "routes.yaml")
     state = State(settings=settings, serving=serving, store=service.store, service=service, local=False)
-    state.registry = Registry(service, serving.models)
+    state.registry = Registry(service, serving.models, settings.engine)
     state.parts.append(Chores(service))
     return state
 

@@ -93,11 +93,12 @@ class LlamaCppEngine(Hosted):
         if path.suffix != ".gguf":
             adapter_config(path)
         refuse_anothers(self._settings.base, path)
-        await self._with({**self._adapters, name: path})
+        there = {known: folder for known, folder in self._adapters.items() if folder.exists()}  # others may be deleted
+        await self._with({**there, name: path})
 
     async def unload_adapter(self, name: str) -> None:
         self._named(name)
-        await self._with({known: path for known, path in self._adapters.items() if known != name})
+        await self._with({known: path for known, path in self._adapters.items() if known != name and path.exists()})
 
     async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         """The mean of the last layer's outputs over the prompt, of length 1."""

@@ -205,8 +205,12 @@ def model_gguf(path: Path, precision: str) -> Path:
     """A GGUF file of a model folder, made once and kept in the cache; a GGUF file is its own."""
     if path.suffix == ".gguf":
         return path
-    target = cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-{precision}.gguf"
-    return _made(target, lambda temporary: write_model(path, temporary, precision))
+    return _made(model_place(path, precision), lambda temporary: write_model(path, temporary, precision))
+
+
+def model_place(path: Path, precision: str) -> Path:
+    """Where the cache has it."""
+    return cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-{precision}.gguf"
 
 
 def adapter_gguf(path: Path, base: Path) -> Path:

@@ -155,6 +155,23 @@ class Models:
             self._served[name] = served
             return served
 
+    async def host(self, served: Served) -> None:
+        """Start a model's own engine, while others are changed, and have it answer.
+
+        Raises:
+            Refused: the name is taken.
+            TunesmithError: the engine does not start.
+        """
+        if self.taken(served.name):
+            raise Refused(f"There is a model '{served.name}' already.", code="model_exists")
+        try:
+            await served.engine.start()
+        except BaseException:
+            await served.engine.close()
+            raise
+        self._started[id(served.engine)] = served.engine
+        self._served[served.name] = served
+
     def share(self, name: str, projects: frozenset[str] | None) -> None:
         """Say anew who may ask a model."""
         self._served[name] = replace(self._served[name], projects=projects)
