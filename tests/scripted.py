@@ -7,7 +7,7 @@ import contextlib
 import json
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Scripted:
     reply: Callable[[Request], str]
     name: str = "scripted"
     kind: str = "scripted"
+    precision: str | None = None
     context: int = 512
     slots: int = 4
     queue: int = 8
@@ -92,6 +93,9 @@ class Scripted:
             self.waiting -= 1
         self.running += 1
         try:
+            if request.echo:
+                first, *rest = [self._logprobs(request, token)[0] for token in request.prompt]
+                yield Piece("", prompt=(replace(first, logprob=float("nan"), top=()), *rest))
             text = self.reply(request)
             ends = [text.find(s) for s in request.stop if s in text]
             ids = self.renderer.continued(text[: min(ends)] if ends else text)

@@ -72,6 +72,34 @@ def test_secrets_and_personal_data_are_taken_out_of_what_the_model_sees() -> Non
     assert done.headers["x-tunesmith-guards"] == "personal:EMAIL_ADDRESS, secrets"
 
 
+def test_what_is_embedded_passes_the_guards_as_prompts_do() -> None:
+    engine = scripted()
+    read: list[str] = []
+
+    async def embed(prompts: Any) -> list[list[float]]:
+        read.extend(engine.renderer.tokenizer.decode(p) for p in prompts)
+        return [[1.0] for _ in prompts]
+
+    engine.embed = embed  # type: ignore[method-assign]
+    ids = engine.renderer.text_ids("the word is swordfish")
+    guards = [
+        {"kind": "personal", "action": "redact", "on": "input"},
+        {"kind": "blocklist", "words": ["swordfish"], "on": "input"},
+    ]
+    with guarded(engine, *guards) as http:
+
+        def embedded(given: Any) -> Any:
+            return http.post("/v1/embeddings", json={"model": "scripted", "input": given})
+
+        done = embedded(["My mail is ada@example.com.", "Blue."])
+        assert done.status_code == 200 and done.headers["x-tunesmith-guards"] == "personal:EMAIL_ADDRESS"
+        assert read == ["My mail is [EMAIL_ADDRESS].", "Blue."]
+        for wrong in ("a swordfish", ["fine", "Swordfish!"], ids, [ids]):
+            error = embedded(wrong).json()["error"]
+            assert error["code"] == "content_filter" and error["param"] == "input"
+        assert len(read) == 2
+
+
 def test_json_that_is_redacted_is_still_json_and_calls_are_looked_at_too() -> None:
     tool = {"type": "function", "function": {"name": "mail", "parameters": {"type": "object"}}}
     call = '<tool_call>{"name": "mail", "arguments": {"to": "ada@example.com", "n": 5551234567}}</tool_call>'

@@ -246,6 +246,25 @@ def test_completions(client: openai.OpenAI, engine: Scripted) -> None:
     assert parts[-1].choices[0].finish_reason == "stop"
 
 
+def test_an_echo_with_log_probabilities_is_as_openai_had_it(client: openai.OpenAI, engine: Scripted) -> None:
+    prompt = "What colour"
+    ask: dict[str, Any] = {"model": "scripted", "prompt": prompt, "echo": True, "logprobs": 2, "max_tokens": 3}
+    choice = client.completions.create(**ask).choices[0]
+    told: Any = choice.logprobs
+    assert "".join(told.tokens) == choice.text and choice.text.startswith(prompt)
+    assert len(told.tokens) == len(engine.renderer.text_ids(prompt)) + 3
+    assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+    assert all(value == -0.5 for value in told.token_logprobs[1:]) and all(told.top_logprobs[1:])
+    assert [choice.text[at : at + len(t)] for at, t in zip(told.text_offset, told.tokens, strict=True)] == told.tokens
+    parts = [part.choices[0] for part in client.completions.create(**ask, stream=True)]
+    lists = [part.logprobs.to_dict() for part in parts if part.logprobs]
+    for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        assert [value for part in lists for value in part[key]] == getattr(told, key)
+    assert "".join(part.text for part in parts) == choice.text
+    only = client.completions.create(**ask | {"max_tokens": 0, "logprobs": 0}).choices[0]
+    assert only.text == prompt and only.logprobs is not None and "".join(only.logprobs.tokens or []) == prompt
+
+
 def test_embeddings(client: openai.OpenAI) -> None:
     found = client.embeddings.create(model="scripted", input=["a", "what colour"])
     assert [len(e.embedding) for e in found.data] == [4, 4] and sum(found.data[0].embedding) == 1.0

@@ -229,7 +229,12 @@ def test_what_can_not_fit_is_refused_before_anybody_reads_it() -> None:
         refused = chat(http, messages=[{"role": "user", "content": "many words " * 1000}])
         assert refused.json()["error"]["code"] == "context_length_exceeded" and not read
         body = {"model": "scripted", "input": "many words " * 1000}
-        assert http.post("/v1/embeddings", json=body).json()["error"]["code"] == "context_length_exceeded"
+        error = http.post("/v1/embeddings", json=body).json()["error"]
+        assert error["code"] == "context_length_exceeded" and error["param"] == "input"
+        for words in (200, 1000):  # seen by its tokens, by its letters
+            body = {"model": "scripted", "prompt": "many words " * words, "max_tokens": 500}
+            error = http.post("/v1/completions", json=body).json()["error"]
+            assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
 
 
 def test_long_texts_are_read_beside_the_others() -> None:

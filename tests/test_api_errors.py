@@ -60,6 +60,12 @@ def test_every_error_has_the_one_shape() -> None:
         assert told(http.get("/nowhere"), 404)["code"] == "unknown_url"
         assert told(http.get("/v1/things"), 405)["type"] == "invalid_request_error"
         assert "JSON" in told(http.post("/v1/things", content="{'no"), 400)["message"]
+        typed = {"content-type": "application/json"}
+        for wrong, why in ((b'{"n": "\xff"}', "not UTF-8"), (b"[" * 1500, "nested too deep"), (b"{'no", "enclosed")):
+            error = told(http.post("/v1/things", content=wrong, headers=typed), 400)
+            assert error["code"] == "invalid_json" and why in error["message"], error
+        packed = typed | {"content-encoding": "gzip"}
+        assert "Content-Encoding" in told(http.post("/v1/things", content=b"x", headers=packed), 415)["message"]
         assert told(http.post("/v1/things", content="\xff\xfe".encode("latin-1")), 400)
         assert told(http.post("/v1/things", json=[1]), 400)
         wrong = {"messages": [GOOD["messages"][0], {"role": "user", "content": 5}]}

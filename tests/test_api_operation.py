@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -207,12 +208,48 @@ def test_a_model_that_can_not_be_loaded_is_a_sentence(
 
     engine.start = start  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="can't be read"):
-        server.serve(state_of(engine), port=0)
+        server.serve(state_of(engine), server.Place(port=0))
     assert "Traceback" not in capfd.readouterr().err
-    with socket.socket() as taken, pytest.raises(RunError, match="did not start"):
+
+
+def test_an_address_or_certificate_that_can_not_be_had_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    from tunesmith.api import server
+
+    (tmp_path / "no.pem").write_text("no certificate")
+    with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        server.serve(state_of(scripted()), port=taken.getsockname()[1])
+        wrong = {
+            "another process listens there already": server.Place(port=taken.getsockname()[1]),
+            "can't be listened at": server.Place("203.0.113.7"),
+            "can't be used as a certificate": server.Place("127.0.0.1", 0, tmp_path / "no.pem", tmp_path / "no.pem"),
+            "is not there": server.Place("127.0.0.1", 0, tmp_path / "none.pem"),
+        }
+        for why, place in wrong.items():
+            engine = scripted()
+            with pytest.raises(RunError, match=why) as told:
+                server.serve(state_of(engine, keys=["sk-test"]), place)
+            assert told.value.fix and engine.state == "starting"
+
+
+def test_a_server_says_where_it_listens_once_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.api import server
+
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+    said: list[str] = []
+
+    def ready(url: str) -> None:
+        said.append(url)
+        signal.raise_signal(signal.SIGTERM)
+
+    engine = scripted()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.serve(state_of(engine), server.Place("localhost", 0), ready=ready)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert said[0].startswith("http://localhost:") and int(said[0].rpartition(":")[2]) > 0
+    assert engine.state == "failed"
 
 
 def test_the_api_needs_its_extra() -> None:

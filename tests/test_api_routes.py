@@ -161,6 +161,15 @@ def test_a_version_that_is_not_there_is_opened_before_its_route_moves(tunesmith:
 # Adapters
 
 
+def test_a_route_to_what_is_gone_names_the_file_and_the_way_back(
+    tunesmith: Any, tmp_path: Path, tiny_model: Path
+) -> None:
+    routes = tmp_path / "runs/routes.yaml"
+    tunesmith("promote", "support", "gone", "--routes", routes)
+    said = tunesmith("serve", tiny_model, "--port", "0")
+    assert said.code == 2 and "'gone'" in said.err and "routes.yaml" in said.err and "rollback" in said.err
+
+
 def test_adapters_come_and_go_while_others_answer(tmp_path: Path) -> None:
     engine = scripted(lambda r: f"I am {r.adapter}.")
     for name in ("adapter_config.json", "adapter_model.safetensors"):

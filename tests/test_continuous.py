@@ -68,6 +68,36 @@ def test_every_family_answers_as_transformers_does(tmp_path: Path, family: str) 
     assert finished(engine, wire) == {number: greedy(model, prompts()[number]) for number in range(3)}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompts_own_log_probabilities_are_the_models(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import math
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from tunesmith.inference import rows
+
+    monkeypatch.setattr(rows, "SCORED", 7)  # some places at a time
+    folder = make_model(tmp_path / family, architecture=family, **FAMILIES[family][0])
+    engine, wire = opened(folder)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompt = prompts()[1]
+    engine.ask(1, Request(prompts()[0], 20, STOPS, logit_bias=BIAS))
+    engine.turn()
+    told = engine.read_back(prompt, None, 3)  # while another is answered
+    with torch.no_grad():
+        expected = plain(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert [token for token, *_ in told] == prompt
+    assert math.isnan(told[0][2]) and told[0][3] == []
+    for place, (token, letters, value, top) in enumerate(told[1:]):
+        assert value == pytest.approx(expected[place, token].item(), abs=1e-4)
+        assert [likely[2] for likely in top] == pytest.approx(expected[place].topk(3).values.tolist(), abs=1e-4)
+        assert letters == engine._letters(token)
+    assert finished(engine, wire)[1] == greedy(plain, prompts()[0], count=20)
+
+
 def test_long_prompts_are_read_in_pieces_and_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith.inference import continuous
 

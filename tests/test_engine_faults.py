@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -157,6 +158,22 @@ def test_an_adapter_that_is_spoilt_stops_nobody_else(tiny_model: Path, tmp_path:
     asyncio.run(through())
 
 
+def test_an_adapter_whose_folder_is_gone_stops_no_other_from_loading(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    for number, name in enumerate(("first", "second")):
+        make_adapter(tiny_model, tmp_path / name, number)
+
+    async def through() -> None:
+        async with started(LlamaCpp(slots=2, context=CONTEXT, threads=1), tiny_model) as engine:
+            await engine.load_adapter("first", tmp_path / "first")
+            shutil.rmtree(tmp_path / "first")
+            await engine.load_adapter("second", tmp_path / "second")
+            assert engine.adapters() == ["second"]
+            assert await ids(engine, Request(prompts()[0], 4, STOPS, adapter="second", logit_bias=ENDLESS))
+
+    asyncio.run(through())
+
+
 def test_an_adapter_without_matrices_is_refused_and_the_next_one_loads(tiny_model: Path, tmp_path: Path) -> None:
     from safetensors.numpy import save_file
 
@@ -168,6 +185,80 @@ def test_an_adapter_without_matrices_is_refused_and_the_next_one_loads(tiny_mode
         engine.load("empty", tmp_path / "empty")
     engine.load("good", tmp_path / "good")
     assert engine.loras.names == ["good"]
+
+
+def _config(folder: Path, text: str) -> None:
+    (folder / "adapter_config.json").write_text(text)
+
+
+def _weights(folder: Path, data: bytes) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+def _not_finite(folder: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    held = load_file(folder / "adapter_model.safetensors")
+    held[min(held)].flat[0] = float("nan")
+    save_file(held, folder / "adapter_model.safetensors")
+
+
+HEADER = b'{"base_model.model.x.lora_A.weight": {"dtype": "F32", "shape": [9, 9], "data_offsets": [0, 4]}}'
+SPOILT = {
+    "no JSON": lambda f: _config(f, "{x"),
+    "a list": lambda f: _config(f, "[]"),
+    "no alpha": lambda f: _config(f, '{"peft_type": "LORA", "lora_alpha": "much"}'),
+    "an odd pattern": lambda f: _config(f, '{"peft_type": "LORA", "lora_alpha": 1, "alpha_pattern": {"(": 2}}'),
+    "another kind": lambda f: _config(f, '{"peft_type": "WHAT"}'),
+    "no bytes": lambda f: _weights(f, b""),
+    "other bytes": lambda f: _weights(f, b"\xff" * 4000),
+    "no header": lambda f: _weights(f, (2).to_bytes(8, "little") + b"[]"),
+    "an empty weight": lambda f: _weights(f, (10).to_bytes(8, "little") + b'{"x": {} }'),
+    "a wrong size": lambda f: _weights(f, len(HEADER).to_bytes(8, "little") + HEADER + b"1234"),
+    "not finite": _not_finite,
+    "half a mark": lambda f: (f / "base.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_spoilt_adapter_is_one_sentence(tiny_model: Path, tmp_path: Path, how: str) -> None:
+    from tunesmith.models.gguf_file import adapter_gguf
+    from tunesmith.models.load import refuse_anothers
+    from tunesmith.models.resolve import resolve
+    from tunesmith.models.section import ModelSection
+
+    engine, _ = opened(tiny_model)
+    make_adapter(tiny_model, tmp_path / "a", 1)
+    SPOILT[how](tmp_path / "a")
+    refuse_anothers(resolve(ModelSection(name=str(tiny_model))), tmp_path / "a")
+    if how == "half a mark":  # says of no base that it was made for it
+        engine.load("a", tmp_path / "a")
+        return
+    for load in (lambda: engine.load("a", tmp_path / "a"), lambda: adapter_gguf(tmp_path / "a", tiny_model)):
+        with pytest.raises(ModelError) as told:
+            load()
+        assert len(told.value.what.splitlines()) == 1 and told.value.fix
+
+
+def test_an_adapter_is_known_by_its_content_and_not_by_its_time(tiny_model: Path, tmp_path: Path) -> None:
+    names = ("a", "same", "other")
+    for name, seed in zip(names, (1, 1, 2), strict=True):
+        make_adapter(tiny_model, tmp_path / name, seed)
+    os.utime(tmp_path / "a" / "adapter_model.safetensors", (5, 5))
+
+    async def through() -> dict[str, str]:
+        engine = scripted()
+        models = state_of(engine).serving.models  # type: ignore[union-attr]
+        found = {name: (await models.add(name, "scripted", tmp_path / name)).identity for name in names}
+        weights = tmp_path / "a" / "adapter_model.safetensors"
+        weights.write_bytes((tmp_path / "other" / "adapter_model.safetensors").read_bytes())  # of one size
+        os.utime(weights, (5, 5))
+        await models.remove("a")
+        return found | {"changed": (await models.add("a", "scripted", tmp_path / "a")).identity}
+
+    found = asyncio.run(through())
+    assert found["a"] == found["same"] and len({found["a"], found["other"]}) == 2
+    assert found["changed"] == found["other"]
 
 
 def test_scales_are_those_of_peft(tiny_model: Path, tmp_path: Path) -> None:

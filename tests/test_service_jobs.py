@@ -16,8 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from tests.conftest import write_jsonl
 from tests.service import Running, chat, events, finished, openai, pairs, refused, running, settings, team, wait
+from tunesmith.errors import ModelError
+from tunesmith.jobs import child
+from tunesmith.jobs.recipe import recipe_of, stages
+from tunesmith.runs import read_jsonl
+from tunesmith.store import tables
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +88,7 @@ def walk(api: Running) -> Walk:
         training_file=training,
         validation_file=validation,
         suffix="My team's!",
-        hyperparameters={"n_epochs": 4, "batch_size": 16},
+        hyperparameters={"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 2.5},
         extra_body=LORA,
     )
     done = finished(client, job.id)
@@ -93,11 +100,69 @@ def walk(api: Running) -> Walk:
 def test_a_finished_job_names_its_model_and_what_it_took(walk: Walk) -> None:
     done = walk.done
     assert done.fine_tuned_model == f"ft:tiny:default:My-team-s-:{done.id[6:14]}"
-    assert done.hyperparameters.to_dict() == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 1.0}
+    assert done.hyperparameters.to_dict() == {"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 2.5}
     assert done.method.supervised.hyperparameters.n_epochs == 4
     assert done.trained_tokens > 0 and done.finished_at >= done.created_at and done.error is None
     openai.types.fine_tuning.FineTuningJob.model_validate(done.to_dict())
     assert walk.config["r"] == 2
+
+
+def row_of(api: Running, id: str) -> Any:
+    with api.service.store.read() as session:
+        return session.scalar(sa.select(tables.Job).where(tables.Job.id == id))
+
+
+def test_the_multiplier_is_of_the_rules_rate(api: Running, walk: Walk, tmp_path: Path) -> None:
+    job = row_of(api, walk.done.id)
+    rows = write_jsonl(tmp_path / "rows.jsonl", chat(32))
+    method = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": 16}}}
+    rates = {}
+    for multiplier in (1.0, 0.5):
+        keys = recipe_of(
+            f"by-{multiplier}", api.service.settings.models["tiny"], 1, method, LORA, (str(rows), None), None, None
+        )
+        plan = child.planned({"recipe": keys, "multiplier": multiplier})
+        child.walk(plan["recipe"], str(tmp_path / "runs"), list(stages(plan["recipe"])))
+        lines = read_jsonl(tmp_path / f"runs/by-{multiplier}/metrics.jsonl")
+        rates[multiplier] = max(line["learning_rate"] for line in lines), plan["recipe"]["train"]["learning_rate"]
+    assert rates[0.5][0] == pytest.approx(rates[1.0][0] / 2) and rates[1.0][0] > 0
+    assert rates[0.5][1] == pytest.approx(rates[1.0][1] / 2)
+    assert job.recipe["train"]["learning_rate"] == pytest.approx(2.5 * rates[1.0][1])
+    own = keys | {"train": keys["train"] | {"learning_rate": 3e-4}}  # which wins over hyperparameters
+    assert child.planned({"recipe": own, "multiplier": 7.0})["recipe"]["train"]["learning_rate"] == 3e-4
+
+
+@pytest.mark.long
+def test_what_is_no_lora_becomes_a_model_of_its_own(api: Running, tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    client, file = api.client(role="admin"), api.upload()
+
+    def made(model: str, adapter: Any) -> tuple[Any, Any]:
+        train = {"adapter": adapter, "learning_rate": 1e-2}
+        ask = {"n_epochs": 1, "batch_size": 12}
+        job = client.fine_tuning.jobs.create(
+            model=model, training_file=file, hyperparameters=ask, extra_body={"train": train}
+        )
+        done = finished(client, job.id)
+        assert done.status == "succeeded", done
+        assert not client.fine_tuning.jobs.checkpoints.list(job.id).data
+        row = api.service.model(done.fine_tuned_model)
+        assert row is not None and row.whole
+        folder = api.service.artifacts.path(row.artifact)
+        assert (folder / "tokenizer.json").is_file() and not (folder / "adapter_config.json").exists()
+        return done.fine_tuned_model, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).state_dict()
+    name, merged = made("tiny", {"kind": "lora", "rank": 2, "dora": True})
+    assert merged.keys() == base.keys()
+    q, norm = "model.layers.0.self_attn.q_proj.weight", "model.norm.weight"
+    assert not torch.equal(merged[q], base[q]) and torch.equal(merged[norm], base[norm])
+    further, whole = made(name, {"kind": "partial", "only": "norms"})
+    assert not torch.equal(whole[norm], merged[norm]) and torch.equal(whole[q], merged[q])
+    for model in (name, further):
+        client.models.delete(model)
 
 
 def test_a_job_tells_what_happens(walk: Walk) -> None:
@@ -182,6 +247,13 @@ def test_a_job_that_can_not_be_done_says_why(api: Running) -> None:
         last = events(client, job.id)[-1]
         assert last.level == "error" and last.message == done.error.message
         assert done.fine_tuned_model is None and done.finished_at
+
+
+def test_a_failed_job_names_the_setting_and_no_path() -> None:
+    named = child.told(ModelError("no layer fits 'nope'", where="train.adapter.targets"))
+    assert (named["code"], named["param"]) == ("model_error", "train.adapter.targets")
+    other = child.told(ModelError("is damaged", where="/models/base"))
+    assert other["param"] == "model" and "/" not in other["message"]
 
 
 @pytest.mark.long

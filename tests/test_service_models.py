@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from fastapi.testclient import TestClient
 
 from tests.scripted import scripted, state_of
@@ -19,6 +21,7 @@ from tunesmith.api.app import SERVING, State, build
 from tunesmith.api.tuned import Registry
 from tunesmith.api.up import MANAGING
 from tunesmith.errors import RunError
+from tunesmith.inference.engines import Auto
 from tunesmith.jobs import sweep
 from tunesmith.jobs.chores import Chores
 from tunesmith.jobs.service import Service, open_service
@@ -145,7 +148,7 @@ def test_the_first_key_is_made_when_it_can_be_told(
 
     monkeypatch.setattr(up, "opened", lambda *_: Models())
     monkeypatch.setattr(up.signal, "signal", lambda *_: None)
-    wanted = up.Settings(settings(tmp_path, tiny_model), ServeSection())
+    wanted = up.Settings(service=settings(tmp_path, tiny_model), serve=ServeSection())
     said: list[dict[str, Any]] = []
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -156,6 +159,35 @@ def test_the_first_key_is_made_when_it_can_be_told(
     service = open_service(wanted.service)
     assert not service.store.keys.any()
     service.store.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("service: {homes: x}", "service.homes: unknown key; did you mean 'home'?"),
+        ("service: [1]", "service: expected a mapping of keys"),
+        ("serve: {engine: nope}", "serve.engine: no serving is called 'nope'"),
+        ("serve: {dedline: 3}", "serve.dedline: unknown key; did you mean 'deadline'?"),
+        ("server: {}", "server: unknown key; did you mean 'serve'?"),
+        ("service: {models: {'a:b': x}}", "colons divide"),
+        ("[1]", "holds no settings"),
+        ("service: {", "is not YAML"),
+        (None, "can't be read"),
+    ],
+)
+def test_settings_that_can_not_be_meant_name_the_key(text: str | None, told: str, tmp_path: Path) -> None:
+    from tunesmith.api import up
+    from tunesmith.errors import RecipeError
+
+    file = tmp_path / "settings.yaml"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        up.read_settings(file, {"workers": 2})
+    assert told in error.value.what and error.value.where.startswith(str(file)) and error.value.fix
+    for good in ("", "service:", "serve: {deadline: 9}"):
+        file.write_text(good)
+        assert up.read_settings(file, {"workers": 2}).service.workers == 2
 
 
 def test_a_model_that_hangs_or_fails_holds_up_no_other(
@@ -201,6 +233,40 @@ def test_a_model_that_failed_is_tried_again_later_and_later(
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     wait(lambda: name in [m["id"] for m in http.get("/v1/models", headers=mine).json()["data"]], "the model")
     assert name not in state.registry._failed
+
+
+def test_a_model_of_its_own_answers_on_an_engine_of_its_own_until_it_is_deleted(
+    service: Service, state: State, http: TestClient, tiny_model: Path
+) -> None:
+    assert state.serving is not None and state.registry is not None
+    made: list[Any] = []
+
+    class Own(Auto):
+        def build(self, name: str, model: Any) -> Any:
+            made.append(scripted("By myself.", name=name, precision="q8_0"))
+            return made[-1]
+
+    state.registry.engine = Own()
+    project, mine = key(service, role="admin")
+    _, other = key(service, project=service.store.keys.create_project("other").id)
+    name = add(service, project, "alone", weights=None)
+    shutil.copytree(tiny_model, service.artifacts._at("models/ftjob-alone/final"))
+    with service.store.write() as session:
+        session.execute(sa.update(t.Model).values(whole=True))
+    job(service, project, name)
+    assert http.get("/v1/fine_tuning/jobs/ftjob-alone", headers=mine).status_code == 200
+    body = {"model": name, "messages": [{"role": "user", "content": "Hi"}]}
+    said = http.post("/v1/chat/completions", json=body, headers=mine)
+    assert said.json()["choices"][0]["message"]["content"] == "By myself.", said.text
+    assert http.post("/v1/chat/completions", json=body, headers=other).status_code == 404
+    assert len(state.serving.models.engines) == 2 and made[0].state == "ready"
+    kept = next(iter(state.registry.converted.names.values()))
+    assert kept.endswith("-q8_0.gguf")
+    Path(kept).parent.mkdir(parents=True, exist_ok=True)
+    Path(kept).write_bytes(b"weights")  # as llama.cpp's engine would have it
+    assert http.delete(f"/v1/models/{name}", headers=mine).status_code == 200
+    wait(lambda: made[0].state == "failed" and not Path(kept).exists(), "the engine's end")
+    assert http.post("/v1/chat/completions", json=body, headers=mine).status_code == 404
 
 
 def test_what_an_engine_made_of_a_model_goes_with_it(service: Service, state: State, http: TestClient) -> None:

@@ -7,9 +7,11 @@ from typing import Any
 
 import httpx2
 import pytest
+import sqlalchemy as sa
 
 from tests import service
 from tests.service import Running, chat, events, jsonl, openai, pairs, refused
+from tunesmith.store import tables
 
 api, client, file = service.api, service.client, service.file
 
@@ -104,13 +106,17 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str | None]] = [
     ({"extra_body": {"evaluate": {"metrics": 5}}}, "evaluate.metrics", "invalid_settings"),
     ({"extra_body": {"evaluate": {"metrics": [{}]}}}, "evaluate.metrics", "invalid_settings"),
     ({"extra_body": {"train": {"best_by": "os:popen"}}}, "train.best_by", "invalid_settings"),
+    ({"extra_body": {"gate": ["goal.diff > 0"]}}, "gate.conditions", "invalid_settings"),
     ({"extra_body": {"data": {"split": "random"}}}, "data.split", "invalid_settings"),
     ({"extra_body": {"data": {"split": [1]}}}, "data.split", "invalid_settings"),
     ({"extra_body": {"data": {"clean": ["personal"]}}}, "data.clean", "invalid_settings"),
     ({"extra_body": {"data": {"clean": {"personal": {"names": "/etc"}}}}}, "data.clean.personal.names", "invalid_settings"),
     ({"extra_body": {"data": {"clean": {"duplicates": {"kind": "semantic", "model": "a/b"}}}}}, "data.clean.duplicates.model", "invalid_settings"),
-    ({"extra_body": {"train": {"adapter": "full"}}}, "train.adapter", "invalid_settings"),
-    ({"extra_body": {"train": {"adapter": {"kind": "lora", "dora": True}}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": "prompt"}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": {"kind": "bottleneck", "size": 4}}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": "lara"}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": {"kind": []}}}}, "train.adapter", "invalid_settings"),
+    ({"extra_body": {"train": {"adapter": {"kind": "full", "rank": 4}}}}, "train.adapter.rank", "invalid_settings"),
     ({"extra_body": {"resources": {"cores": 0}}}, "resources.cores", None),
 ]  # fmt: skip
 
@@ -139,6 +145,37 @@ def test_files_must_suit_the_job(client: Any, api: Running) -> None:
         )
     )
     assert grading["code"] == "unsupported_method"
+
+
+def test_what_is_no_lora_is_made_while_there_is_room_to_serve_it(client: Any, api: Running, file: str) -> None:
+    def ask(**more: Any) -> Any:
+        return client.fine_tuning.jobs.create(**{"model": "tiny", "training_file": file} | more)
+
+    def adapter(kind: Any) -> dict[str, Any]:
+        return {"extra_body": {"train": {"adapter": kind}}}
+
+    kinds = ("full", {"kind": "lora", "dora": True}, {"kind": "lora", "targets": ["experts"]}, "loha")
+    jobs = [ask(**adapter(kind)).id for kind in kinds[:2]]
+    for kind in kinds:
+        full = refused(lambda kind=kind: ask(**adapter(kind)))
+        assert (full["param"], full["code"]) == ("train.adapter", "no_room_to_serve")
+    ask(**adapter({"kind": "lora", "rslora": True}))
+    client.fine_tuning.jobs.cancel(jobs[0])
+    names = {whole: f"ft:tiny:default::{'whole' if whole else 'lora'}" for whole in (True, False)}
+    project = api.service.store.keys.projects()[0].id
+    with api.service.store.write() as session:
+        for whole, name in names.items():
+            about = {"project": project, "base": "tiny", "job": "ftjob-x", "artifact": f"models/{whole}/final"}
+            session.add(tables.Model(id=name, whole=whole, step=None, created_at=1, **about))
+    for whole, kind, says in ((True, "lora", "as a whole only"), (True, "loha", "as a whole"), (False, "full", "LoRA")):
+        wrong = refused(lambda w=whole, k=kind: ask(model=names[w], **adapter(k)))
+        assert wrong["param"] == "train.adapter" and says in wrong["message"]
+    assert refused(lambda: ask(model=names[True], **adapter("full")))["code"] == "no_room_to_serve"
+    client.fine_tuning.jobs.cancel(jobs[1])
+    client.fine_tuning.jobs.cancel(ask(model=names[True], **adapter("full")).id)
+    with api.service.store.write() as session:
+        for name in names.values():
+            session.delete(session.scalar(sa.select(tables.Model).where(tables.Model.id == name)))
 
 
 def test_what_a_status_does_not_allow_is_a_400(client: Any, file: str) -> None:

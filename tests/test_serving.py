@@ -8,6 +8,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import pytest
 from tests.serving import BIAS, CONTEXT, ENDLESS, STOPS, Served, build, prompts, serve
 from tunesmith.errors import ModelError
 from tunesmith.inference.engines import EngineSection, LlamaCpp, Transformers
-from tunesmith.inference.served import EngineDown, EngineFull, GrammarError, Request, TooLong, UnknownAdapter
+from tunesmith.inference.served import EngineDown, EngineFull, GrammarError, Request, TooLong, UnknownAdapter, Unserved
 
 pytest.importorskip("aiohttp")
 pytest.importorskip("llguidance")
@@ -76,8 +77,6 @@ def test_text_ids_and_finish(served: Served) -> None:
 
 
 def test_a_whole_answer_is_what_its_pieces_are(served: Served) -> None:
-    from dataclasses import replace
-
     ids = served.run(served.ids(Request(prompts()[1], 12, (), logit_bias=ENDLESS)))
     for stop_ids, stop in (((), ()), ((ids[6], *STOPS), ()), (STOPS, ("e",))):
         request = Request(prompts()[1], 12, stop_ids, stop=stop, logit_bias=BIAS, top_logprobs=1)
@@ -116,6 +115,31 @@ def test_log_probabilities_are_the_models(served: Served) -> None:
         assert [top.logprob for top in one.top] == pytest.approx(values.tolist(), abs=1e-3)
     text = "".join(piece.text for piece in served.run(served.pieces(request)))
     assert b"".join(one.data for one in told).decode() == text
+
+
+def test_an_echo_has_the_prompts_log_probabilities_where_the_engine_tells_them(loaded: Served) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    prompt = prompts()[0]
+    usual = Request(prompt, 4, STOPS, adapter="first", logit_bias=BIAS, top_logprobs=2)
+    asked = replace(usual, echo=True)
+    if loaded.engine.kind == "llamacpp":
+        with pytest.raises(Unserved, match="llamacpp tells no log-probabilities of a prompt"):
+            loaded.run(loaded.pieces(asked))
+        assert loaded.run(loaded.ids(usual))
+        return
+    first, *rest = loaded.run(loaded.pieces(asked))
+    assert [i for piece in rest for i in piece.ids] == loaded.run(loaded.ids(usual)) and first.text == ""
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(loaded.model), loaded.adapters["first"])
+    with torch.no_grad():
+        expected = tuned(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert [token.id for token in first.prompt] == prompt and first.prompt[0].logprob != first.prompt[0].logprob
+    values = [expected[place, token].item() for place, token in enumerate(prompt[1:])]
+    assert [token.logprob for token in first.prompt[1:]] == pytest.approx(values, abs=1e-4)
+    only = loaded.run(loaded.pieces(replace(asked, max_new_tokens=0)))
+    assert only[0].prompt[1:] == first.prompt[1:] and only[-1].finish == "length" and not only[-1].ids
 
 
 def test_seeds_temperature_and_top_p(served: Served) -> None:

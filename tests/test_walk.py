@@ -169,7 +169,7 @@ def test_a_model_that_comes_after_the_cancel_is_not_kept(service: Service, monke
     (found.run.path / "train").mkdir(parents=True)
     made = found.run.tuned
     made.mkdir(parents=True, exist_ok=True)
-    (made / "adapter_config.json").write_text("{}")
+    (made / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     put = service.artifacts.put_folder
 
     def cancelled(key: str, folder: Path) -> None:
@@ -181,6 +181,16 @@ def test_a_model_that_comes_after_the_cancel_is_not_kept(service: Service, monke
     assert status(service.store, found.job.id) == "cancelled"
     assert not service.artifacts.path(model_key(found.job.id)).exists() and not found.run.path.exists()
     assert [p for p in (service.settings.folder / "artifacts").rglob("*") if p.is_file()] == []
+
+
+def test_what_could_not_be_served_is_no_model(service: Service) -> None:
+    found = walking(service)
+    (found.run.path / "train").mkdir(parents=True)
+    found.run.tuned.mkdir()
+    (found.run.tuned / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
+    found.finish()
+    assert status(service.store, found.job.id) == "failed" and models(service) == []
+    assert "no plain LoRA" in said(service.store, found.job.id)[-1]
 
 
 def test_a_run_that_moves_on_is_not_kept_half(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,8 +117,23 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]
         RecipeError: names the file and the key, and what was expected there.
     """
     path = find(str(name))
+    raw = read(path)
+    if not isinstance(raw, dict):
+        raise RecipeError("is not a recipe: no keys", where=str(path), fix="A new one: tunesmith init DATA")
+    raw.setdefault("name", path.stem)
+    return build(raw, overrides, str(path)), path.resolve().parent
+
+
+def read(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        RecipeError: names the file and the line.
+    """
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except OSError as error:
+        raise RecipeError(f"can't be read ({error.strerror})", where=str(path), fix="Check the path.") from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"is not UTF-8 ({error})", where=str(path), fix="Save it as UTF-8.") from error
     except RecursionError as error:
@@ -128,10 +143,6 @@ def load(name: str | Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Path]
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         problem = getattr(error, "problem", None) or error
         raise RecipeError(f"is not YAML ({problem})", where=where, fix="Check the indentation there.") from error
-    if not isinstance(raw, dict):
-        raise RecipeError("is not a recipe: no keys", where=str(path), fix="A new one: tunesmith init DATA")
-    raw.setdefault("name", path.stem)
-    return build(raw, overrides, str(path)), path.resolve().parent
 
 
 def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
@@ -146,7 +157,7 @@ def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "reci
         return Recipe.model_validate(raw)
     except ValidationError as error:
         blamed = _override_of(error, overrides) or where
-        raise RecipeError(_told(error, raw), where=blamed, fix="All keys: tunesmith schema, docs/recipe.md.") from None
+        raise RecipeError(told(error, raw), where=blamed, fix="All keys: tunesmith schema, docs/recipe.md.") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -238,30 +249,34 @@ EXPECTED = {
 }
 
 
-def _told(error: ValidationError, raw: dict[str, Any]) -> str:
-    """Each of pydantic's findings as a sentence, the first five."""
+def told(error: ValidationError, raw: dict[str, Any], of: type[Section] | None = None) -> str:
+    """Each of pydantic's findings as a sentence, the first five.
+
+    Args:
+        of: what `raw` was to be; a recipe if not given.
+    """
     lines = []
     for found in error.errors()[:5]:
         key = ".".join(str(part) for part in found["loc"]) or "recipe"
         kind = found["type"]
         if kind == "extra_forbidden":
             last = str(found["loc"][-1])
-            lines.append(f"{key}: unknown key{nearest(last, _keys(found['loc'][:-1], raw))}")
+            lines.append(f"{key}: unknown key{nearest(last, _keys(found['loc'][:-1], raw, of or Recipe))}")
         elif kind == "missing":
             lines.append(f"{key}: is missing")
         else:
-            told = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-            told = EXPECTED.get(kind, told)
+            wanted = found["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+            wanted = EXPECTED.get(kind, wanted)
             given = found["input"]
             shown = ", not " + ("a mapping" if isinstance(given, dict) else json.dumps(given, default=str)[:80])
             expected = "expected " if found["msg"].startswith("Input should be ") else ""
-            lines.append(f"{key}: {expected}{told}{shown if expected else ''}")
+            lines.append(f"{key}: {expected}{wanted}{shown if expected else ''}")
     return "\n  ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
 
 
-def _keys(loc: Sequence[int | str], raw: Any) -> list[str]:
-    """The keys that are known at a place in the recipe `raw`."""
-    here: Any = Recipe
+def _keys(loc: Sequence[int | str], raw: Any, of: type[Section]) -> list[str]:
+    """The keys that are known at a place in `raw`, which was to be an `of`."""
+    here: Any = of
     point: str | None = None
     for before, part in zip((None, *loc), loc, strict=False):
         with contextlib.suppress(KeyError, IndexError, TypeError):  # a loc also names branches of a union

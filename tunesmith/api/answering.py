@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -88,6 +89,7 @@ class Choice:
     text: list[str] = field(default_factory=list)
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt: tuple[TokenLogprob, ...] = ()
     finish: str | None = None
 
 
@@ -124,6 +126,7 @@ class Reply:
                     choice.text.append(delta.text)
                     choice.calls += delta.calls
                     choice.logprobs += delta.logprobs
+                    choice.prompt = choice.prompt or delta.prompt
                     choice.finish = delta.finish or choice.finish
                     self.tokens += delta.tokens
                     if delta.choice % self.asked.n == 0:  # a prompt counts once, however many answers it gets
@@ -158,9 +161,7 @@ class Reply:
         found = {"x-tunesmith-model": self.started.model.encode("ascii", "replace").decode()}
         if state.settings.cache is not None:
             found["x-tunesmith-cache"] = "hit" if self.started.hit else "miss"
-        if self.started.flags:
-            found["x-tunesmith-guards"] = ", ".join(sorted(set(self.started.flags)))
-        return found
+        return found | guarded(self.started.flags)
 
     def account(self, status: int) -> None:
         """Count and keep the answer, once. Nothing here waits, so that no client escapes it by going away."""
@@ -200,6 +201,11 @@ class Reply:
 
     def _in_order(self) -> list[Choice]:
         return [self.choices[number] for number in sorted(self.choices)]
+
+
+def guarded(flags: Sequence[str]) -> dict[str, str]:
+    """The header that says what guards found."""
+    return {"x-tunesmith-guards": ", ".join(sorted(set(flags)))} if flags else {}
 
 
 def _calls(choice: Choice) -> dict[str, Any]:
@@ -248,6 +254,6 @@ def spend(state: Any, key: str, tokens: int) -> None:
     task.add_done_callback(SPENDING.discard)
 
 
-def logprob(one: TokenLogprob) -> float:
-    """A log-probability as JSON can hold it."""
-    return max(one.logprob, -9999.0)
+def logprob(one: TokenLogprob) -> float | None:
+    """A log-probability as JSON can hold it; None where there is none."""
+    return None if math.isnan(one.logprob) else max(one.logprob, -9999.0)

@@ -248,8 +248,6 @@ class CompletionBody(Sampled):
             raise ValueError(f"n answers to each prompt would be {count}; one request can ask for {MOST}")
         if (self.best_of or 1) > (self.n or 1):
             raise ValueError("best_of above n can't be given")
-        if self.echo and self.logprobs is not None:
-            raise ValueError("logprobs are given of answers only: leave out echo or logprobs")
         return self
 
     def asked(self, temperature: float, longest: int | None) -> Asked:
@@ -257,6 +255,7 @@ class CompletionBody(Sampled):
             prompts=prompts(self.prompt),
             max_tokens=16 if self.max_tokens is None else self.max_tokens,
             top_logprobs=self.logprobs,
+            echo=bool(self.echo) and self.logprobs is not None,
             **self.sampling(temperature),
         )
 

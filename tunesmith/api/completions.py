@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+import math
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -33,7 +34,7 @@ async def completions(body: CompletionBody, request: Request, who: Any = needs("
         {
             "index": i,
             "text": echo + "".join(choice.text),
-            "logprobs": _logprobs(choice.logprobs, len(echo)) if body.logprobs is not None else None,
+            "logprobs": _logprobs(choice.prompt, choice.logprobs, len(echo)) if body.logprobs is not None else None,
             "finish_reason": choice.finish or "stop",
         }
         for i, (echo, choice) in enumerate(zip(echoes, await until_gone(request, reply.whole()), strict=True))
@@ -47,28 +48,36 @@ async def _chunks(
     frame |= {"usage": None} if with_usage else {}
     said: dict[int, int] = {}  # characters told so far, by choice
     async for delta in reply.follow():
-        text = delta.text
-        if delta.choice not in said:
-            said[delta.choice], text = 0, echoes[delta.choice] + text
-        if text or delta.finish or (with_logprobs and delta.logprobs):
+        echo = "" if delta.choice in said else echoes[delta.choice]
+        begun, text = said.get(delta.choice, len(echo)), echo + delta.text
+        if text or delta.finish or (with_logprobs and (delta.logprobs or delta.prompt)):
             choice = {"index": delta.choice, "text": text, "logprobs": None, "finish_reason": delta.finish}
             if with_logprobs:
-                choice["logprobs"] = _logprobs(delta.logprobs, said[delta.choice])
+                choice["logprobs"] = _logprobs(delta.prompt, delta.logprobs, begun)
             yield frame | {"choices": [choice]}
-        said[delta.choice] += len(text)
+        said[delta.choice] = begun + len(delta.text)
     if with_usage:
         yield frame | {"choices": [], "usage": reply.usage()}
 
 
-def _logprobs(tokens: Sequence[TokenLogprob], at: int) -> dict[str, Any]:
-    """As this older route has them: lists beside one another."""
-    offsets = []
-    for token in tokens:
-        offsets.append(at)
-        at += len(token.text)
+def _logprobs(prompt: Sequence[TokenLogprob], answer: Sequence[TokenLogprob], at: int) -> dict[str, Any]:
+    """As this older route has them: lists beside one another. A prompt's first token has none: null.
+
+    Args:
+        at: where the answer begins, after what is echoed; in letters.
+    """
+    tokens = [*prompt, *answer]
     return {
         "tokens": [token.text for token in tokens],
         "token_logprobs": [logprob(token) for token in tokens],
-        "top_logprobs": [{t.text: logprob(t) for t in token.top} for token in tokens],
-        "text_offset": offsets,
+        "top_logprobs": [
+            None if math.isnan(token.logprob) else {t.text: logprob(t) for t in token.top} for token in tokens
+        ],
+        "text_offset": [*_offsets(prompt, 0), *_offsets(answer, at)],
     }
+
+
+def _offsets(tokens: Sequence[TokenLogprob], at: int) -> Iterator[int]:
+    for token in tokens:
+        yield at
+        at += len(token.text)

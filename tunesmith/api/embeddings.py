@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from tunesmith.api.answering import Json, admit, spend, until_gone
+from tunesmith.api.answering import Json, admit, guarded, spend, until_gone
 from tunesmith.api.auth import needs
 from tunesmith.api.bodies import EmbeddingBody, prompts
 from tunesmith.api.errors import ApiError
@@ -26,7 +26,8 @@ async def embeddings(body: EmbeddingBody, request: Request, who: Any = needs("ru
     """Vectors of texts, each of length 1: the mean of the model's last states."""
     await admit(request, who)
     state, began = request.app.state.tunesmith, time.perf_counter()
-    vectors, tokens = await until_gone(request, state.serving.embed(body.model, prompts(body.input), who.project))
+    asked = state.serving.embed(body.model, prompts(body.input), who.project)
+    vectors, tokens, flags = await until_gone(request, asked)
     spend(state, who.key, tokens)
     request.state.about.update(model=body.model[:200], prompt_tokens=tokens)
     if state.traffic is not None:
@@ -43,13 +44,14 @@ async def embeddings(body: EmbeddingBody, request: Request, who: Any = needs("ru
             prompt_tokens=tokens,
             completion_tokens=0,
             seconds=time.perf_counter() - began,
+            flags=sorted(set(flags)),
         )
     if body.dimensions is not None:
         vectors = [_cut(v, body.dimensions) for v in vectors]
     form = _base64 if body.encoding_format == "base64" else list
     data = [{"object": "embedding", "index": i, "embedding": form(v)} for i, v in enumerate(vectors)]
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return Json({"object": "list", "data": data, "model": body.model, "usage": usage})
+    return Json({"object": "list", "data": data, "model": body.model, "usage": usage}, headers=guarded(flags))
 
 
 def _cut(vector: list[float], size: int) -> list[float]:

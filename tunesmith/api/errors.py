@@ -71,6 +71,9 @@ class ApiError(Exception):
 
 
 TOO_LARGE = ApiError(413, "The request is larger than this server takes.", code="request_too_large")
+PACKED = ApiError(
+    415, "A body is read as it is: send it without Content-Encoding.", param="content-encoding", code="unsupported"
+)
 
 
 def told(error: Exception) -> ApiError:
@@ -82,7 +85,7 @@ def told(error: Exception) -> ApiError:
     if (away := _outside(error.__cause__ if isinstance(error, HTTPException) else error)) is not None:
         return away
     if isinstance(error, HTTPException):
-        return _of_status(error)
+        return _unread(error.__cause__) if isinstance(error.__cause__, UNREAD) else _of_status(error)
     if isinstance(error, Refused):
         return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))
     if isinstance(error, EngineError):
@@ -93,9 +96,17 @@ def told(error: Exception) -> ApiError:
     if isinstance(error, TunesmithError):
         return ApiError(400, error.what)
     if isinstance(error, RecursionError):
-        return ApiError(400, "The request is nested too deep.", code="invalid_json")
+        return _unread(error)
     log.error("unexpected error", exc_info=error)
     return ApiError(500, OURS)
+
+
+UNREAD = (UnicodeDecodeError, RecursionError)
+
+
+def _unread(error: BaseException) -> ApiError:
+    why = "it is nested too deep" if isinstance(error, RecursionError) else "it is not UTF-8"
+    return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -138,8 +149,9 @@ def install(app: FastAPI) -> None:
 
 def _of_fields(errors: Sequence[Any]) -> ApiError:
     """The first field that is wrong, by its path, and how many others are."""
-    # Where a value may be of several kinds, what is told deepest inside it is what it was meant to be.
-    first = max(errors, key=lambda e: len(_place(e["loc"])))
+    # Where a value may be of several kinds, what is told deepest inside it is what it was meant to be; or of the right
+    # kind, and wrong otherwise.
+    first = max(errors, key=lambda e: (len(_place(e["loc"])), not e["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it ends too early")
         return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
@@ -172,15 +184,17 @@ def _of_engine(error: EngineError) -> ApiError:
     if isinstance(error, TooLong):
         return told(too_long(error.context, error.prompt, 0))
     if isinstance(error, GrammarError):
-        return ApiError(
-            400, f"This schema can't be enforced: {error.what}.", param="response_format", code="invalid_schema"
-        )
+        return ApiError(400, _sentence(error.what), param="response_format", code="invalid_schema")
     if isinstance(error, UnknownAdapter):
         return ApiError(404, "The model has just been unloaded.", param="model", code="model_not_found")
     if isinstance(error, Unserved):
-        return ApiError(400, f"{error.what[:1].upper()}{error.what[1:]}.", code="unsupported")
+        return ApiError(400, _sentence(error.what), code="unsupported")
     log.error("the engine failed", exc_info=error)
     return ApiError(500, OURS)
+
+
+def _sentence(what: str) -> str:
+    return f"{what[:1].upper()}{what[1:].rstrip('.')}."
 
 
 def _again(seconds: int | None) -> dict[str, str]:

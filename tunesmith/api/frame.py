@@ -13,7 +13,7 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.api.errors import TOO_LARGE, told
+from tunesmith.api.errors import PACKED, TOO_LARGE, told
 
 access = logging.getLogger("tunesmith.access")
 GIVEN = re.compile(r"[\w.-]{1,64}")
@@ -52,6 +52,8 @@ class Frame:
             return await send(message)
 
         try:
+            if any(name == b"content-encoding" and value != b"identity" for name, value in scope["headers"]):
+                raise PACKED
             await self.app(scope, receive, framed)
         except (asyncio.CancelledError, ClientDisconnect):  # the client has gone, or the server goes
             status = status or 499

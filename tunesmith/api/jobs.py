@@ -52,6 +52,7 @@ def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, A
             403, "A priority above 0 takes an admin's key.", param="priority", code="insufficient_permissions"
         )
     _base(service, body.model, caller.project, body.settings)
+    alone = recipe.whole(body.settings)
     hash = hashlib.sha256(body.model_dump_json().encode()).hexdigest()
     given = {"hyperparameters": method.hyperparameters.model_dump(mode="json")}
     row = t.Job(
@@ -85,6 +86,8 @@ def create(request: Request, body: JobRequest, caller: Any = Run) -> dict[str, A
             beside = sa.select(t.Model.n).where(t.Model.id == body.model).with_for_update()
             if session.scalar(beside) is None:
                 raise ApiError(400, f"Model {body.model} has been deleted.", param="model", code="model_not_available")
+        if alone:
+            _room(request, session)
         for param, least in (("training_file", LEAST_ROWS), ("validation_file", 1)):
             _file(session, row, param, least, _kinds(body))
         board.create(session, row)
@@ -104,6 +107,35 @@ def _base(service: Service, model: str, project: str, settings: dict[str, Any]) 
             param="model",
             code="model_not_available",
         )
+    kind = recipe.whole(settings) and recipe.adapter(settings).get("kind")
+    if found.whole and kind not in ("full", "partial"):
+        why = f"Model {model[:200]} is no LoRA: it can be trained further as a whole only (full, partial)."
+    elif not found.whole and kind:
+        why = f"Model {model[:200]} is a LoRA, and can be trained further as such only."
+    else:
+        return
+    raise ApiError(400, why, param="train.adapter", code="invalid_settings")
+
+
+def _room(request: Request, session: Any) -> None:
+    """Raise unless one more model with an engine of its own can be served."""
+    state = request.app.state.tunesmith
+    engine = state.settings.engine
+    if engine.kind == "vllm" and engine.url:
+        why = "the engine here is a server that runs already, which takes LoRA only"
+    else:
+        most = state.service.settings.whole_models
+        there = session.scalar(sa.select(sa.func.count()).select_from(t.Model).where(t.Model.whole))
+        under_way = session.scalars(sa.select(t.Job.settings).where(t.Job.status.not_in(board.FINAL)))
+        if there + sum(map(recipe.whole, under_way)) < most:
+            return
+        why = f"this service serves {most} such models, and as many are there or under way"
+    raise ApiError(
+        400,
+        f"train.adapter: what is no plain LoRA takes an engine of its own, and {why}. Take lora, or delete a model.",
+        param="train.adapter",
+        code="no_room_to_serve",
+    )
 
 
 def _sensible(row: t.Job, models: dict[str, str]) -> None:

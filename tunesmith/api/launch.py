@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tunesmith import runs as run_folders
-from tunesmith.errors import Held, MachineError, RunError
+from tunesmith.errors import Held, MachineError, ModelError, RunError
 from tunesmith.progress import say
 
 try:
     from tunesmith.api.app import State
-    from tunesmith.api.server import serve
+    from tunesmith.api.server import Place, serve
 except ImportError as error:
     raise MachineError(
         f"serving needs {error.name}, which is not installed", fix="pip install 'tunesmith[serve]'"
@@ -28,13 +28,10 @@ def launch(
     sets: Sequence[str],
     keys: Sequence[str],
     *,
-    host: str,
-    port: int,
+    place: Place,
     base: str | None,
     database: str | None,
     routes: Path,
-    certificate: Path | None,
-    private_key: Path | None,
     force: bool,
     runs: Path | None,
 ) -> None:
@@ -53,7 +50,14 @@ def launch(
         names.append(opening.adapter(name, Path(folder).expanduser()))
     for name in named(dict(settings.routes) | read(routes)):
         if name not in names and not opening.models.taken(name) and not is_endpoint(name):
-            names.append(opening.open(name, name in forced(routes)))
+            try:
+                names.append(opening.open(name, name in forced(routes)))
+            except (ModelError, RunError) as error:  # it was deleted since, say
+                raise RunError(
+                    f"a route goes to '{name}', which can't be served: {error.what}",
+                    where=str(routes),
+                    fix="Promote another version (tunesmith promote), go back (tunesmith rollback), or bring it back.",
+                ) from error
     store = None
     if database:
         from tunesmith import store as stores
@@ -62,9 +66,7 @@ def launch(
     serving = Serving(settings, opening.models, routes)
     serving.fetch = opening.fetch
     state = State(settings, serving, keys=tuple(keys), store=store)
-    scheme = "https" if certificate else "http"
-    say(f"Serving {', '.join(names)} at {scheme}://{host}:{port} (Ctrl+C stops)")
-    serve(state, host, port, certificate, private_key)
+    serve(state, place, ready=lambda url: say(f"Serving {', '.join(names)} at {url} (Ctrl+C stops)"))
 
 
 def held_by_gate(name: str, runs: Path | None) -> Held | None:

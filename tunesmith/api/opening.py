@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,7 +51,7 @@ class Opening:
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             return self.adapter(name or folder.name, folder)
-        return self._base(_resolved(given), name or _short(given)).name
+        return self._base(resolved(given), name or _short(given)).name
 
     async def fetch(self, name: str, force: bool = False) -> None:
         """Open a target while others answer; `force` as of the class, for this one alone.
@@ -66,19 +65,18 @@ class Opening:
 
     def adapter(self, name: str, folder: Path) -> str:
         """Put an adapter's folder among the models, on the base that it names or the first that is there."""
-        config = folder / "adapter_config.json"
-        if not config.is_file():
-            raise ModelError(
-                "holds no adapter", where=str(folder), fix="Give NAME=FOLDER, with adapter_config.json in the folder."
-            )
+        from tunesmith.models.arrays import adapter_config
+
+        self._free(name)
+        told = adapter_config(folder)
         first = next((b for b in self._bases.values() if self.models.holds(b)), None)
         if self.base is None and first is not None:
             base = first
         else:
-            of = self.base or json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+            of = self.base or told.get("base_model_name_or_path")
             if not of:
                 raise ModelError("names no base model", where=str(folder), fix="Give it: --base MODEL")
-            base = self._base(_resolved(of), _short(of))
+            base = self._base(resolved(of), _short(of))
         self.models.later(name, base.name, folder)
         return name
 
@@ -96,6 +94,7 @@ class Opening:
         system = (run.manifest("data") or {}).get("system", recipe.data.system)
         identity = runs.hash_json(run.manifest("train"))
         if _loads(run.tuned) and not journey.model.new_words:
+            self._free(name)
             base = self._base(journey.model, _short(journey.model.name))
             self.models.later(name, base.name, run.tuned, system=system, renderer=journey.renderer, identity=identity)
             return name
@@ -106,9 +105,13 @@ class Opening:
                 where=str(run.path),
                 fix="Package it first: tunesmith package RECIPE",
             )
-        served = self._base(_resolved(str(run.model)), name, identity)
+        served = self._base(resolved(str(run.model)), name, identity)
         self.models.soon(replace(served, system=system, root=str(run.model)))
         return name
+
+    def _free(self, name: str) -> None:
+        if self.models.taken(name):
+            raise RunError(f"two models would be called '{name}'", fix="Give one another name: NAME=TARGET.")
 
     def _base(self, model: ResolvedModel, name: str, identity: str | None = None) -> Served:
         """A whole model, with an engine of its own; the one that is there already, if it is the same."""
@@ -117,8 +120,7 @@ class Opening:
         key = identity or model.identity
         known = self._bases.get(key)
         if known is None or not self.models.holds(known):
-            if self.models.taken(name):
-                raise RunError(f"two models would be called '{name}'", fix="Give one another name: NAME=TARGET.")
+            self._free(name)
             engine = self.settings.engine.build(name, model)
             served = Served(name, engine, load_renderer(model), root=str(model.path), identity=key)
             self.models.soon(served)
@@ -159,7 +161,8 @@ def _run(name: str, runs_folder: Path | None) -> Run | None:
         return None
 
 
-def _resolved(name: str) -> ResolvedModel:
+def resolved(name: str) -> ResolvedModel:
+    """A base model, by what a recipe's `model` takes; this process keeps the machine's limits from here on."""
     from tunesmith.models.machine import machine
     from tunesmith.models.resolve import resolve
 
@@ -175,9 +178,10 @@ def _short(name: str) -> str:
 
 def _loads(tuned: Path) -> bool:
     """Whether engines load what was trained as an adapter: plain LoRA, and nothing besides."""
-    config = tuned / "adapter_config.json"
-    if not config.is_file():
+    from tunesmith.models.arrays import ADAPTER, adapter_config
+
+    if not (tuned / ADAPTER).is_file():
         return False
-    told = json.loads(config.read_text(encoding="utf-8"))
+    told = adapter_config(tuned)
     plain = told.get("peft_type") == "LORA" and told.get("task_type") in (None, "CAUSAL_LM")
     return plain and not any(told.get(k) for k in ("use_dora", "modules_to_save", "trainable_token_indices"))

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from tunesmith.api import shapes
 from tunesmith.api.auth import needs
 from tunesmith.api.errors import ApiError
 from tunesmith.api.files import service_of
+from tunesmith.api.opening import resolved
 from tunesmith.errors import TunesmithError, first_line
+from tunesmith.inference.engines import Auto, EngineSection
 from tunesmith.jobs.service import Service
 from tunesmith.runs import write_json
 from tunesmith.serve.asked import Refused
-from tunesmith.serve.models import Models
+from tunesmith.serve.models import Models, Served
 from tunesmith.store import tables as t
 from tunesmith.store.audit import record
 
@@ -64,10 +67,14 @@ def _delete(service: Service, name: str, caller: Any) -> dict[str, Any]:
 
 class Registry:
     """Keeps what answers in step with the database: models that jobs make appear, deleted ones go. While entered, it
-    looks every half second. Each model is loaded in a task of its own, so that one that hangs delays no other."""
+    looks every half second. Each model is loaded in a task of its own, so that one that hangs delays no other.
 
-    def __init__(self, service: Service, models: Models) -> None:
-        self.service, self.models = service, models
+    Args:
+        engine: what runs models that are no plain LoRA on a base.
+    """
+
+    def __init__(self, service: Service, models: Models, engine: EngineSection | None = None) -> None:
+        self.service, self.models, self.engine = service, models, engine or Auto()
         self.converted = Converted(service.settings.folder / "converted.json")
         self._there: dict[str, frozenset[str]] = {}
         self._changing: dict[str, asyncio.Task[None]] = {}  # models that are loaded or removed just now
@@ -126,8 +133,12 @@ class Registry:
     async def _add(self, name: str, model: t.Model, projects: frozenset[str], system: str | None) -> None:
         try:
             path = await asyncio.to_thread(self.service.artifacts.path, model.artifact)
-            await asyncio.to_thread(self.converted.note, name, path)
-            await self.models.add(name, model.base, path, system=system, projects=projects, owned_by=model.project)
+            if model.whole:
+                made = await asyncio.to_thread(self._alone, name, path)
+                await self.models.host(replace(made, system=system, projects=projects, owned_by=model.project))
+            else:
+                await asyncio.to_thread(self.converted.note, name, path)
+                await self.models.add(name, model.base, path, system=system, projects=projects, owned_by=model.project)
         except Exception as error:  # of the place where artifacts lie, or of the engine
             wait = min(max(self._failed.get(name, (0.0, 0.0))[1] * 2, AGAIN), LONGEST)
             self._failed[name] = (time.monotonic() + wait, wait)
@@ -136,6 +147,15 @@ class Registry:
             self._there[name] = projects
             self._failed.pop(name, None)
             log.info("%s answers", name)
+
+    def _alone(self, name: str, path: Path) -> Served:
+        """A whole model, with an engine that has not started yet."""
+        from tunesmith.models.load import load_renderer
+
+        model = resolved(str(path))
+        engine = self.engine.build(name, model)
+        self.converted.note(name, path, getattr(engine, "precision", None))
+        return Served(name, engine, load_renderer(model), root=str(path), identity=model.identity)
 
     async def _remove(self, name: str) -> None:
         self._there.pop(name, None)
@@ -165,7 +185,7 @@ class Registry:
 
 
 class Converted:
-    """GGUF files that an engine of this machine makes of adapters, by model: weights too, which go with the model.
+    """GGUF files that an engine of this machine makes of tuned models, by name: weights too, which go with the model.
 
     They are noted in a file, since a model may be deleted while this server is not running.
     """
@@ -177,12 +197,12 @@ class Converted:
         except (OSError, ValueError):
             self.names = {}
 
-    def note(self, name: str, adapter: Path) -> None:
-        """An engine is about to load an adapter."""
-        from tunesmith.models.gguf_file import adapter_place
+    def note(self, name: str, folder: Path, precision: str | None = None) -> None:
+        """An engine is about to load an adapter; or, in a `precision`, a whole model."""
+        from tunesmith.models.gguf_file import adapter_place, model_place
 
         with self._lock:
-            self.names[name] = str(adapter_place(adapter))
+            self.names[name] = str(model_place(folder, precision) if precision else adapter_place(folder))
             write_json(self.file, self.names)
 
     def forget(self, name: str) -> None:

@@ -11,21 +11,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
+from tunesmith import recipe
 from tunesmith.api.app import SERVING, State
 from tunesmith.api.opening import Opening
-from tunesmith.api.server import serve
+from tunesmith.api.server import Place, serve
 from tunesmith.api.tuned import Registry
 from tunesmith.errors import RecipeError
 from tunesmith.jobs.chores import Chores
 from tunesmith.jobs.section import ServiceSection
 from tunesmith.jobs.service import Service, open_service
+from tunesmith.section import Section
 from tunesmith.serve.models import Models
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.serving import Serving
@@ -37,27 +37,11 @@ RESTART = 1.0  # seconds before a worker that has ended is started again, double
 GRACE = 330.0  # seconds that workers have to finish a step and save
 
 
-@dataclass(frozen=True)
-class Settings:
-    """A settings file: `service:` and `serve:`."""
+class Settings(Section):
+    """A settings file."""
 
-    service: ServiceSection
-    serve: ServeSection
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the API listens. `certificate` and `key` are files, for TLS."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    certificate: Path | None = None
-    key: Path | None = None
-
-    @property
-    def url(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"{'https' if self.certificate else 'http'}://{host}:{self.port}"
+    service: ServiceSection = ServiceSection()
+    serve: ServeSection = ServeSection()
 
 
 def read_settings(path: Path | None, changes: dict[str, Any]) -> Settings:
@@ -66,26 +50,16 @@ def read_settings(path: Path | None, changes: dict[str, Any]) -> Settings:
     Raises:
         RecipeError: a key that can't be meant.
     """
-    keys: Any = {}
-    if path is not None:
-        try:
-            keys = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (OSError, ValueError, yaml.YAMLError) as error:
-            raise RecipeError(
-                f"can't be read ({error})", where=str(path), fix="Write YAML: service: and serve:."
-            ) from None
-    other = next((key for key in keys if key not in ("service", "serve")), None) if isinstance(keys, dict) else keys
-    if other is not None:
-        raise RecipeError(f"unknown key '{other}'", where=str(path), fix="There are: service, serve.")
+    keys: Any = recipe.read(path) if path else None
+    keys, where = {} if keys is None else keys, str(path or "settings")
+    if not isinstance(keys, dict):
+        raise RecipeError("holds no settings", where=where, fix="Write YAML: service: and serve:.")
+    parts = {name: {} if part is None else part for name, part in keys.items()}
+    service = parts.get("service", {})
     try:
-        service = ServiceSection.model_validate((keys.get("service") or {}) | changes)
-        return Settings(service, ServeSection.model_validate(keys.get("serve") or {}))
+        return Settings.model_validate(parts | {"service": service | changes if isinstance(service, dict) else service})
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        raise RecipeError(
-            f"{place}: {first['msg']}", where=str(path or "settings"), fix="All keys: docs/service.md."
-        ) from None
+        raise RecipeError(recipe.told(error, parts, Settings), where=where, fix="All keys: docs/service.md.") from None
 
 
 def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, Any]], None]) -> None:
@@ -102,14 +76,14 @@ def up(settings: Settings, place: Place, role: Role, told: Callable[[dict[str, A
     service = open_service(settings.service)
     state = state_of(service, settings.serve)
 
-    def ready() -> None:
+    def ready(url: str) -> None:
         first = service.store.keys.first()  # no sooner, since it is told but once
-        told({"url": place.url} | ({"admin_key": first} if first else {}))
+        told({"url": url} | ({"admin_key": first} if first else {}))
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: None)  # the server takes them, and raises them again when it has ended
     with workers(settings.service, settings.service.workers if role == "all" else 0):
-        serve(state, place.host, place.port, place.certificate, place.key, (*MANAGING, *SERVING), ready)
+        serve(state, place, (*MANAGING, *SERVING), ready)
     service.store.close()
 
 
@@ -117,7 +91,7 @@ def state_of(service: Service, settings: ServeSection) -> State:
     """The service's state: its models answer, and what jobs make is added while it runs."""
     serving = Serving(settings, opened(service.settings, settings), service.settings.folder / "routes.yaml")
     state = State(settings=settings, serving=serving, store=service.store, service=service, local=False)
-    state.registry = Registry(service, serving.models)
+    state.registry = Registry(service, serving.models, settings.engine)
     state.parts.append(Chores(service))
     return state
 

@@ -42,12 +42,12 @@ def serve(
     runs: Runs = None,
 ) -> None:
     """Answer by models, with OpenAI's API: chat, completions, embeddings, tools, JSON; a chat page at /."""
-    from tunesmith.api.launch import launch
+    from tunesmith.api.launch import Place, launch
 
     secrets = [*(key or []), *(k.strip() for k in os.environ.get(KEYS, "").split(",") if k.strip())]
     launch(
-        targets, adapter or [], sets or [], secrets, host=host, port=port, base=base, database=database,
-        routes=routes or _routes(runs), certificate=certificate, private_key=private_key, force=force, runs=runs,
+        targets, adapter or [], sets or [], secrets, place=Place(host, port, certificate, private_key), base=base,
+        database=database, routes=routes or _routes(runs), force=force, runs=runs,
     )  # fmt: skip
 
 

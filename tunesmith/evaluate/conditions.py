@@ -46,12 +46,16 @@ class Condition:
     def read(cls, text: str) -> Condition:
         """
         Raises:
-            ValueError: it has another shape.
+            ValueError: it has another shape, or asks for what no goal has.
         """
         found = SHAPE.fullmatch(text)
         if found is None:
             raise ValueError(f"'{text}' is not a condition such as accuracy.low >= 0.85")
-        return cls(text, tuple(found[1].split(".")), found[2], float(found[3]))
+        path = tuple(found[1].split("."))
+        odd = next((part for part in path[1:] if part not in SIDES + BOUNDS), None) if path[0] == "goal" else None
+        if odd is not None:
+            raise ValueError(f"'{text}': a goal has no '{odd}'{nearest(odd, SIDES + BOUNDS)}")
+        return cls(text, path, found[2], float(found[3]))
 
     def fault(self, metrics: Iterable[str]) -> str | None:
         """Why no scorecard can hold this score: a name that is none, or a side or bound that no metric has."""

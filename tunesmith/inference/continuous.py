@@ -128,6 +128,21 @@ class Continuous:
         found: list[float] = (mean / mean.norm()).tolist()
         return found
 
+    @torch.inference_mode()
+    def read_back(self, prompt: list[int], adapter: str | None, top: int) -> list[Any]:
+        """Each token of a prompt as `_logprob` tells it, with NaN for the first."""
+        self.loras.choose([adapter])
+        first = prompt[0]
+        found: list[Any] = [[first, self._letters(first), float("nan"), []]]
+        place = len(self._virtual)
+        for logits_NV in self.rows.scores(self._virtual + prompt):
+            told_NV = logits_NV.float().log_softmax(-1)
+            for told_V in told_NV:
+                if place >= len(self._virtual) and len(found) < len(prompt):
+                    found.append(self._logprob(prompt[len(found)], told_V, top))
+                place += 1
+        return found
+
     def _read(self, answer: Answer, prompt: Prompt, count: int) -> int:
         """Read up to so many of a prompt's tokens; how many it were."""
         self.loras.choose([answer.request.adapter])

@@ -19,8 +19,10 @@ from tunesmith.inference.served import (
     Health,
     Piece,
     Request,
+    TokenLogprob,
     TooLong,
     UnknownAdapter,
+    Unserved,
 )
 
 log = logging.getLogger("tunesmith.engine")
@@ -60,6 +62,17 @@ class Hosted(ABC):
     def _answer(self, child: Child, request: Request) -> AsyncGenerator[Piece, None]:
         """What a child gives; closing it frees what the child has for the request."""
 
+    async def _read_back(self, request: Request) -> tuple[TokenLogprob, ...]:
+        """What the model thinks of a prompt's own tokens.
+
+        Raises:
+            Unserved: the engine does not tell.
+        """
+        raise Unserved(
+            f"the engine {self.kind} tells no log-probabilities of a prompt: leave out echo or logprobs",
+            fix="Serve it with engine: transformers.",
+        )
+
     @abstractmethod
     async def load_adapter(self, name: str, path: Path) -> None:
         """See `ServingEngine`."""
@@ -87,7 +100,7 @@ class Hosted(ABC):
         if len(request.prompt) >= self.context:
             raise TooLong(len(request.prompt), self.context)
         self._named(request.adapter)
-        if request.max_new_tokens < 1:
+        if request.max_new_tokens < 1 and not request.echo:
             yield Piece("", finish="length")
             return
         async with self._slot():
@@ -95,6 +108,11 @@ class Hosted(ABC):
             child = self._here()
             child.take()
             try:
+                if request.echo:
+                    yield Piece("", prompt=await self._read_back(request))
+                if request.max_new_tokens < 1:
+                    yield Piece("", finish="length")
+                    return
                 async with aclosing(self._answer(child, request)) as pieces:
                     async for piece in pieces:
                         yield piece

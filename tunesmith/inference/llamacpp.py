@@ -17,7 +17,6 @@ from typing import Any
 
 import aiohttp
 
-from tunesmith.errors import ModelError
 from tunesmith.inference.child import Child
 from tunesmith.inference.grammar import enforceable
 from tunesmith.inference.hosted import Hosted
@@ -33,6 +32,7 @@ from tunesmith.inference.served import (
 )
 from tunesmith.inference.slots import Slots
 from tunesmith.inference.sse import events, told_error
+from tunesmith.models.arrays import adapter_config
 from tunesmith.models.load import refuse_anothers
 from tunesmith.models.resolve import ResolvedModel
 
@@ -90,14 +90,15 @@ class LlamaCppEngine(Hosted):
             await self._embedder.end()
 
     async def load_adapter(self, name: str, path: Path) -> None:
-        if not (path / "adapter_config.json").is_file() and path.suffix != ".gguf":
-            raise ModelError("holds no adapter", where=str(path), fix="Give the folder that holds adapter_config.json.")
+        if path.suffix != ".gguf":
+            adapter_config(path)
         refuse_anothers(self._settings.base, path)
-        await self._with({**self._adapters, name: path})
+        there = {known: folder for known, folder in self._adapters.items() if folder.exists()}  # others may be deleted
+        await self._with({**there, name: path})
 
     async def unload_adapter(self, name: str) -> None:
         self._named(name)
-        await self._with({known: path for known, path in self._adapters.items() if known != name})
+        await self._with({known: path for known, path in self._adapters.items() if known != name and path.exists()})
 
     async def embed(self, prompts: Sequence[list[int]]) -> list[list[float]]:
         """The mean of the last layer's outputs over the prompt, of length 1."""

@@ -7,7 +7,7 @@ gives every row its next token. When a row leaves, the last one takes its place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tunesmith.models.packed import REFUSALS
 from tunesmith.models.shapes import few_shapes, rounded, rounded_rows
 
 SPARE = 64  # tokens by which a piece of a prompt is made longer at most
+SCORED = 64  # places of a text whose scores of all tokens are in memory at once
 WORTH = 8  # tokens: a shorter common beginning is not worth a copy
 
 
@@ -154,6 +155,12 @@ class Rows:
             ).last_hidden_state[0]
         return found
 
+    def scores(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        """The logits at each place of a text, some places at a time [N, V]."""
+        head = self.model.get_output_embeddings()
+        for some in self.hidden(ids).split(SCORED):
+            yield head(some)
+
     def _spare(self, tokens: int) -> int:
         """How many more are computed, so that few sizes come."""
         return rounded(tokens) - tokens if self._few else 0
@@ -236,6 +243,9 @@ class Apart:
         out = self.model(input_ids=torch.tensor([list(ids)], device=self.device), output_hidden_states=True)
         found: Tensor = out.hidden_states[-1][0]
         return found
+
+    def scores(self, ids: Sequence[int]) -> Iterator[Tensor]:
+        yield self.model(input_ids=torch.tensor([list(ids)], device=self.device)).logits[0]
 
     def _forward(self, ids: Sequence[int], cache: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
         """The last logits [V], and what the next call is to be given of this one."""

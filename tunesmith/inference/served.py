@@ -85,6 +85,7 @@ class Request:
         stop: texts; what is returned ends before the first of them.
         top_logprobs: how many of the likeliest tokens are told with each; None for no log-probabilities at all.
         grammar: a JSON schema that the answer must fulfil; {} for any JSON object.
+        echo: the prompt's log-probabilities are told, too, on the first piece; takes `top_logprobs`.
         whole: nobody reads along, so the answer may come in one piece, which takes an engine less.
     """
 
@@ -101,6 +102,7 @@ class Request:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     grammar: dict[str, Any] | None = None
+    echo: bool = False
     whole: bool = False
 
     def __post_init__(self) -> None:
@@ -113,7 +115,7 @@ class TokenLogprob:
     """A token that was chosen (`top`: the likeliest at its place, likeliest first) or could have been (`top` empty).
 
     `data` are its bytes: a token may hold a part of a letter only. Log-probabilities are the model's own, before
-    temperature and penalties.
+    temperature and penalties; NaN for a prompt's first token, which nothing stands before.
     """
 
     id: int
@@ -134,6 +136,7 @@ class Piece:
         finish: on the last piece only.
         cached: prompt tokens that were taken from the prefix cache (last piece).
         drafted, accepted: tokens that a draft model proposed, and that were taken (last piece).
+        prompt: the prompt's tokens, where the request asked for their `echo` (first piece).
     """
 
     text: str
@@ -143,6 +146,7 @@ class Piece:
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 class ServingEngine(Protocol):

@@ -62,6 +62,8 @@ def _handle(engine: Any, wire: Wire, leaving: dict[str, int], message: dict[str,
             leaving[message["name"]] = number
         elif kind == "embed":
             wire.tell(done=number, found=engine.embed(message["prompt"]))
+        elif kind == "read":
+            wire.tell(done=number, found=engine.read_back(message["prompt"], message["adapter"], message["top"]))
     except TunesmithError as error:
         wire.tell(done=number, error=error.as_dict())
     except Exception as error:

@@ -98,6 +98,11 @@ class TransformersServing(Hosted):
         # One at a time: answers go on between them, and no message grows with their number.
         return [(await self._asked(do="embed", prompt=prompt))["found"] for prompt in prompts]
 
+    async def _read_back(self, request: Request) -> tuple[TokenLogprob, ...]:
+        top = request.top_logprobs or 0
+        found = await self._asked(do="read", prompt=request.prompt, adapter=request.adapter, top=top)
+        return tuple(map(_logprob, found["found"]))
+
     async def _gone(self, name: str) -> None:
         self._named(name)
         del self._adapters[name]  # no further request may use it

@@ -139,7 +139,6 @@ def checkpoint(
     number: int,
     metrics: dict[str, Any],
     artifact: str,
-    whole: bool,
     keep: int,
     held: bool = False,
 ) -> list[str]:
@@ -162,7 +161,7 @@ def checkpoint(
             metrics={"step": number} | metrics,
         )
     )
-    session.add(_model(job, name, number, artifact, whole, held))
+    session.add(_model(job, name, number, artifact, held=held))
     say(session, job.id, f"Checkpoint created at step {number} with Snapshot ID: {name}")
     session.flush()
     gone = list(
@@ -193,7 +192,7 @@ def succeed(session: Session, job: Job, artifact: str, whole: bool, tokens: int,
     say(session, job.id, "The job has successfully completed")
 
 
-def _model(job: Job, name: str, step: int | None, artifact: str, whole: bool, held: bool = False) -> Model:
+def _model(job: Job, name: str, step: int | None, artifact: str, whole: bool = False, held: bool = False) -> Model:
     return Model(
         id=name,
         project=job.project,

@@ -11,6 +11,7 @@ import ctypes
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import traceback
@@ -36,6 +37,7 @@ CODES = {
     TrainingError: ("training_diverged", "hyperparameters"),
 }
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.ENOMEM, errno.EMFILE, errno.ENFILE, errno.EFBIG, errno.EAGAIN)
+SETTING = re.compile(r"(train|data|evaluate|goal|gate)(\.\w+)*")  # a key that a job may set
 BUSY = "busy"  # another process still works in the run's folder
 
 
@@ -121,6 +123,7 @@ def told(error: TunesmithError) -> dict[str, Any]:
     if "being worked on by another process" in error.what:
         return {"kind": BUSY}
     code, param = next((c for kind, c in CODES.items() if isinstance(error, kind)), ("server_error", None))
+    param = error.where if error.where and SETTING.fullmatch(error.where) else param
     # Where it lies on this machine is nobody's business who only uses it.
     where = f"{error.where}: " if error.where and "/" not in error.where else ""
     return {"kind": "error", "code": code, "message": f"{where}{error.what}", "param": param}

@@ -14,6 +14,8 @@ from tunesmith.runs import STAGES
 KEPT = 3  # checkpoints of a job that answer as models
 METHODS = {"supervised": "sft", "dpo": "dpo"}
 TRAINABLE = ("sft", "text", "dpo", "cpo", "simpo", "orpo", "kto")  # what they make can be served
+# Adapters whose result is merged into a model, which answers on an engine of its own; plain LoRA loads on its base.
+WHOLE = ("adalora", "loha", "lokr", "vera", "oft", "boft", "ia3", "full", "partial")
 PLACED = ("start_from", "trackers", "parallel", "snapshots", "keep")  # keys that name places, or are the service's own
 DATA = ("system", "over_length", "max_rejected", "split", "balance", "clean", "canaries", "answers")
 CLEAN = (
@@ -70,13 +72,12 @@ def refuse(settings: dict[str, Any]) -> None:
             where="train.method",
             fix=f"Take one of: {', '.join(TRAINABLE)}.",
         )
-    adapter = train.get("adapter", "lora")
-    chosen = adapter if isinstance(adapter, dict) else {"kind": adapter}
-    if chosen.get("kind") != "lora" or chosen.get("dora"):
+    other = adapter(settings).get("kind")
+    if isinstance(other, str) and other in plugins.known("adapter").keys() - {"lora", *WHOLE}:
         raise RecipeError(
-            "is no plain LoRA, and only such can be loaded beside others on a base that answers",
+            f"'{other}' makes what can't be served: it is neither a LoRA on its base nor merged into it",
             where="train.adapter",
-            fix="Leave it out, or give {kind: lora, ...}; tunesmith run trains the others.",
+            fix=f"Take one of: lora, {', '.join(WHOLE)}; tunesmith run trains the others.",
         )
     for part in ("validation", "test"):
         if isinstance(split.get(part), str):
@@ -92,6 +93,20 @@ def refuse(settings: dict[str, Any]) -> None:
     _metrics([goal["metric"]] if goal.get("metric") is not None else [], "goal.metric", METRICS)
     _metrics([train["best_by"]] if "best_by" in train else [], "train.best_by", METRICS)
     _metrics(_gated(settings.get("gate")), "gate", METRICS)
+
+
+def whole(settings: dict[str, Any]) -> bool:
+    """Whether these settings make a model of its own, rather than a plain LoRA."""
+    chosen = adapter(settings)
+    targets = chosen.get("targets")
+    experts = "experts" in (targets if isinstance(targets, list) else [targets])
+    return chosen.get("kind") != "lora" or bool(chosen.get("dora")) or experts
+
+
+def adapter(settings: dict[str, Any]) -> dict[str, Any]:
+    """What these settings say of `train.adapter`."""
+    chosen = (settings.get("train") or {}).get("adapter", "lora")
+    return chosen if isinstance(chosen, dict) else {"kind": chosen if isinstance(chosen, str) else None}
 
 
 def _mapping(given: dict[str, Any], key: str, above: str = "") -> dict[str, Any]:
@@ -161,7 +176,7 @@ def recipe_of(
         "learning_rate": "auto",
         "max_length": "auto",
         **copy.deepcopy(settings.get("train", {})),
-        "snapshots": KEPT,
+        "snapshots": 0 if whole(settings) else KEPT,
         "trackers": [{"kind": i["type"], **{k: v for k, v in i[i["type"]].items() if v}} for i in integrations or []],
         **({"start_from": start} if start else {}),
     }
@@ -183,8 +198,9 @@ def recipe_of(
 
 
 def stages(recipe: dict[str, Any]) -> tuple[str, ...]:
-    """How far the job walks: it also proves what it made where that was asked for."""
-    return STAGES[: 3 if any(part in recipe for part in ("evaluate", "goal", "gate")) else 2]
+    """How far the job walks: it also proves what it made where that was asked for, and merges what is no plain LoRA."""
+    wanted = STAGES[: 3 if any(part in recipe for part in ("evaluate", "goal", "gate")) else 2]
+    return (*wanted, "package") if whole(recipe) else wanted
 
 
 def checked(keys: dict[str, Any]) -> Recipe:

@@ -21,6 +21,8 @@ class ServiceSection(Section):
     given."""
     models: dict[str, str] = {"smollm2-135m-instruct": "smollm2-135m-instruct"}
     """What can be fine-tuned: the name that clients give, and a built-in name, folder, .gguf file or hub id."""
+    whole_models: int = Field(2, ge=0)
+    """Tuned models that are no plain LoRA and answer at once, each with an engine, and so memory, of its own."""
     workers: int = Field(1, ge=0)
     """Jobs that this machine trains at once; its cores are shared among them."""
     cores: int | None = Field(None, ge=1)

@@ -22,9 +22,10 @@ from tunesmith.jobs import board, gpus, sweep, watch
 from tunesmith.jobs.artifacts import file_key, model_key, run_key
 from tunesmith.jobs.child import BUSY
 from tunesmith.jobs.queue import Queue
-from tunesmith.jobs.recipe import KEPT, recipe_of, stages
+from tunesmith.jobs.recipe import KEPT, recipe_of, stages, whole
 from tunesmith.jobs.results import result_csv
 from tunesmith.jobs.service import Service
+from tunesmith.models.gguf_file import is_plain_lora
 from tunesmith.runs import Run
 from tunesmith.store import ids
 from tunesmith.store.tables import File, Job
@@ -242,7 +243,6 @@ class Walk:
         if job is None or job.seen >= step:
             self.known = step
             return
-        whole = not (path / "adapter_config.json").is_file()
         line = next((line for line in watch.lines_of(self.run) if line["step"] == step), None)
         try:
             self.service.artifacts.put_folder(key, path)
@@ -258,7 +258,7 @@ class Walk:
                     return []
                 if job.status in board.FINAL:
                     return [key]
-                return board.checkpoint(session, job, step, metrics, key, whole, KEPT, held)
+                return board.checkpoint(session, job, step, metrics, key, KEPT, held)
 
         self.service.forget(*patiently(note))
         self.known = step
@@ -320,8 +320,12 @@ class Walk:
             broken = "; ".join(f"{c['condition']} ({c['why']})" for c in gate["conditions"] if c["state"] == "broken")
             self.fail("gate_held", f"The model is trained, and held by the gate: {broken}.")
             return
-        tuned, key = self.run.tuned, model_key(job.id)
-        service.artifacts.put_folder(key, tuned)
+        alone, key = whole(job.settings), model_key(job.id)
+        made = self.run.model if alone else self.run.tuned
+        if not alone and not is_plain_lora(made):
+            self.fail("model_error", "What was trained is no plain LoRA, so it can't be served beside others.")
+            return
+        service.artifacts.put_folder(key, made)
         lines = watch.lines_of(self.run)
         results = [self._result("step_metrics.csv", result_csv(lines))]
         if self.run.scores:
@@ -337,7 +341,7 @@ class Walk:
                     return "over"
                 session.add_all(results)
                 tokens = sum(line["tokens"] for line in lines)
-                board.succeed(session, found, key, tuned.name == "model", tokens, [r.id for r in results])
+                board.succeed(session, found, key, alone, tokens, [r.id for r in results])
                 return "made"
 
         became = patiently(note)

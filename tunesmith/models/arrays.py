@@ -11,32 +11,71 @@ import numpy as np
 
 from tunesmith.errors import ModelError
 
+ADAPTER = "adapter_config.json"
 KINDS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+
+
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What an adapter's folder says of itself.
+
+    Raises:
+        ModelError: it holds no adapter, or says nothing that can be read.
+    """
+    try:
+        found = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError("holds no adapter", where=str(folder), fix=f"Give the folder that holds {ADAPTER}.") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / ADAPTER, str(error)) from error
+    if not isinstance(found, dict):
+        raise _damaged(folder / ADAPTER, "it is no mapping")
+    return found
 
 
 def arrays(folder: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:
     """Each weight's name and its values in float32, one at a time.
 
     Raises:
-        ModelError: a file that is cut short, or holds something else than floating-point numbers.
+        ModelError: a file that is cut short, or holds something else than finite floating-point numbers.
     """
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            try:
-                header = json.loads(file.read(size))
-            except ValueError as error:
-                raise ModelError(f"is damaged ({error})", where=str(path), fix="Fetch the model again.") from error
-        data = np.memmap(path, np.uint8, "r", offset=8 + size)
+        header, start = _header(path)
+        data = np.memmap(path, np.uint8, "r", offset=start) if path.stat().st_size > start else np.empty(0, np.uint8)
         for name, about in header.items():
             if name == "__metadata__":
                 continue
-            if about["dtype"] not in KINDS:
-                raise ModelError(
-                    f"holds {name} as {about['dtype']}", where=str(path), fix="Take weights in 16 or 32 bits."
-                )
-            first, last = about["data_offsets"]
-            found = data[first:last].view(KINDS[about["dtype"]]).reshape(about["shape"])
-            if about["dtype"] == "BF16":  # the upper half of a float32
+            try:
+                kind, (first, last), shape = about["dtype"], about["data_offsets"], about["shape"]
+                found = data[first:last].view(KINDS[kind]).reshape(shape) if kind in KINDS else None
+            except (KeyError, TypeError, ValueError) as error:
+                raise _damaged(path, f"{name[:80]}: {error}") from error
+            if found is None:
+                raise ModelError(f"holds {name} as {kind}", where=str(path), fix="Take weights in 16 or 32 bits.")
+            if kind == "BF16":  # the upper half of a float32
                 found = (found.astype(np.uint32) << 16).view(np.float32)
+            if not np.isfinite(found).all():
+                raise ModelError(
+                    f"has weights that are not finite, such as {name}",
+                    where=str(path),
+                    fix="Take one that was saved before it broke.",
+                )
             yield name, np.asarray(found, np.float32)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a file says of its weights, and where they begin."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= path.stat().st_size - 8:  # the first eight bytes may be anything
+            raise _damaged(path, "it ends too early")
+        try:
+            header = json.loads(file.read(size))
+        except ValueError as error:
+            raise _damaged(path, str(error)) from error
+    if not isinstance(header, dict):
+        raise _damaged(path, "its header is no mapping")
+    return header, 8 + size
+
+
+def _damaged(path: Path, why: str) -> ModelError:
+    return ModelError(f"{path.name} is damaged ({why})", where=str(path), fix="Copy or fetch it again.")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.errors import ModelError
-from tunesmith.models.arrays import arrays
+from tunesmith.models.arrays import ADAPTER, adapter_config, arrays
 from tunesmith.models.gguf_rope import add_rope
 from tunesmith.models.gguf_vocab import add_vocabulary, check_vocabulary
 from tunesmith.models.resolve import cache_folder, folder_hash
@@ -149,7 +149,7 @@ def write_adapter(folder: Path, base: Path, target: Path) -> None:
 
     shape = Shape.of(base)
     names = shape.names()
-    about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    about = adapter_config(folder)
     if about.get("peft_type") != "LORA" or about.get("use_dora"):
         raise _unmerged(folder, "DoRA" if about.get("use_dora") else str(about.get("peft_type")))
     writer = gguf.GGUFWriter(target, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[shape.arch]], use_temp_file=True)
@@ -168,20 +168,30 @@ def write_adapter(folder: Path, base: Path, target: Path) -> None:
 
 def is_plain_lora(folder: Path) -> bool:
     """Whether an adapter's folder holds LoRA's two matrices and nothing else."""
-    file = folder / "adapter_config.json"
-    about = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    about = adapter_config(folder) if (folder / ADAPTER).is_file() else {}
     if about.get("peft_type") != "LORA" or about.get("use_dora"):
         return False
     return all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key, _ in arrays(folder))
 
 
 def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
-    """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023)."""
-    alpha = float(about["lora_alpha"])
-    for pattern, own in (about.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT does it: the first one that fits
-            alpha = float(own)
-            break
+    """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023).
+
+    Raises:
+        ModelError: the adapter's alpha is no number.
+    """
+    try:
+        alpha = float(about["lora_alpha"])
+        for pattern, own in (about.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT does it: the first one that fits
+                alpha = float(own)
+                break
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise ModelError(
+            f"its adapter_config.json has no usable lora_alpha or alpha_pattern ({error})",
+            where=module,
+            fix="Copy or fetch it again.",
+        ) from error
     return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
@@ -195,8 +205,12 @@ def model_gguf(path: Path, precision: str) -> Path:
     """A GGUF file of a model folder, made once and kept in the cache; a GGUF file is its own."""
     if path.suffix == ".gguf":
         return path
-    target = cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-{precision}.gguf"
-    return _made(target, lambda temporary: write_model(path, temporary, precision))
+    return _made(model_place(path, precision), lambda temporary: write_model(path, temporary, precision))
+
+
+def model_place(path: Path, precision: str) -> Path:
+    """Where the cache has it."""
+    return cache_folder() / "gguf" / f"{path.name[:40]}-{folder_hash(path)}-{precision}.gguf"
 
 
 def adapter_gguf(path: Path, base: Path) -> Path:

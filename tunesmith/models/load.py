@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError, first_line
+from tunesmith.models.arrays import adapter_config
 from tunesmith.models.machine import give_back
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.models.words import grow, load_tokenizer
@@ -249,8 +250,7 @@ def mergeable(adapter: Path) -> bool:
     """Whether an adapter's weights can become part of its base's; virtual tokens and bottlenecks can't."""
     if (adapter / "bottleneck.json").is_file():
         return False
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-    return config.get("peft_type") not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
+    return adapter_config(adapter).get("peft_type") not in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING")
 
 
 def mark_base(adapter: Path, model: ResolvedModel) -> None:
@@ -260,10 +260,11 @@ def mark_base(adapter: Path, model: ResolvedModel) -> None:
 
 def refuse_anothers(model: ResolvedModel, adapter: Path) -> None:
     """Raise if an adapter says that it was made for another base."""
-    made_for = read_json(adapter / BASE) if (adapter / BASE).is_file() else None
-    if made_for and made_for["identity"] != model.identity:
+    told = read_json(adapter / BASE) if (adapter / BASE).is_file() else {}
+    identity = told.get("identity") if isinstance(told, dict) else None
+    if identity and identity != model.identity:
         raise ModelError(
-            f"was made for another base, {made_for['name']} ({made_for['identity'][:12]}), "
+            f"was made for another base, {told.get('name')} ({str(identity)[:12]}), "
             f"not for {model.name} ({model.identity[:12]})",
             where=str(adapter),
             fix="Set model.name to that base, or take an adapter of this one.",

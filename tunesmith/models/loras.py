@@ -7,7 +7,6 @@ al. 2023, arXiv:2311.03285). Loading and unloading lay the stacks anew, between 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
-from tunesmith.models.arrays import arrays
+from tunesmith.models.arrays import adapter_config, arrays
 from tunesmith.models.gguf_file import is_plain_lora, scale_of
 
 
@@ -97,7 +96,7 @@ class Loras:
                 self.mask[row, :, self._columns[name]] = 1
 
     def _read(self, folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-        about = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        about = adapter_config(folder)
         parts: dict[str, dict[str, Tensor]] = {}
         for key, value in arrays(folder):
             module, _, rest = key.removeprefix("base_model.model.").rpartition(".lora_")

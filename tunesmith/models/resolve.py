@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from tunesmith.progress import Bar, bar, clock, say
 from tunesmith.runs import hash_file, hash_json, need_room, whole_folder, write_json
 
 UNPACKED = 2  # of how .gguf files are unpacked: a change unpacks them anew
+HASHING = threading.Lock()
 WANTED = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt", "*.tiktoken")
 CODE = ("*.py",)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -149,7 +151,7 @@ def _refuse_remote_code(folder: Path, section: ModelSection) -> None:
 
 
 def _content_hash(folder: Path, wanted: Sequence[str]) -> str:
-    """Hash of the files that make the model; file hashes are remembered by path, size and time of change."""
+    """Hash of the files that make the model."""
     return hash_json(_hashes(sorted(p for pattern in wanted for p in folder.glob(pattern))))
 
 
@@ -159,21 +161,23 @@ def folder_hash(folder: Path) -> str:
 
 
 def _hashes(paths: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of files by name; remembered by path, size and time of change, since models are gigabytes."""
+    """SHA-256 of files by name. They are remembered, since models are gigabytes, as long as the system says that a file
+    was not touched: copies keep a file's size and time of writing, but not its time of change (ctime) and number."""
     memory = cache_folder() / "hashes.json"
-    try:
-        known: dict[str, str] = json.loads(memory.read_text())
-    except (OSError, ValueError):
-        known = {}
-    hashes = {}
-    before = len(known)
-    for path in paths:
-        stat = path.stat()
-        key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-        known[key] = hashes[path.name] = known.get(key) or hash_file(path)
-    if len(known) != before:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memory, known)
+    with HASHING:
+        try:
+            known: dict[str, str] = json.loads(memory.read_text())
+        except (OSError, ValueError):
+            known = {}
+        hashes = {}
+        before = len(known)
+        for path in paths:
+            stat = path.stat()
+            key = f"{path.resolve()}:{stat.st_size}:{stat.st_mtime_ns}:{stat.st_ctime_ns}:{stat.st_ino}"
+            known[key] = hashes[path.name] = known.get(key) or hash_file(path)
+        if len(known) != before:
+            memory.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memory, known)
     return hashes
 
 

@@ -40,7 +40,7 @@ class Asked:
         n: answers to each prompt.
         max_tokens: the longest answer that the client wants; with the prompt it must fit the context.
         longest: of requests that name none; as much of it as the context leaves.
-        top_logprobs: as in `inference.served.Request`.
+        top_logprobs, echo: as in `inference.served.Request`.
         user: who the answer is for, in the client's words; routes stick to it.
     """
 
@@ -62,6 +62,7 @@ class Asked:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
+    echo: bool = False
     user: str | None = None
 
     @property
@@ -81,7 +82,9 @@ class Call:
 
 @dataclass(frozen=True)
 class Delta:
-    """What has come of one of the answers. `finish`, `cached`, `drafted` and `accepted` are on its last one."""
+    """What has come of one of the answers. `prompt` is on its first one; `finish`, `cached`, `drafted` and `accepted`
+    are on its last.
+    """
 
     choice: int = 0
     text: str = ""
@@ -92,6 +95,7 @@ class Delta:
     cached: int = 0
     drafted: int = 0
     accepted: int = 0
+    prompt: tuple[TokenLogprob, ...] = ()
 
 
 Deltas = AsyncGenerator[Delta, None]

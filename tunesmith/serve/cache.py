@@ -112,7 +112,8 @@ def unpacked(kept: bytes) -> list[Delta]:
             tuple(map(likely, found["top"])),
         )
 
-    return [
-        Delta(**d | {"calls": tuple(Call(**c) for c in d["calls"]), "logprobs": tuple(map(likely, d["logprobs"]))})
-        for d in json.loads(kept)
-    ]
+    def delta(found: dict[str, Any]) -> Delta:
+        tokens = {key: tuple(map(likely, found[key])) for key in ("logprobs", "prompt")}
+        return Delta(**found | tokens | {"calls": tuple(Call(**c) for c in found["calls"])})
+
+    return [delta(found) for found in json.loads(kept)]

@@ -86,10 +86,10 @@ class Local:
             hit=hits == len(requests),
         )
 
-    async def ids(self, served: Served, prompts: Sequence[str | list[int]]) -> list[list[int]]:
-        """Plain prompts as token ids."""
+    async def ids(self, served: Served, prompts: Sequence[str | list[int]], param: str = "prompt") -> list[list[int]]:
+        """Plain prompts as token ids; `param` is the field that has them."""
         size = sum(len(p) for p in prompts if isinstance(p, str))
-        return await self._aside(served, size, lambda s: [self._ids(s, p) for p in prompts])
+        return await self._aside(served, size, lambda s: [self._ids(s, p, param) for p in prompts])
 
     async def _aside(self, served: Served, size: int, work: Callable[[Served], T]) -> T:
         """What takes long is done in a thread, while other requests go on; with a tokenizer of its own, since
@@ -113,13 +113,13 @@ class Local:
                 f"This model's chat template can't write these messages: {error.what}", param="messages"
             ) from None
 
-    def _ids(self, served: Served, prompt: str | list[int]) -> list[int]:
+    def _ids(self, served: Served, prompt: str | list[int], param: str) -> list[int]:
         if isinstance(prompt, str):
             return served.renderer.text_ids(prompt) or [_first_token(served)]
         size = len(served.renderer.tokenizer)
         wrong = next((i for i in prompt if not 0 <= i < size), None)
         if wrong is not None:
-            raise unknown_token(wrong, size, "prompt")
+            raise unknown_token(wrong, size, param)
         return prompt
 
     def _request(
@@ -127,7 +127,7 @@ class Local:
     ) -> Request:
         context, wanted = served.engine.context, asked.max_tokens
         if len(ids) + (1 if wanted is None else wanted) > context:
-            raise too_long(context, len(ids), wanted or 0)
+            raise too_long(context, len(ids), wanted or 0, "messages" if asked.messages else "prompt")
         size = len(served.renderer.tokenizer)
         wrong = next((token for token in asked.logit_bias if not 0 <= token < size), None)
         if wrong is not None:
@@ -146,6 +146,7 @@ class Local:
             logit_bias=asked.logit_bias,
             stop=asked.stop,
             top_logprobs=asked.top_logprobs,
+            echo=asked.echo,
             grammar=schema,
         )
 
@@ -156,13 +157,14 @@ class Local:
         return unpacked(kept) if kept is not None else None
 
     async def _asked(self, served: Served, request: Request, choice: int, key: str | None) -> Deltas:
-        if request.max_new_tokens == 0:  # only an echo was asked for
+        if request.max_new_tokens == 0 and not request.echo:  # only the text of an echo was asked for
             yield Delta(choice, finish="length")
             return
         deltas: list[Delta] = []
         async with aclosing(served.engine.stream(request)) as pieces:
             async for p in pieces:
-                delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), p.finish, p.cached, p.drafted, p.accepted)
+                told = (p.finish, p.cached, p.drafted, p.accepted, p.prompt)
+                delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), *told)
                 if key is not None:
                     deltas.append(delta)
                 yield delta
@@ -199,12 +201,12 @@ def unknown_token(token: int, size: int, param: str) -> Refused:
     return Refused(f"Token {token} is not in this model's vocabulary of {size}.", param=param)
 
 
-def too_long(context: int, prompt: int, completion: int) -> Refused:
-    """In the words by which clients know it."""
+def too_long(context: int, prompt: int, completion: int, param: str = "messages") -> Refused:
+    """In the words by which clients know it; `param` is the field to blame."""
     return Refused(
         f"This model's maximum context length is {context} tokens. However, you requested {prompt + completion} tokens "
-        f"({prompt} in the messages, {completion} in the completion). Please reduce the length of the messages or "
+        f"({prompt} in the {param}, {completion} in the completion). Please reduce the length of the {param} or "
         "completion.",
         code="context_length_exceeded",
-        param="messages",
+        param=param,
     )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tunesmith.errors import nearest
 from tunesmith.inference.served import Health
+from tunesmith.models.resolve import folder_hash
 from tunesmith.serve.asked import Refused
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Served:
         system: the system message it was trained under, for conversations that bring none.
         root: where it lies.
         parent: the name of its base, where that is served too.
-        identity: changes with the weights.
+        identity: changes with the weights, and with nothing else.
         projects: who alone may ask it; None for everybody.
     """
 
@@ -106,7 +107,7 @@ class Models:
 
     def taken(self, name: str) -> bool:
         """Whether a name is a model's, or is about to be."""
-        return name in self._served or name in self._soon
+        return name in self._served or name in self._soon or any(name == later for later, *_ in self._later)
 
     def later(self, name: str, base: str, adapter: Path, **about: Any) -> None:
         """As `add`, once the engines have started."""
@@ -146,13 +147,30 @@ class Models:
                 renderer=renderer or on.renderer,
                 root=str(adapter),
                 parent=parent,
-                identity=identity or f"{on.identity}:{adapter}:{time.time_ns()}",
+                identity=identity or f"{on.identity}:{await asyncio.to_thread(folder_hash, adapter)}",
                 projects=projects,
                 owned_by=owned_by,
                 created=int(time.time()),
             )
             self._served[name] = served
             return served
+
+    async def host(self, served: Served) -> None:
+        """Start a model's own engine, while others are changed, and have it answer.
+
+        Raises:
+            Refused: the name is taken.
+            TunesmithError: the engine does not start.
+        """
+        if self.taken(served.name):
+            raise Refused(f"There is a model '{served.name}' already.", code="model_exists")
+        try:
+            await served.engine.start()
+        except BaseException:
+            await served.engine.close()
+            raise
+        self._started[id(served.engine)] = served.engine
+        self._served[served.name] = served
 
     def share(self, name: str, projects: frozenset[str] | None) -> None:
         """Say anew who may ask a model."""
@@ -218,8 +236,9 @@ class Models:
 
 
 def unknown(name: str, known: Any) -> Refused:
+    near = nearest(name[:200], known)
     return Refused(
-        f"The model '{name[:200]}' does not exist or you do not have access to it{nearest(name[:200], known)}.",
+        f"The model '{name[:200]}' does not exist or you do not have access to it{near or '.'}",
         status=404,
         code="model_not_found",
         param="model",

@@ -18,7 +18,7 @@ from tunesmith.serve import routes
 from tunesmith.serve.asked import Asked, Deltas, Passage, Refused, Started
 from tunesmith.serve.cache import cache
 from tunesmith.serve.guards.screen import Guards
-from tunesmith.serve.local import Local
+from tunesmith.serve.local import Local, too_long
 from tunesmith.serve.metrics import Metrics
 from tunesmith.serve.models import Models, unknown
 from tunesmith.serve.remote import Remote, is_endpoint
@@ -86,7 +86,7 @@ class Serving:
             way = self._way(asked, key)
             known = [s.engine.context for s in self.models if s.name in way.models]
             if known and not any(map(is_endpoint, way.models)):
-                _fits(max(known), asked.messages, asked.prompts)
+                _fits(max(known), asked.messages, asked.prompts, "messages" if asked.messages else "prompt")
             asked, flags = await self._guarded(asked, way.models, project)
             passages = await self._passages(asked)
             started = await self._answer(way.models, asked, project, passages, flags)
@@ -101,23 +101,27 @@ class Serving:
         started.deltas = self._counted(started, started.deltas, route, began)
         return started
 
-    async def embed(self, model: str, prompts: Sequence[str | list[int]], project: str | None) -> Any:
-        """Vectors, and how many tokens were read.
+    async def embed(
+        self, model: str, prompts: Sequence[str | list[int]], project: str | None
+    ) -> tuple[list[Any], int, list[str]]:
+        """Vectors, how many tokens were read, and what guards found.
 
         Raises:
             Refused, EngineError.
         """
+        flags: list[str] = []
         served = self.models.get(model, project)
         if self._embedding >= EMBEDDED:
             raise EngineFull(f"{self._embedding} requests for embeddings wait already")
         self._embedding += 1
         try:
             async with asyncio.timeout(self.settings.deadline):
-                _fits(served.engine.context, (), prompts)
-                ids = await self._local.ids(served, prompts)
-                long = max(ids, key=len)
-                if len(long) > served.engine.context:
-                    raise TooLong(len(long), served.engine.context)
+                _fits(served.engine.context, (), prompts, "input")
+                prompts = await self._passed(prompts, (served.name,), project, "input", flags)
+                ids = await self._local.ids(served, prompts, "input")
+                longest = max(map(len, ids))
+                if longest > served.engine.context:
+                    raise too_long(served.engine.context, longest, 0, "input")
                 vectors: list[Any] = []
                 for start in range(0, len(ids), BATCH):  # others have their turn between
                     async with self._turn:
@@ -129,7 +133,7 @@ class Serving:
         tokens = sum(map(len, ids))
         self.metrics.requests.labels(served.name, "embeddings", 200).inc()
         self.metrics.prompt_tokens.labels(served.name, "embeddings").inc(tokens)
-        return vectors, tokens
+        return vectors, tokens, flags
 
     def _way(self, asked: Asked, key: str) -> routes.Way:
         self._follow()
@@ -191,16 +195,30 @@ class Serving:
             return asked, []
         messages, flags = await self._guards.asked(asked.messages)
         tools = tuple(await self._guards.json(list(asked.tools), "user", "tools", flags))
-        prompts: list[str | list[int]] = []
-        for prompt in asked.prompts:
+        prompts = await self._passed(asked.prompts, models, project, "prompt", flags)
+        return replace(asked, messages=messages, tools=tools, prompts=prompts), flags
+
+    async def _passed(
+        self,
+        prompts: Sequence[str | list[int]],
+        models: Sequence[str],
+        project: str | None,
+        param: str,
+        flags: list[str],
+    ) -> tuple[str | list[int], ...]:
+        """Plain prompts as guards let them pass."""
+        if not self._guards.input:
+            return tuple(prompts)
+        left: list[str | list[int]] = []
+        for prompt in prompts:
             texts = [prompt] if isinstance(prompt, str) else self._texts(prompt, models, project)
             for text in texts:
-                passed = await self._guards.text(text, "user", "prompt", flags)
+                passed = await self._guards.text(text, "user", param, flags)
                 if passed != text:
                     prompt = passed
                     break
-            prompts.append(prompt)
-        return replace(asked, messages=messages, tools=tools, prompts=tuple(prompts)), flags
+            left.append(prompt)
+        return tuple(left)
 
     def _texts(self, ids: list[int], models: Sequence[str], project: str | None) -> list[str]:
         tokenizers = [s.renderer.tokenizer for s in self.models if s.name in models and s.visible(project)]
@@ -313,8 +331,8 @@ class Serving:
         self.metrics.guards.labels(kind, action, side).inc()
 
 
-def _fits(context: int, messages: Sequence[Message], prompts: Sequence[str | list[int]]) -> None:
-    """Refuse what can't fit before anybody reads it.
+def _fits(context: int, messages: Sequence[Message], prompts: Sequence[str | list[int]], param: str) -> None:
+    """Refuse what can't fit before anybody reads it; `param` is the field to blame.
 
     Raises:
         Refused.
@@ -324,7 +342,7 @@ def _fits(context: int, messages: Sequence[Message], prompts: Sequence[str | lis
         raise Refused(
             f"This model's maximum context length is {context} tokens. However, you sent {max(texts)} characters.",
             code="context_length_exceeded",
-            param="messages" if messages else "prompt",
+            param=param,
         )
 
 

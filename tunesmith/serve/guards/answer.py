@@ -56,6 +56,8 @@ class Answer:
             blocked = blocked or ended
         logprobs = self._logprobs.until(self._said, until, self._only_flags)
         self._shown, self.blocked, self.done = until, blocked, last or blocked
+        if delta.prompt and not self._only_flags:
+            delta = replace(delta, prompt=tuple(replace(token, top=()) for token in delta.prompt))
         if blocked:
             return replace(delta, text=text, logprobs=logprobs, calls=(), finish="content_filter")
         return replace(delta, text=text, logprobs=logprobs, calls=calls)
