@@ -9,8 +9,9 @@ from dataclasses import replace
 from typing import Any
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.layouts import Row, Unusable
+from tunesmith.data.layouts import Row
 from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError
 
 

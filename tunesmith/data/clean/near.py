@@ -17,7 +17,7 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import minhash
-from tunesmith.data.clean.texts import text_of
+from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.groups import DIGEST, Groups, digest, same
 from tunesmith.data.shelf import CHUNK, in_chunks
@@ -71,7 +71,7 @@ class Sketch:
 
         first, rows = item
         texts = [text_of(row, self.side) for row in rows]
-        sets = minhash.shingles(texts, self.words)
+        sets = [_apart(s, row) for s, row in zip(minhash.shingles(texts, self.words), rows, strict=True)]
         keys = minhash.band_keys(sets, self.threshold).view(np.int64)
         columns = {"row": np.arange(first, first + len(sets))}
         columns |= {f"band{number:03}": column for number, column in enumerate(keys.T)}
@@ -85,6 +85,12 @@ class Sketch:
             np.array([len(text) for text in texts], dtype=np.int32),
             np.cumsum([len(s) for s in sets]),
         )
+
+
+def _apart(runs: minhash.Shingles, row: Conversation) -> minhash.Shingles:
+    """A row's runs, so that rows with other images or sounds share none."""
+    media = media_of(row)
+    return np.sort(runs ^ np.frombuffer(digest(media), dtype=np.uint64)[0]) if media else runs
 
 
 def bands_of(folder: Path, first: int) -> Path:
