@@ -9,11 +9,22 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from operator import is_not
+from typing import Any, ClassVar, Self, TypeVar
 
 from tunesmith.conversation.media import OBJECT, Media, as_parts, from_parts, pieces, together
 
 ROLES = ("system", "user", "assistant", "tool")
+
+
+T = TypeVar("T")
+
+
+def _quickly(cls: type[T], **fields: Any) -> T:
+    """An object with all its fields, as a frozen class's own __init__ makes it in three times as long."""
+    made = cls.__new__(cls)
+    made.__dict__.update(fields)
+    return made
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,9 @@ class Message:
         return {"role": self.role, "content": self.content} | self.more
 
     def as_dict(self) -> dict[str, Any]:
-        own = self.for_template() | ({} if self.weight == 1.0 else {"weight": self.weight})
-        return own | {"content": as_parts(self.content, self.media)} if self.media else own
+        content = as_parts(self.content, self.media) if self.media else self.content
+        own = {"role": self.role, "content": content, **self.more}
+        return own if self.weight == 1.0 else own | {"weight": self.weight}
 
     @classmethod
     def from_dict(cls, message: dict[str, Any]) -> Message:
@@ -61,8 +73,8 @@ class Message:
         media: tuple[Media, ...] = ()
         if isinstance(content, list):
             content, media = from_parts(content)
-        if len(message) == 2 and not media:  # most messages
-            return cls(message["role"], content)
+        if len(message) == 2:  # most messages
+            return _quickly(cls, role=message["role"], content=content, weight=1.0, more={}, media=media)
         more = {k: v for k, v in message.items() if k not in ("role", "content", "weight")}
         return cls(message["role"], content, message.get("weight", 1.0), more, media)
 
@@ -93,22 +105,24 @@ class Conversation:
     @property
     def prompt(self) -> tuple[Message, ...]:
         """Everything before the last assistant's turn."""
-        last = max((i for i, m in enumerate(self.messages) if m.role == "assistant"), default=-1)
-        return self.messages[: max(last, 0)]
+        for i in range(len(self.messages) - 1, -1, -1):
+            if self.messages[i].role == "assistant":
+                return self.messages[:i]
+        return ()
 
     @property
     def question(self) -> str:
         """The users' texts up to the last answer: what makes two rows the same question."""
-        return "\n".join(m.told for m in self.prompt if m.role != "system")
+        return "\n".join([m.told for m in self.prompt if m.role != "system"])
 
     @property
     def media(self) -> tuple[Media, ...]:
         """The images and sounds of all messages."""
-        return tuple(one for m in self.messages for one in m.media)
+        return tuple([one for m in self.messages for one in m.media])
 
     @property
     def words(self) -> Self:
-        """This row without its images and sounds."""
+        """This row without its images and sounds; the row itself where it has none."""
         return self.map_messages(lambda m: m.words) if self.media else self
 
     @property
@@ -122,7 +136,8 @@ class Conversation:
 
     def map_messages(self, change: Callable[[Message], Message]) -> Self:
         """This row with every message replaced by what `change` makes of it."""
-        return replace(self, messages=tuple(map(change, self.messages)))
+        new = tuple(map(change, self.messages))
+        return replace(self, messages=new) if any(map(is_not, new, self.messages)) else self
 
     def with_system(self, text: str) -> Self:
         """This row, opened by a system message unless it already has one."""
@@ -172,7 +187,8 @@ class Preference(Conversation):
         return super().media + tuple(one for m in self.rejected for one in m.media)
 
     def map_messages(self, change: Callable[[Message], Message]) -> Self:
-        return replace(super().map_messages(change), rejected=tuple(map(change, self.rejected)))
+        changed, new = super().map_messages(change), tuple(map(change, self.rejected))
+        return replace(changed, rejected=new) if any(map(is_not, new, self.rejected)) else changed
 
     def with_system(self, text: str) -> Self:
         opened = super().with_system(text)
@@ -226,7 +242,9 @@ KINDS = {kind.kind: kind for kind in (Conversation, Preference, Rated, Text)}
 
 def row_from_dict(row: dict[str, Any]) -> Conversation:
     """A row of any kind from what its `as_dict` gave."""
-    messages = tuple(map(Message.from_dict, row["messages"]))
+    messages = tuple([Message.from_dict(m) for m in row["messages"]])
+    if len(row) == 2 and "id" in row:  # most rows
+        return _quickly(Conversation, messages=messages, id=row["id"], metadata={}, tools=())
     common: dict[str, Any] = {"messages": messages, "id": row.get("id", ""), "metadata": row.get("metadata", {})}
     common["tools"] = tuple(row.get("tools", ()))
     if "rejected" in row:

@@ -94,6 +94,8 @@ def beside(row: dict[str, Any], source: SourceSection) -> dict[str, list[str]]:
     else:
         columns = COLUMNS
     found: dict[str, list[str]] = {}
+    if columns.keys().isdisjoint(row):
+        return found
     for name, kind in columns.items():
         value = row.get(name)
         if value is not None and value != [] and value != "":

@@ -45,7 +45,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key twice")
+    return row
+
+
 _strict = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+_quick = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_once)
 
 
 def load_json(text: str) -> Any:
@@ -59,11 +67,11 @@ def load_json(text: str) -> Any:
     return _strict.decode(text)
 
 
-def json_row(value: Any, text: str) -> Row | Broken:
-    """A parsed value as a row, if nothing in it is lost or unwritable."""
+def json_row(value: Any, text: str, once: bool = False) -> Row | Broken:
+    """A parsed value as a row, if nothing in it is lost or unwritable. `once`: it is known to have no key twice."""
     if not isinstance(value, dict):
         return Broken("not_an_object", f"is a JSON {type(value).__name__}, not an object", text)
-    twice = _twice(value)
+    twice = None if once else _twice(value)
     if twice is not None:
         return Broken("duplicate_key", f"has the key '{twice}' twice", text)
     return Broken("half_character", HALF, text) if _half_characters(value, text) else value
@@ -102,6 +110,10 @@ def _parse(line: str) -> Row | Broken:
     text = line.rstrip("\r\n")
     if not_utf8(text):
         return Broken("not_utf8", "is not UTF-8", shown(text))
+    try:
+        return json_row(_quick.decode(text), text, once=True)
+    except (ValueError, RecursionError):  # looked at again, to tell what it is
+        pass
     try:
         value = load_json(text)
     except (ValueError, RecursionError) as error:

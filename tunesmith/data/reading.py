@@ -96,6 +96,7 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
     """A piece's usable rows as conversations; the others go to the ledger."""
     source, layout = piece.source, piece.layout
     system = source.system if source.system is not None else section.system
+    columns = section.columns_kept
     look = Looked(Path(source.media_folder) if source.media_folder else piece.path.parent)
     for number, row in read_rows(source, piece.path, piece.span):
         ledger.read += 1
@@ -116,7 +117,7 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
                 conversation = conversation.words
             elif conversation.media:
                 conversation = look(conversation)
-            conversation = marked(conversation, row, source, section)
+            conversation = marked(conversation, row, source, columns, section.split.time)
             kept = {column: row[column] for column in source.keep if row.get(column) is not None}
             conversation = replace(conversation, metadata=conversation.metadata | kept) if kept else conversation
             usable(conversation)
@@ -215,9 +216,9 @@ def usable(row: Conversation) -> None:
 
 def _defined(row: Conversation) -> None:
     """Raise for a call of a tool that is not among those defined; rows without definitions may tell them in words."""
-    called = [call["function"]["name"] for m in row.messages for call in m.more.get("tool_calls", ())]
-    if not called or not row.tools:
+    if not row.tools:
         return
+    called = [call["function"]["name"] for m in row.messages for call in m.more.get("tool_calls", ())]
     names = [tool["function"].get("name") for tool in row.tools if isinstance(tool.get("function"), dict)]
     unknown = next((name for name in called if name not in names), None)
     if unknown is not None:
@@ -226,11 +227,16 @@ def _defined(row: Conversation) -> None:
 
 
 def _answered(messages: Sequence[Message]) -> None:
-    if not any(m.role == "assistant" for m in messages):
+    roles = [m.role for m in messages]
+    if "assistant" not in roles:
         raise Unusable("no_answer", "no assistant's turn to learn from")
-    if messages[-1].role != "assistant":
-        raise Unusable("ends_unanswered", f"ends with the {messages[-1].role}'s turn, not with an answer")
-    if any(m.role == "assistant" and not m.content.strip() and "tool_calls" not in m.more for m in messages):
+    if roles[-1] != "assistant":
+        raise Unusable("ends_unanswered", f"ends with the {roles[-1]}'s turn, not with an answer")
+    empty = [not m.content or m.content.isspace() for m in messages]
+    if any(
+        nothing and role == "assistant" and "tool_calls" not in m.more
+        for role, nothing, m in zip(roles, empty, messages, strict=True)
+    ):
         raise Unusable("empty_answer", "the answer is empty")
-    if not any(m.role == "user" and m.content.strip() for m in messages):
+    if ("user", False) not in zip(roles, empty, strict=True):
         raise Unusable("empty_prompt", "the prompt is empty")

@@ -15,7 +15,7 @@ def map_texts(row: Conversation, change: Callable[[str], str], roles: Collection
     """The row with `change` applied to what these roles say; the row itself where that changes nothing. A plain text
     counts as anybody's."""
     changed = row.map_texts(lambda m: change(m.content) if m.role in roles or m.role == "text" else m.content)
-    return row if changed == row else changed
+    return row if changed is row or changed == row else changed
 
 
 def map_all(row: Conversation, change: Callable[[str], str]) -> Conversation:
