@@ -9,6 +9,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,14 @@ def read_json(path: Path) -> Rows:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """A header and rows; row numbers are the line on which a row begins (the header's is 1)."""
+    """A header and rows; row numbers are the line on which a row begins (the header's is 1). Semicolons part the fields
+    where the header has some and no comma."""
     with opened(path) as file:
-        records = _records(lines(path, file), delimiter)
+        source = lines(path, file)
+        first = list(islice(source, 1))
+        if delimiter == "," and first and isinstance(first[0], str) and "," not in first[0] and ";" in first[0]:
+            delimiter = ";"
+        records = _records(chain(first, source), delimiter)
         at, header, text = next(records, (1, [], ""))
         if isinstance(header, Broken):
             raise DataError(f"its header {header.why}", where=f"{path}:{at}", fix="Mend the header there.")
