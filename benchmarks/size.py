@@ -1,19 +1,23 @@
 """Rows per second and peak memory: read, clean and take out exact and near duplicates, beside other tools.
 
-    python benchmarks/size.py [--rows 1000000] [--sides ours,datasketch,...] [--grow 10000,100000,10000000]
-    python benchmarks/size.py --rows 20000 --grow 5000,10000       # a small run
+    python benchmarks/size.py [--rows 1000000] [--sides ours,datasketch,...] [--rounds 3] [--grow 10000,...,10000000]
+    python benchmarks/size.py --rows 5000 --grow 2000,10000        # a small run
     python benchmarks/size.py --rows 100000 --sides ours,ray,spark
 
 First: pip install -c constraints.txt 'tunesmith[bench]'; for ray and spark also 'tunesmith[ray,spark]', and Java 17.
 The rows are made (seeded): words of a made-up language; a tenth of the rows repeat another exactly, a tenth with a word
 changed. Every side runs in a process of its own and reads the same JSONL file. Memory is the largest sum of what the
-process and its children hold (PSS where the system tells it), looked at ten times a second.
+process and its children hold (PSS where the system tells it), looked at ten times a second. In each round every side
+has its turn, so that a machine that slows down slows all of them; the table tells the median round. `--sample` gives
+datasketch, whose index lies in memory, the first so many rows alone; the table says how many. Disk: about two kilobytes
+a row, so 20 GB for ten million.
 
-ours        data.clean: unicode, exact and near duplicates (MinHash of 125 permutations, then true Jaccard), all cores
+ours        data.clean: unicode, duplicates: near, which takes exact ones along (MinHash of 125 permutations in 25
+            bands, then true Jaccard), all cores
 one         the same in one process
 ray, spark  the same on these engines, with starting them
 datasketch  the same words' runs in datasketch's MinHashLSH of 125 permutations in 25 bands, rows inserted and queried
-plain       ours without the near step: what pandas and datasets do
+plain       ours with duplicates: exact, which is what pandas and datasets do
 pandas      read, the same Unicode mending, drop_duplicates
 datasets    load, map with the same mending on all cores, duplicates by a set of hashes
 """
@@ -68,8 +72,7 @@ def ours(path: Path, near: bool = True, engine: Any = "local") -> int:
     from tunesmith.data.sources import source_files
 
     section = DataSection(sources=[str(path)], engine=engine)
-    steps = {"unicode": Unicode(), "exact": Duplicates(kind="exact")}
-    steps |= {"near": Duplicates(kind="near")} if near else {}
+    steps = {"unicode": Unicode(), "duplicates": Duplicates(kind="near" if near else "exact")}
     with tempfile.TemporaryDirectory(dir=path.parent) as name, section.engine.start(Path(name)) as running:
         shelf, ledger = Shelf(Path(name)), Ledger()
         parts = read_parts(section, source_files(section, path.parent), running, shelf, ledger)
@@ -185,6 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--sides", default=",".join(SIDES))
+    parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn; the median counts")
+    parser.add_argument("--sample", type=int, help="how many of the rows datasketch gets; all if not given")
     parser.add_argument("--grow", default="", help="further numbers of rows, for ours alone: 10000,100000,10000000")
     parser.add_argument("--folder", help="where the rows and what is made of them lie; about six times their size")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
@@ -192,28 +197,60 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(options.one[0], Path(options.one[1]))))
         return
-    sizes = [(options.rows, side) for side in options.sides.split(",")]
-    sizes += [(int(n), "ours") for n in options.grow.split(",") if n]
-    print("| side | rows | kept | seconds | rows a second | peak MiB |\n" + "| --- " * 6 + "|")
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        for rows, side in sizes:
-            path = Path(folder) / f"{rows}.jsonl"
-            if not path.exists():
-                make(path, rows)
-            done = subprocess.run(
-                [sys.executable, __file__, "--one", side, str(path)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                print(f"| {side} | {rows:,} | failed: {done.stderr.strip().splitlines()[-1]} |")
-                continue
-            told = json.loads(done.stdout.strip().splitlines()[-1])
-            cells = (
-                f"{told['kept']:,}",
-                f"{told['seconds']:.1f}",
-                f"{rows / told['seconds']:,.0f}",
-                f"{told['mib']:,.0f}",
-            )
-            print(f"| {side} | {rows:,} | " + " | ".join(cells) + " |", flush=True)
+    sides = options.sides.split(",")
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for _ in range(options.rounds):
+            for side in sides:
+                rows = min(options.sample or options.rows, options.rows) if side == "datasketch" else options.rows
+                found.setdefault((side, rows), []).append(measured(folder, side, rows))
+        print(HEAD)
+        for (side, rows), told in found.items():
+            print(line(side, rows, told))
+        for rows in (int(n) for n in options.grow.split(",") if n):
+            print(line("ours", rows, [measured(folder, "ours", rows)]), flush=True)
+            (folder / f"{rows}.jsonl").unlink()
+        if options.grow:
+            print(f"\nAim at any number of rows: under {MOST_MIB:,} MiB.")
+    speeds = {side: rows / median(told)["seconds"] for (side, rows), told in found.items() if median(told)}
+    for other, speed in speeds.items():
+        mine = "plain" if other in PLAIN else "ours"
+        if other != mine and mine in speeds:
+            print(f"{mine} : {other} = {speeds[mine] / speed:.2f}")
+
+
+HEAD = "| side | rows | kept | seconds | rows a second | peak MiB |\n" + "| --- " * 6 + "|"
+MOST_MIB = 2048
+PLAIN = ("pandas", "datasets")  # which have no step for near-duplicates, and stand beside `plain`
+
+
+def measured(folder: Path, side: str, rows: int) -> dict[str, Any]:
+    """A side's turn, in a process of its own; {failed: why} where it failed."""
+    path = folder / f"{rows}.jsonl"
+    if not path.exists():
+        make(path, rows)
+    command = [sys.executable, __file__, "--one", side, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["no word"])[-1]}
+    told: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    print(f"{side}, {rows:,} rows: {told['seconds']:.1f} s", file=sys.stderr, flush=True)
+    return told
+
+
+def median(told: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median round by its seconds; nothing where all failed."""
+    whole = sorted((one for one in told if "failed" not in one), key=lambda one: float(one["seconds"]))
+    return whole[len(whole) // 2] if whole else {}
+
+
+def line(side: str, rows: int, told: list[dict[str, Any]]) -> str:
+    one = median(told)
+    if not one:
+        return f"| {side} | {rows:,} | failed: {told[0]['failed']} | | | |"
+    cells = (f"{one['kept']:,}", f"{one['seconds']:.1f}", f"{rows / one['seconds']:,.0f}", f"{one['mib']:,.0f}")
+    return f"| {side} | {rows:,} | " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -72,6 +74,20 @@ class FakeHub:
             return _send(request, 404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
         headers = {"ETag": f'"{_etag(wanted)}"', "X-Repo-Commit": COMMIT}
         return _send(request, 200, wanted.read_bytes(), headers)
+
+
+@contextmanager
+def hub_of(patch: Any, folder: Path, repositories: dict[str, Path], gated: Iterable[str] = ()) -> Iterator[FakeHub]:
+    """A hub of these repositories, for whatever fetches from one; its cache lies in `folder`."""
+    from huggingface_hub import constants
+
+    patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+    patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with FakeHub(repositories, gated=set(gated)) as server:
+        patch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield server
 
 
 def _name(path: Path, folder: Path) -> str:

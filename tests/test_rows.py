@@ -13,12 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import CHATML, make_tokenizer
+from tunesmith.conversation.media import OBJECT, Media
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text, row_from_dict
 from tunesmith.conversation.render import MARK, Renderer
-from tunesmith.data.layouts import Unusable
-from tunesmith.data.reading import detect
+from tunesmith.data.media import beside, placed
+from tunesmith.data.reading import detect, usable
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
+from tunesmith.data.unusable import Unusable
 
 ASKED, GOOD, BAD = Message("user", "2+2?"), Message("assistant", "4"), Message("assistant", "5")
 PAIR = Preference((ASKED, GOOD), "f:1", rejected=(BAD,), shared=1)
@@ -55,7 +57,7 @@ def read(tmp_path: Path, row: dict[str, Any]) -> Conversation:
     path.write_text(json.dumps(row) + "\n")
     source = SourceSection(path=str(path))
     (number, found), *_ = read_rows(source, path)
-    return detect(source, path).read(found, source, f"f:{number}")  # type: ignore[arg-type]
+    return placed(detect(source, path).read(found, source, f"f:{number}"), beside(found, source))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("row", PAIRS.values(), ids=PAIRS)
@@ -129,6 +131,16 @@ def test_tools_and_calls_of_them(tmp_path: Path) -> None:
     assert row_from_dict(json.loads(json.dumps(found.as_dict()))) == found
 
 
+def test_a_tool_that_was_not_defined(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Zone?"}, {"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    other = {"type": "function", "function": TOOL["function"] | {"name": "zones"}}
+    usable(read(tmp_path, {"messages": messages, "tools": [TOOL]}))
+    usable(read(tmp_path, {"messages": messages}))  # its system message may tell them
+    with pytest.raises(Unusable, match="calls 'zone'; did you mean 'zones'") as caught:
+        usable(read(tmp_path, {"messages": messages, "tools": [other]}))
+    assert caught.value.reason == "unknown_tool"
+
+
 def test_a_template_that_writes_no_tools_is_found_out() -> None:
     assert not Renderer(make_tokenizer()).writes_tools
     writing = (
@@ -197,5 +209,9 @@ def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
         json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
     ]
     found = [read(tmp_path, row) for row in rows]
+    assert found[:10] == [Conversation((ASKED, GOOD), "f:1")] * 10
+    found = found[10:]
     assert found[:6] == [PAIR] * 6
-    assert [row.kind for row in found[6:]] == ["rated", "rated", "text"]
+    assert [row.kind for row in found[6:9]] == ["rated", "rated", "text"]
+    seen = Message("user", f"{OBJECT}What is it?", media=(Media("image", "cat.png"),))
+    assert found[9:] == [Conversation((seen, Message("assistant", "A cat.")), "f:1")] * 5

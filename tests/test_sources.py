@@ -186,6 +186,13 @@ def test_one_stray_quote_costs_one_row(tmp_path: Path) -> None:
     assert numbers == [i + 2 + (i > 20) for i in range(50)]
 
 
+def test_semicolons(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\ufeffprompt;completion\r\n"a;b";c, d\r\n\r\ne;f;g\r\n')
+    assert rows_of(tmp_path, path="a.csv") == [{"prompt": "a;b", "completion": "c, d"}, "broken_csv"]
+    (tmp_path / "a.csv").write_text("prompt,a;b\nx,y;z\n")
+    assert rows_of(tmp_path, path="a.csv") == [{"prompt": "x", "a;b": "y;z"}]
+
+
 def test_mixed_types_and_layouts(prepared: Any, tmp_path: Path) -> None:
     rows: list[Any] = [
         {"prompt": "a", "completion": 1}, {"prompt": "b", "completion": "1"}, {"prompt": "c", "completion": [1]},

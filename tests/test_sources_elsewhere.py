@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import colour_rows
-from tests.fake_hub import COMMIT, FakeHub
+from tests.fake_hub import COMMIT, FakeHub, hub_of
 from tests.sources import rows_of
 from tunesmith.data import remote
 from tunesmith.data.section import DataSection
@@ -28,15 +28,10 @@ from tunesmith.errors import DataError, RecipeError, TunesmithError
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[dict[str, str]], FakeHub]]:
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     folder = tmp_path / "set"
     folder.mkdir()
-    with FakeHub({"team/set": folder, "team/gated": folder}, gated={"team/gated"}) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+    sets = {"team/set": folder, "team/gated": folder}
+    with hub_of(monkeypatch, tmp_path, sets, gated=["team/gated"]) as server:
 
         def holds(files: dict[str, str]) -> FakeHub:
             shutil.rmtree(folder)

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith import plugins
-from tunesmith.data.layouts import Unusable
+from tunesmith.data.media import Looked, beside, placed
 from tunesmith.data.opening import Broken
 from tunesmith.data.reading import detect, usable
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
+from tunesmith.data.unusable import Unusable
 
 PAGE = Path(__file__).parents[1] / "docs" / "data.md"
 MEDIA = (".png", ".mp3", ".wav", ".flac")
@@ -86,14 +87,14 @@ def loaded(path: Path, columns: dict[str, str] | None) -> tuple[str, Counter[str
     """A file's layout, and its rows by the reason why they can't be used ("" for those that can)."""
 
     source = SourceSection.model_validate({"path": str(path), "columns": columns})
-    layout = detect(source, path)
+    layout, look = detect(source, path), Looked(path.parent)
     counts: Counter[str] = Counter()
     for number, row in read_rows(source, path):
         if isinstance(row, Broken):
             counts[row.reason] += 1
             continue
         try:
-            usable(layout.read(row, source, str(number)))
+            usable(look(placed(layout.read(row, source, str(number)), beside(row, source))))
         except Unusable as error:
             counts[error.reason] += 1
         else:

@@ -108,7 +108,14 @@ class Journey(Kit):
 
     def look_ahead(self, stages: Sequence[str]) -> None:
         """Raise before training what would only come up after it: no test rows, no room for the result."""
-        counts = (self.run.manifest("data") or {})["counts"]
+        data = self.run.manifest("data") or {}
+        counts = data["counts"]
+        if held := ", ".join(f"{n:,} rows with {kind}" for kind, n in data.get("media", {}).items()):
+            raise DataError(
+                f"{held}: a model of text can't be shown them, and would learn to answer without",
+                where="data.sources",
+                fix="Take their words alone, or leave them out: --set data.media=words or drop.",
+            )
         if "evaluate" in stages and not counts["test"]:
             raise DataError(
                 "no test rows to prove anything on", where="data.split.test", fix="Hold some out, such as test: 0.1."

@@ -80,6 +80,7 @@ def report(
     renderer, method = kit.renderer, recipe.train.method
 
     def tokens(row: Any) -> list[list[tuple[str, float]]]:
+        row = row.words
         if row.kind == method.takes:
             made = method.encode([row], renderer, recipe.train.max_length)
             sequences = [s for examples in made for example in examples for s in example.sequences]

@@ -13,12 +13,12 @@ import yaml
 
 from tunesmith import recipe
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.layouts import Unusable
 from tunesmith.data.opening import Broken
 from tunesmith.data.prepare import answers_kind
 from tunesmith.data.reading import DETECTION_ROWS, detect
 from tunesmith.data.section import ColumnsSection, SourceSection
 from tunesmith.data.sources import read_rows
+from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.metrics import FITTING
 from tunesmith.runs import write_text

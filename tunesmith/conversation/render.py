@@ -248,6 +248,12 @@ class Renderer:
         said, so that it is none."""
         if not messages and not ask:
             return ""
+        if any(m.media for m in messages):
+            raise ModelError(
+                "a row holds images or sounds, which a model of text can't be given",
+                where=" ".join(m.role for m in messages),
+                fix="Take such rows' words alone (data.media: words), or leave them out (data.media: drop).",
+            )
         try:
             text: Any = self.tokenizer.apply_chat_template(
                 [self._masked(m) for m in messages],

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.augment.base import runs
+from tunesmith.data.clean.texts import media_of
 
 
 def pairs_alike(rows: Sequence[Conversation], threshold: float) -> list[list[int]]:
     """The places of rows whose questions are alike, in pairs."""
-    sets = [runs(row.question) for row in rows]
+    # rows with other images or sounds share no run
+    sets = [frozenset(run + media_of(row) for run in runs(row.question)) for row in rows]
     common = Counter(run for found in sets for run in found)
     where: dict[str, list[int]] = {}
     pairs = []

@@ -12,10 +12,10 @@ import numpy as np
 from tunesmith.conversation.message import Conversation, Message, Preference
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.engines.engine import Running
-from tunesmith.data.layouts import Unusable
 from tunesmith.data.ledger import NAMED_AT_MOST, Ledger, Saved, named
 from tunesmith.data.shelf import Places, Rows, Shelf, joined
 from tunesmith.data.tokens import Counting
+from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError, ModelError
 from tunesmith.progress import bar
 
@@ -193,7 +193,8 @@ def fits(row: Conversation, fit: Fit) -> bool:
 
 
 def _measured(row: Conversation, renderer: Renderer | Counting) -> int:
-    """A row's length in tokens: of its longer ending where it has two, and 0 of a plain text, which is cut anyway.
+    """A row's length in tokens, of its words alone: of its longer ending where it has two; 0 of a plain text, which is
+    cut anyway.
 
     Raises:
         Unusable: the model's template refuses it, leaves out a part of it, or leaves nothing in it to learn.
@@ -201,7 +202,7 @@ def _measured(row: Conversation, renderer: Renderer | Counting) -> int:
     if (row.tools or any("tool_calls" in m.more for m in row.messages)) and not renderer.writes_tools:
         raise Unusable("no_tools", "this model's chat template writes no tools and calls of them")
     try:
-        rendered = [renderer.render(conversation) for conversation in row.conversations]
+        rendered = [renderer.render(conversation) for conversation in row.words.conversations]
     except ModelError as error:
         raise Unusable("refused_by_template", error.what) from error
     if not all(r.trained for r in rendered):
@@ -222,7 +223,9 @@ def _dropped(row: Conversation, fit: Fit) -> list[Conversation]:
 
 def _cut(row: Conversation, fit: Fit) -> list[Conversation]:
     """The row with the end of its longest message that is not an answer cut off, or nothing if that is not enough."""
-    others = [i for i, m in enumerate(row.messages) if m.role != "assistant"]
+    others = [i for i, m in enumerate(row.messages) if m.role != "assistant" and not m.media]
+    if not others:
+        return []
     longest = max(others, key=lambda i: len(row.messages[i].content))
     text = row.messages[longest].content
 
@@ -242,7 +245,7 @@ def _cut(row: Conversation, fit: Fit) -> list[Conversation]:
 
 
 def _longest(row: Conversation, fit: Fit) -> int:
-    return max(len(fit.renderer.render(conversation)) for conversation in row.conversations)
+    return max(len(fit.renderer.render(conversation)) for conversation in row.words.conversations)
 
 
 def _pieces(row: Conversation, fit: Fit) -> list[Conversation]:
@@ -268,6 +271,6 @@ def _pieces(row: Conversation, fit: Fit) -> list[Conversation]:
 
 def _length(messages: list[Message], fit: Fit) -> float:
     try:
-        return len(fit.renderer.render(Conversation(tuple(messages))))
+        return len(fit.renderer.render(Conversation(tuple(m.words for m in messages))))
     except ModelError:  # a template may refuse a piece, such as one that opens with an answer
         return math.inf

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -30,15 +29,14 @@ def same(digests: np.ndarray) -> np.ndarray:
     return leaders
 
 
-def equal(keys: np.ndarray) -> Iterator[np.ndarray]:
-    """Places of equal keys, rising, a group of two and more at a time."""
+def equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places of keys that are there twice and more, those of equal keys together and rising; and how many each has."""
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     cuts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
     starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(order)]])
-    several = ends - starts > 1
-    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
-        yield order[start:end]
+    sizes = (ends - starts)[ends - starts > 1] if len(order) else np.empty(0, dtype=np.int64)
+    return order[np.repeat(ends - starts > 1, ends - starts)], sizes
 
 
 class Groups:

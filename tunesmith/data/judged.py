@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated
-from tunesmith.data.layouts import COMPLETIONS, Layout, Row, Unusable, tools, turns
+from tunesmith.data.layouts import COMPLETIONS, Layout, Row, tools, turns
 from tunesmith.data.section import SourceSection
+from tunesmith.data.unusable import Unusable
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 

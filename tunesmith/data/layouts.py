@@ -13,19 +13,15 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation, Message, Text
+from tunesmith.data.media import content
 from tunesmith.data.section import SourceSection, placeholders
+from tunesmith.data.unusable import Unusable
 
 Row = dict[str, Any]
 LARGEST_WEIGHT = 1_000_000
 COMPLETIONS = ("completion", "response", "output", "answer", "target")
-
-
-class Unusable(Exception):
-    """A row that can't become a conversation: a reason code and what is wrong with it."""
-
-    def __init__(self, reason: str, why: str) -> None:
-        super().__init__(why)
-        self.reason, self.why = reason, why
+CHECKED = ("solution", "ground_truth", "reference_answer")  # as rows for reinforcement call what is right
+ANSWERS = (*COMPLETIONS, *CHECKED)
 
 
 class Layout(ABC):
@@ -64,7 +60,8 @@ class MessagesLayout(Layout):
 
 
 class Chat(MessagesLayout):
-    """`messages: [{role, content}, ...]`, as OpenAI has it."""
+    """`messages: [{role, content}, ...]`, as OpenAI has it; where they end with a question, its answer beside them
+    (`answer`, `solution`, `ground_truth`, `reference_answer`), as rows for reinforcement have it."""
 
     name, needs, takes_template = "chat", "messages", False
 
@@ -74,7 +71,11 @@ class Chat(MessagesLayout):
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        return turns(_list(row, "messages"))
+        found = turns(_list(row, "messages"))
+        beside = _first(row, ANSWERS)
+        if beside is not None and found and found[-1].role == "user":
+            found.append(Message("assistant", _value(row, beside)))
+        return found
 
 
 class ShareGpt(MessagesLayout):
@@ -118,18 +119,24 @@ class Instruction(MessagesLayout):
 
 
 class Prompt(MessagesLayout):
-    """`prompt` and `completion` (or response, output, answer, target), with an optional `context`."""
+    """`prompt` and `completion` (or response, output, answer, target, solution, ground_truth), an optional `context`;
+    or both as messages, as TRL has it."""
 
     name, needs = "prompt", "prompt and completion (or response, output, answer, target)"
 
     @classmethod
     def fits(cls, row: Row) -> bool:
-        return isinstance(row.get("prompt"), str) and _first(row, COMPLETIONS) is not None
+        return isinstance(row.get("prompt"), str | list) and _first(row, ANSWERS) is not None
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
+        answer = _first(row, ANSWERS) or "completion"
+        if source.template is None and isinstance(row.get("prompt"), list):
+            said = row.get(answer)
+            ending = turns(said) if isinstance(said, list) else [Message("assistant", _value(row, answer))]
+            return _system(row, "system") + turns(row["prompt"]) + ending
         asked = _joined(row, ("context", "prompt"), source)
-        return _system(row, "system") + _pair(asked, _value(row, _first(row, COMPLETIONS) or "completion"))
+        return _system(row, "system") + _pair(asked, _value(row, answer))
 
 
 class Question(MessagesLayout):
@@ -170,7 +177,7 @@ class PlainText(Layout):
 
     name, needs, takes_template = "text", "text", False
     OTHERS: ClassVar[tuple[str, ...]] = (
-        *COMPLETIONS,
+        *ANSWERS,
         *("label", "labels", "class", "category", "intent", "sentiment", "summary", "rating", "score", "translation"),
     )
 
@@ -246,7 +253,8 @@ def _message(turn: Any) -> Message:
     weight = 1 if weight is None else weight
     if not isinstance(weight, int | float) or not 0 <= weight <= LARGEST_WEIGHT:
         raise Unusable("bad_weight", f"weight {weight!r} is not a number from 0 to {LARGEST_WEIGHT:,}")
-    return Message(role, _content(turn.get(text_key), bool(called)), float(weight), more)
+    text, media = content(turn.get(text_key), bool(called))
+    return Message(role, text, float(weight), more, media)
 
 
 def _calls(given: Any) -> list[dict[str, Any]]:
@@ -270,17 +278,6 @@ def _calls(given: Any) -> list[dict[str, Any]]:
         own = {"id": call["id"]} if call.get("id") else {}
         calls.append(own | {"type": "function", "function": {"name": function["name"], "arguments": arguments}})
     return calls
-
-
-def _content(value: Any, may_lack: bool = False) -> str:
-    """A message's text: a string, or OpenAI's list of text parts."""
-    if value is None and may_lack:
-        return ""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list) and all(isinstance(p, dict) and p.get("type") == "text" for p in value):
-        return "".join(str(p.get("text", "")) for p in value)
-    raise Unusable("not_text", f"a message's content is {type(value).__name__}, not text")
 
 
 def _first(row: Row, names: Iterable[str]) -> str | None:

@@ -4,18 +4,22 @@ look at."""
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.layouts import Row, Unusable
+from tunesmith.data.layouts import Row
 from tunesmith.data.section import DataSection, SourceSection
+from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError
 
 
-def marked(row: Conversation, raw: Row, source: SourceSection, section: DataSection) -> Conversation:
+def marked(row: Conversation, raw: Row, source: SourceSection, kept: Collection[str], time: str | None) -> Conversation:
     """The row with its marks in its metadata.
+
+    Args:
+        kept, time: columns to keep, and that of times among them.
 
     Raises:
         Unusable: the column of times holds none.
@@ -25,9 +29,9 @@ def marked(row: Conversation, raw: Row, source: SourceSection, section: DataSect
         marks["tag"] = source.tag
     if source.weight != 1:
         marks["weight"] = source.weight
-    columns = {name: raw[name] for name in section.columns_kept if raw.get(name) is not None}
-    if section.split.time is not None:
-        columns[section.split.time] = seconds(raw.get(section.split.time), section.split.time)
+    columns = {name: raw[name] for name in kept if raw.get(name) is not None}
+    if time is not None:
+        columns[time] = seconds(raw.get(time), time)
     if columns:
         marks["columns"] = columns
     return replace(row, metadata=row.metadata | marks) if marks else row

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ PACKED = (".gz", ".zst")
 SPAN = 4 * 2**20  # bytes of a file of lines that one process reads
 LONGEST_LINE = 16 * 2**20  # characters; a longer line is no row that any model could read
 SHOWN = 2000  # characters of a line that is too long, to find it by
+HALVES = re.compile("[\udc80-\udcff]")  # a byte that is not UTF-8, as it is decoded
 UNPACKED_AT_LEAST, UNPACKED_RATIO = 2**30, 250  # beyond both, a packed file is taken for a bomb
 
 
@@ -194,7 +196,7 @@ def lines(path: Path, file: BinaryIO, beginning: bool = True) -> Iterator[str | 
 
 
 def not_utf8(text: str) -> bool:
-    return not text.isascii() and any("\udc80" <= c <= "\udcff" for c in text)
+    return not text.isascii() and HALVES.search(text) is not None
 
 
 def shown(text: str) -> str:

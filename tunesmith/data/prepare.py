@@ -89,7 +89,7 @@ def _prepared(
 
     every = joined(parts.values(), shelf)
     know_columns(every, section)
-    rows_are = _one_kind(every)
+    rows_are, media = _one_kind(every)
     kind = answers_kind(every) if section.answers == "auto" else section.answers
     if parts["validation"] or parts["test"]:  # files of their own
         parts["train"] = cleaning.after_split(parts["train"], replace(around, held=parts))
@@ -137,6 +137,7 @@ def _prepared(
         },
         "system": _shared_system(parts["train"]),
         "rows": rows_are,
+        **({"media": dict(media)} if media else {}),
         "specials": specials,
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
@@ -191,15 +192,17 @@ def load_rows(file: Path) -> list[Conversation]:
         return [row_from_dict(json.loads(line)) for line in lines]
 
 
-def _one_kind(rows: Sequence[Conversation]) -> str:
-    """The kind that all rows are of (`tunesmith/conversation/message.py`).
+def _one_kind(rows: Sequence[Conversation]) -> tuple[str, Counter[str]]:
+    """The kind that all rows are of (`tunesmith/conversation/message.py`), and how many rows hold images or sounds.
 
     Raises:
         DataError: there are several.
     """
     first: dict[str, str] = {}
+    media: Counter[str] = Counter()
     for row in rows:
         first.setdefault(row.kind, row.id)
+        media.update({one.kind for one in row.media})
     if len(first) > 1:
         found = ", ".join(f"{kind} ({where})" for kind, where in first.items())
         raise DataError(
@@ -207,7 +210,7 @@ def _one_kind(rows: Sequence[Conversation]) -> str:
             where="data.sources",
             fix="Give rows of one kind, or name the layout of each source: data.sources[].layout.",
         )
-    return next(iter(first), "conversation")
+    return next(iter(first), "conversation"), media
 
 
 def answers_kind(rows: Sequence[Conversation]) -> str:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections import deque
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
+def _once(pairs: list[tuple[str, Any]]) -> Row:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key twice")
+    return row
+
+
 _strict = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_object)
+_quick = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_number, object_pairs_hook=_once)
 
 
 def load_json(text: str) -> Any:
@@ -59,11 +68,11 @@ def load_json(text: str) -> Any:
     return _strict.decode(text)
 
 
-def json_row(value: Any, text: str) -> Row | Broken:
-    """A parsed value as a row, if nothing in it is lost or unwritable."""
+def json_row(value: Any, text: str, once: bool = False) -> Row | Broken:
+    """A parsed value as a row, if nothing in it is lost or unwritable. `once`: it is known to have no key twice."""
     if not isinstance(value, dict):
         return Broken("not_an_object", f"is a JSON {type(value).__name__}, not an object", text)
-    twice = _twice(value)
+    twice = None if once else _twice(value)
     if twice is not None:
         return Broken("duplicate_key", f"has the key '{twice}' twice", text)
     return Broken("half_character", HALF, text) if _half_characters(value, text) else value
@@ -102,6 +111,10 @@ def _parse(line: str) -> Row | Broken:
     text = line.rstrip("\r\n")
     if not_utf8(text):
         return Broken("not_utf8", "is not UTF-8", shown(text))
+    try:
+        return json_row(_quick.decode(text), text, once=True)
+    except (ValueError, RecursionError):  # looked at again, to tell what it is
+        pass
     try:
         value = load_json(text)
     except (ValueError, RecursionError) as error:
@@ -157,9 +170,14 @@ def read_json(path: Path) -> Rows:
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:
-    """A header and rows; row numbers are the line on which a row begins (the header's is 1)."""
+    """A header and rows; row numbers are the line on which a row begins (the header's is 1). Semicolons part the fields
+    where the header has some and no comma."""
     with opened(path) as file:
-        records = _records(lines(path, file), delimiter)
+        source = lines(path, file)
+        first = list(islice(source, 1))
+        if delimiter == "," and first and isinstance(first[0], str) and "," not in first[0] and ";" in first[0]:
+            delimiter = ";"
+        records = _records(chain(first, source), delimiter)
         at, header, text = next(records, (1, [], ""))
         if isinstance(header, Broken):
             raise DataError(f"its header {header.why}", where=f"{path}:{at}", fix="Mend the header there.")

@@ -12,13 +12,15 @@ from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Text
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.formats import format_of
-from tunesmith.data.layouts import Layout, Unusable
+from tunesmith.data.layouts import Layout
 from tunesmith.data.ledger import Ledger, Saved
 from tunesmith.data.marks import marked
+from tunesmith.data.media import Looked, beside, counted, placed
 from tunesmith.data.opening import Broken, Row, Span, spans
 from tunesmith.data.section import DataSection, SourceSection, placeholders
 from tunesmith.data.shelf import Places, Rows, Shelf, joined
 from tunesmith.data.sources import Files, lines_in, read_rows
+from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError, nearest
 from tunesmith.progress import bar
 
@@ -94,6 +96,8 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
     """A piece's usable rows as conversations; the others go to the ledger."""
     source, layout = piece.source, piece.layout
     system = source.system if source.system is not None else section.system
+    columns = section.columns_kept
+    look = Looked(Path(source.media_folder) if source.media_folder else piece.path.parent)
     for number, row in read_rows(source, piece.path, piece.span):
         ledger.read += 1
         where = f"{piece.path.name}:{number}"
@@ -104,7 +108,16 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
             ledger.remove(None, where, "where", "does not meet the source's `where`")
             continue
         try:
-            conversation = marked(layout.read(row, source, where), row, source, section)
+            conversation = placed(layout.read(row, source, where), beside(row, source))
+            if conversation.media and section.media == "drop":
+                ledger.remove(conversation, where, "media", f"holds {counted(conversation)}")
+                continue
+            if conversation.media and section.media == "words":
+                ledger.cut.append({"row": where, "why": f"{counted(conversation)} left out"})
+                conversation = conversation.words
+            elif conversation.media:
+                conversation = look(conversation)
+            conversation = marked(conversation, row, source, columns, section.split.time)
             kept = {column: row[column] for column in source.keep if row.get(column) is not None}
             conversation = replace(conversation, metadata=conversation.metadata | kept) if kept else conversation
             usable(conversation)
@@ -196,16 +209,34 @@ def usable(row: Conversation) -> None:
         return
     for conversation in row.conversations:
         _answered(conversation.messages)
+        _defined(conversation)
     if not any(m.role == "assistant" and m.weight for c in row.conversations for m in c.messages):
         raise Unusable("no_loss", "no token would carry loss: every answer's weight is 0")
 
 
+def _defined(row: Conversation) -> None:
+    """Raise for a call of a tool that is not among those defined; rows without definitions may tell them in words."""
+    if not row.tools:
+        return
+    called = [call["function"]["name"] for m in row.messages for call in m.more.get("tool_calls", ())]
+    names = [tool["function"].get("name") for tool in row.tools if isinstance(tool.get("function"), dict)]
+    unknown = next((name for name in called if name not in names), None)
+    if unknown is not None:
+        known = ", ".join(map(str, names))
+        raise Unusable("unknown_tool", f"calls '{unknown}'{nearest(unknown, filter(None, names))}; its tools: {known}")
+
+
 def _answered(messages: Sequence[Message]) -> None:
-    if not any(m.role == "assistant" for m in messages):
+    roles = [m.role for m in messages]
+    if "assistant" not in roles:
         raise Unusable("no_answer", "no assistant's turn to learn from")
-    if messages[-1].role != "assistant":
-        raise Unusable("ends_unanswered", f"ends with the {messages[-1].role}'s turn, not with an answer")
-    if any(m.role == "assistant" and not m.content.strip() and "tool_calls" not in m.more for m in messages):
+    if roles[-1] != "assistant":
+        raise Unusable("ends_unanswered", f"ends with the {roles[-1]}'s turn, not with an answer")
+    empty = [not m.content or m.content.isspace() for m in messages]
+    if any(
+        nothing and role == "assistant" and "tool_calls" not in m.more
+        for role, nothing, m in zip(roles, empty, messages, strict=True)
+    ):
         raise Unusable("empty_answer", "the answer is empty")
-    if not any(m.role == "user" and m.content.strip() for m in messages):
+    if ("user", False) not in zip(roles, empty, strict=True):
         raise Unusable("empty_prompt", "the prompt is empty")

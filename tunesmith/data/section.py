@@ -42,6 +42,10 @@ class ColumnsSection(Section):
     """A column put before the prompt."""
     system: str | None = None
     """A column with the row's own system prompt."""
+    image: str | None = None
+    """A column with one image or several: paths, addresses or their bytes."""
+    audio: str | None = None
+    """A column with one sound or several."""
 
 
 class SourceSection(Section):
@@ -77,6 +81,8 @@ class SourceSection(Section):
     """The user's message, with {column} for what a row holds; in place of the layout's own."""
     system: str | None = None
     """A system prompt for this source's rows that have none; in place of `data.system`."""
+    media_folder: str | None = None
+    """What the paths of images and sounds are relative to, and lie in; the source's own folder if not given."""
     keep: list[str] = Field(default_factory=list)
     """Columns that rows keep as metadata: to slice scores by, or for metrics (choices, schema, database, tests)."""
     where: dict[str, str | int | float | bool | list[str | int | float | bool]] = Field(default_factory=dict)
@@ -199,6 +205,9 @@ class DataSection(Section):
     """What is held out."""
     answers: Literal["auto", "json", "label", "text"] = "auto"
     """What the answers are; decides which metrics fit, and whether the split is stratified."""
+    media: Literal["keep", "drop", "words"] = "keep"
+    """For rows with images or sounds, which no method here learns from: keep them (to prepare a set for other tools;
+    training refuses it); leave them out; or take their words alone."""
     over_length: Literal["error", "drop", "truncate", "split"] = "error"
     """For rows longer than `train.max_length`: stop; leave out; cut the end of the longest message that is
     not an answer; cut between turns into several rows."""

@@ -25,12 +25,16 @@ def source_files(section: DataSection, folder: Path) -> Files:
     """
     found: Files = {"train": [], "validation": [], "test": []}
     for number, source in enumerate(section.sources):
+        if source.media_folder is not None:
+            there = folder / Path(os.path.expandvars(source.media_folder)).expanduser()
+            source = source.model_copy(update={"media_folder": str(there)})
         found["train"] += _files(source, folder, f"data.sources.{number}")
     for part in ("validation", "test"):
         given = getattr(section.split, part)
         if isinstance(given, str):
-            first = section.sources[0]
-            kept = first.model_dump(include={"layout", "columns", "template", "system", "where"}, exclude_unset=True)
+            first = found["train"][0][0]
+            names = {"layout", "columns", "template", "system", "where", "media_folder"}
+            kept = first.model_dump(include=names, exclude_unset=True)
             like = SourceSection(path=given, **kept)
             found[part] = [(like, path) for path in matching(given, folder, f"data.split.{part}")]
     return found

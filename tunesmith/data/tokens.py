@@ -27,9 +27,9 @@ class Counting:
         return rendered
 
     def lengths(self, row: Conversation) -> list[tuple[int, int]]:
-        """(tokens, tokens that carry loss) of each of a row's conversations."""
+        """(tokens, tokens that carry loss) of each of a row's conversations, of its words alone."""
         found = []
-        for conversation in row.conversations:
+        for conversation in row.words.conversations:
             if id(conversation) not in self._known:
                 self.render(conversation)
             found.append(self._known[id(conversation)][1:])

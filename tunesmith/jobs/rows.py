@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tunesmith import plugins
-from tunesmith.data.layouts import Unusable
+from tunesmith.data.media import PARTS, beside
 from tunesmith.data.section import SourceSection
+from tunesmith.data.unusable import Unusable
 
 LISTED = 1000  # problems that are kept; all are counted
 LONGEST_LINE = 16 << 20
@@ -162,7 +163,10 @@ def _check(kind: str, row: dict[str, Any]) -> None:
             _messages(ending, f"{name}_output message", answered=True)
     if kind in LAYOUTS:
         try:
-            plugins.load("layout", LAYOUTS[kind]).read(row, SourceSection(path="row"), "row")
+            source = SourceSection(path="row")
+            read = plugins.load("layout", LAYOUTS[kind]).read(row, source, "row")
+            if found := [one.kind for one in read.media] + list(beside(row, source)):
+                raise _Wrong(f"holds {found[0]}, which no method here learns from")
         except Unusable as error:
             raise _Wrong(str(error)) from None
         except (AttributeError, TypeError, KeyError) as error:
@@ -191,8 +195,8 @@ def _messages(messages: Any, what: str, answered: bool) -> None:
         content = message.get("content")
         if content is None and not called:
             raise _Wrong(f"{where}: 'content' is missing")
-        if isinstance(content, list) and any(isinstance(p, dict) and p.get("type") == "image_url" for p in content):
-            raise _Wrong(f"{where} holds an image, which no method here learns from")
+        if isinstance(content, list) and any(isinstance(p, dict) and p.get("type") in PARTS for p in content):
+            raise _Wrong(f"{where} holds an image or audio, which no method here learns from")
     if answered and not any(message["role"] == "assistant" for message in messages):
         raise _Wrong("has no message of the assistant, so nothing to learn")
     if answered and all(m.get("weight") == 0 for m in messages if m["role"] == "assistant"):

@@ -75,7 +75,7 @@ class Paraphrase(Asked):
     """Ways of saying it."""
 
     def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
-        asking = [row for row in rows if any(m.role == "user" for m in row.prompt)]
+        asking = [row for row in rows if any(m.role == "user" for m in row.prompt) and not row.media]
         chosen = [row for row in drawn(asking, self.share, means.seed, self.kind) for _ in range(self.per_row)]
         prompts = []
         for i, row in enumerate(chosen):

@@ -11,13 +11,14 @@ from pydantic import Field, field_validator
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import minhash
+from tunesmith.data.clean.benchmarks import benchmark_files
 from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import text_of, texts
 from tunesmith.data.groups import digest
 from tunesmith.data.readers import Broken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.shelf import in_chunks
-from tunesmith.data.sources import matching, read_rows
+from tunesmith.data.sources import read_rows
 
 HELD = ("test", "validation")
 
@@ -30,7 +31,10 @@ class Contamination(Step):
     after_split: ClassVar[bool] = True
 
     against: tuple[str, ...] = ("test",)
-    """`test` and `validation` of this recipe, and files of benchmarks (paths, relative to the recipe)."""
+    """`test` and `validation` of this recipe, public benchmarks by name (gsm8k, arc, humaneval, mmlu, ...), and files
+    of others (paths, relative to the recipe)."""
+    folder: str | None = None
+    """A folder of benchmarks' files by name, as gsm8k.jsonl, relative to the recipe. Looked at before the hub."""
     words: int = Field(13, ge=3)
     """How long a shared run of words must be."""
     threshold: float = Field(0.8, gt=0, le=1)
@@ -42,7 +46,10 @@ class Contamination(Step):
         return (value,) if isinstance(value, str) else value
 
     def files(self, folder: Path) -> list[Path]:
-        return [path for name in self.against if name not in HELD for path in matching(name, folder, KEY)]
+        return [path for name in self.against if name not in HELD for path in self._files(name, folder)]
+
+    def _files(self, name: str, folder: Path) -> list[Path]:
+        return benchmark_files(name, folder, self.folder, KEY)
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
         tests = {name: Tested(found, self.words, self.threshold) for name, found in self._tests(around).items()}
@@ -68,7 +75,7 @@ class Contamination(Step):
             if name in HELD:
                 found[name] = [(row.id, text_of(row, "prompt")) for row in around.held.get(name, ())]
             else:
-                found[name] = [t for path in matching(name, around.folder, KEY) for t in benchmark_texts(path)]
+                found[name] = [t for path in self._files(name, around.folder) for t in benchmark_texts(path)]
         return found
 
 

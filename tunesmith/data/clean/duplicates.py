@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import near
 from tunesmith.data.clean.step import Around, Step, Verdict
-from tunesmith.data.clean.texts import text_of
+from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.groups import same
 
 SAME = "says the same as "
@@ -57,8 +57,8 @@ class Duplicates(Step):
         if self.kind == "semantic":
             from tunesmith.data.clean.embedding import joined
 
-            texts = [text_of(row, self.on) for row in rows]
-            groups = joined(texts, self.model or "", self.threshold or 0.95)
+            texts, media = zip(*((text_of(row, self.on), media_of(row)) for row in rows), strict=True)
+            groups = joined(texts, media, self.model or "", self.threshold or 0.95)
             return groups.leaders(), np.array([len(text) for text in texts])
         if self.kind == "exact":
             keys = near.keys_of(rows, near.Exact(self.on), around.engine)

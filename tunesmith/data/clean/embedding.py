@@ -16,12 +16,15 @@ BLOCK = 2048
 LONGEST = 512
 
 
-def joined(texts: Sequence[str], model: str, threshold: float) -> Groups:
-    """Texts joined where the cosine of their embeddings reaches the threshold, directly or through others."""
+def joined(texts: Sequence[str], beside: Sequence[str], model: str, threshold: float) -> Groups:
+    """Texts joined where the cosine of their embeddings reaches the threshold, directly or through others, and what
+    stands beside them is the same."""
+    _, others = np.unique(np.array(beside), return_inverse=True)
     vectors = embedded(texts, model)
     groups = Groups(len(texts))
     for start in range(0, len(vectors), BLOCK):
         alike = vectors[start : start + BLOCK] @ vectors.T >= threshold
+        alike &= others[start : start + BLOCK, None] == others
         for i, j in np.argwhere(np.triu(alike, start + 1)).tolist():
             groups.join(start + i, j)
     return groups

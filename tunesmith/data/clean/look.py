@@ -12,9 +12,9 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import RowStep, Verdict
-from tunesmith.data.layouts import Unusable
 from tunesmith.data.ledger import Ledger, Saved
 from tunesmith.data.shelf import Places, Rows, Shelf
+from tunesmith.data.unusable import Unusable
 
 Usable = Callable[[Conversation], None]
 

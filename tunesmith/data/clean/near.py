@@ -8,20 +8,22 @@ one a piece of rows; runs are read again only for rows that share a band.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import minhash
-from tunesmith.data.clean.texts import text_of
+from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.groups import DIGEST, Groups, digest, same
 from tunesmith.data.shelf import CHUNK, in_chunks
 
+OPEN = 64  # files of runs
 Side = Literal["prompt", "answer", "both"]
 
 
@@ -70,21 +72,22 @@ class Sketch:
         import pyarrow.parquet as pq
 
         first, rows = item
-        texts = [text_of(row, self.side) for row in rows]
-        sets = minhash.shingles(texts, self.words)
-        keys = minhash.band_keys(sets, self.threshold).view(np.int64)
-        columns = {"row": np.arange(first, first + len(sets))}
+        texts, media = zip(*((text_of(row, self.side), media_of(row)) for row in rows), strict=True)
+        flat, ends = minhash.runs_of(texts, self.words)
+        starts = np.concatenate([[0], ends[:-1]])
+        for number in (number for number, held in enumerate(media) if held):  # rows with other images share no run
+            flat[starts[number] : ends[number]] ^= np.frombuffer(digest(media[number]), dtype=np.uint64)[0]
+        keys = minhash.band_keys(flat, ends, self.threshold).view(np.int64)
+        columns = {"row": np.arange(first, first + len(ends))}
         columns |= {f"band{number:03}": column for number, column in enumerate(keys.T)}
-        some = np.array([len(s) > 0 for s in sets], dtype=bool)  # a text without words is like no other
+        some = ends > starts  # a text without words is like no other
         table = pa.table({name: np.ascontiguousarray(column[some]) for name, column in columns.items()})
         pq.write_table(table, bands_of(self.folder, first), compression="none", use_dictionary=False)
-        np.concatenate([np.empty(0, dtype=np.uint64), *sets]).tofile(runs_of(self.folder, first))
-        told = b"".join(digest(s) if len(s) else bytes(16) for s in sets)
-        return Keys(
-            np.frombuffer(told, dtype=DIGEST),
-            np.array([len(text) for text in texts], dtype=np.int32),
-            np.cumsum([len(s) for s in sets]),
-        )
+        flat.tofile(runs_of(self.folder, first))
+        spans = zip(starts.tolist(), ends.tolist(), strict=True)
+        told = b"".join(digest(flat[begin:end]) if end > begin else bytes(16) for begin, end in spans)
+        lengths = np.array([len(text) for text in texts], dtype=np.int32)
+        return Keys(np.frombuffer(told, dtype=DIGEST), lengths, ends)
 
 
 def bands_of(folder: Path, first: int) -> Path:
@@ -105,22 +108,26 @@ def keys_of(rows: Sequence[Conversation], work: Exact | Sketch, engine: Running)
 
 
 class Runs:
-    """Rows' runs of words, read from files when they are asked for."""
+    """Rows' runs of words as sets, read from files when they are asked for."""
 
     def __init__(self, folder: Path, keys: Sequence[Keys]) -> None:
         self._folder, self._ends = folder, [np.concatenate([[0], k.ends]) for k in keys]
         self._firsts = np.cumsum([0, *(len(k.lengths) for k in keys)])
         self._kept: dict[int, np.ndarray] = {}
+        self._open = lru_cache(OPEN)(self._file)
+
+    def _file(self, piece: int) -> BinaryIO:
+        return runs_of(self._folder, int(self._firsts[piece])).open("rb", buffering=0)  # closed once it is forgotten
 
     def __getitem__(self, row: int) -> np.ndarray:
         if row not in self._kept:
             if len(self._kept) >= CHUNK:
                 self._kept.clear()
             piece = int(np.searchsorted(self._firsts, row, "right")) - 1
-            ends, first = self._ends[piece], int(self._firsts[piece])
-            start, end = int(ends[row - first]), int(ends[row - first + 1])
-            with runs_of(self._folder, first).open("rb", buffering=0) as file:
-                self._kept[row] = np.frombuffer(os.pread(file.fileno(), 8 * (end - start), 8 * start), dtype=np.uint64)
+            ends, at = self._ends[piece], row - int(self._firsts[piece])
+            start, end = int(ends[at]), int(ends[at + 1])
+            held = os.pread(self._open(piece).fileno(), 8 * (end - start), 8 * start)
+            self._kept[row] = minhash.distinct(np.frombuffer(held, dtype=np.uint64))
         return self._kept[row]
 
 
@@ -136,10 +143,23 @@ def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Ru
     for piece in keys:
         bands.append(bands_of(folder, at))
         at += len(piece.lengths)
-    for found in engine.groups(bands):
-        members = np.sort(found[first[found]]).tolist()
-        for place, i in enumerate(members):
-            for j in members[place + 1 :]:
-                if groups.leader(i) != groups.leader(j) and minhash.alike(runs[i], runs[j], threshold):
-                    groups.join(i, j)
+    for rows, sizes in engine.groups(bands):
+        for members in _apart(rows, sizes, first, groups.leaders()):
+            for place, i in enumerate(members):
+                for j in members[place + 1 :]:
+                    if groups.leader(i) != groups.leader(j) and minhash.alike(runs[i], runs[j], threshold):
+                        groups.join(i, j)
     return groups.leaders()
+
+
+def _apart(rows: np.ndarray, sizes: np.ndarray, first: np.ndarray, leaders: np.ndarray) -> Iterator[list[int]]:
+    """Of groups of rows those that are not one group already, each with only the first of rows that are the same."""
+    number = np.repeat(np.arange(len(sizes)), sizes)[first[rows]]
+    rows = rows[first[rows]]
+    starts = np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]])) if len(rows) else np.empty(0, np.int64)
+    if not len(starts):
+        return
+    led, ends = leaders[rows], np.concatenate([starts[1:], [len(rows)]])
+    several = np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts)
+    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
+        yield np.sort(rows[start:end]).tolist()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -147,21 +148,22 @@ class Cleaning:
         tally = Tally(name, self._shelf.folder)
         places, shard, seen = rows.places.copy(), self._shelf.number(), 0
         with self._shelf.writer(shard) as writer:
-            for number, given in enumerate(self.steps[name].apply(rows, around) if len(rows) else ()):
-                seen += 1
-                if seen % CHUNK == 0:
-                    advance(CHUNK)
-                if given is None:
-                    tally.keep(1)
-                    continue
-                row = rows[number]
-                same = given.row is not None and given.row == row  # the step may have read the row anew
-                verdict = checked(replace(given, row=row) if same else given, self._usable)
-                left = tally.add(number, row, verdict)
-                if verdict.why or left is not row:
-                    whys.append({"why": verdict.why})
-                if left is not row:
-                    places[number] = -1 if left is None else writer.add(left)
+            verdicts = iter(self.steps[name].apply(rows, around) if len(rows) else ())
+            while some := list(islice(verdicts, CHUNK)):
+                told = [number for number, given in enumerate(some, seen) if given is not None]
+                tally.keep(len(some) - len(told))
+                for number, row in zip(told, rows[np.array(told, dtype=np.int64)], strict=True):
+                    given = some[number - seen]
+                    assert given is not None
+                    same = given.row is not None and given.row == row  # the step may have read the row anew
+                    verdict = checked(replace(given, row=row) if same else given, self._usable)
+                    left = tally.add(number, row, verdict)
+                    if verdict.why or left is not row:
+                        whys.append({"why": verdict.why})
+                    if left is not row:
+                        places[number] = -1 if left is None else writer.add(left)
+                seen += len(some)
+                advance(len(some))
         assert seen == len(rows), f"{name} gave {seen} verdicts on {len(rows)} rows"
         done = tally.done(self._shelf.folder / f"judge-{shard}")
 

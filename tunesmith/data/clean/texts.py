@@ -15,7 +15,7 @@ def map_texts(row: Conversation, change: Callable[[str], str], roles: Collection
     """The row with `change` applied to what these roles say; the row itself where that changes nothing. A plain text
     counts as anybody's."""
     changed = row.map_texts(lambda m: change(m.content) if m.role in roles or m.role == "text" else m.content)
-    return row if changed == row else changed
+    return row if changed is row or changed == row else changed
 
 
 def map_all(row: Conversation, change: Callable[[str], str]) -> Conversation:
@@ -56,13 +56,18 @@ def texts(row: Conversation, roles: Collection[str] = ROLES) -> list[str]:
     return [m.content for m in (*row.messages, *rejected) if m.role in roles]
 
 
+def media_of(row: Conversation) -> str:
+    """What tells rows with other images or sounds apart; nothing for a row without."""
+    return "".join(one.told for one in row.media)
+
+
 def text_of(row: Conversation, side: str) -> str:
     """A side of the row as one text: `prompt`, `answer`, or `both`."""
     if isinstance(row, Text):
         return row.text
     answer = row.answer
     if isinstance(row, Preference):
-        answer = "\n".join(m.content for m in (*row.messages[row.shared :], *row.rejected))
+        answer = "\n".join(m.told for m in (*row.messages[row.shared :], *row.rejected))
     if side == "prompt":
         return row.question
     return answer if side == "answer" else f"{row.question}\n{answer}"

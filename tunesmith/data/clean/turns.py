@@ -28,7 +28,8 @@ class Turns(RowStep):
             last = messages[-1] if messages else None
             alike = last and (last.role, last.weight, last.more) == (message.role, message.weight, {})
             if self.join and last and alike and not message.more:
-                messages[-1] = replace(last, content=f"{last.content}\n\n{message.content}")
+                text = f"{last.content}\n\n{message.content}"
+                messages[-1] = replace(last, content=text, media=last.media + message.media)
             else:
                 messages.append(message)
         tidy = replace(row, messages=tuple(messages))

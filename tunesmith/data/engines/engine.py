@@ -37,8 +37,9 @@ class Running(Protocol):
             TunesmithError: what the work raised, for the first item for which it did.
         """
 
-    def groups(self, bands: Sequence[Path]) -> Iterator[np.ndarray]:
-        """Rows that share a key in some column: arrays of two and more, in any order; a row may be in many.
+    def groups(self, bands: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Rows that share a key in some column, many groups at a time: (the rows of one group after the other, how many
+        each group has). Groups are of two and more, in any order; a row may be in many.
 
         Args:
             bands: Parquet files of int64 columns: `row`, and keys by any other names.

@@ -63,7 +63,7 @@ class LocalRunning:
                 fix="Give fewer processes: engine: {kind: local, processes: 1}",
             ) from error
 
-    def groups(self, bands: Sequence[Path]) -> Iterator[np.ndarray]:
+    def groups(self, bands: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         import pyarrow.parquet as pq
 
         files = [pq.ParquetFile(path) for path in bands[:1]]
@@ -74,8 +74,8 @@ class LocalRunning:
 
         rows = column("row") if names else np.empty(0, dtype=np.int64)
         for name in names:
-            for places in equal(column(name)):
-                yield rows[places]
+            places, sizes = equal(column(name))
+            yield rows[places], sizes
 
     def stop(self) -> None:
         if self._started:

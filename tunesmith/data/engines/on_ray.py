@@ -88,7 +88,7 @@ class RayRunning:
         in_order = sorted(told, key=lambda row: int(row["number"]))
         yield from results(pickle.loads(row["result"]) for row in in_order)
 
-    def groups(self, bands: Sequence[Path]) -> Iterator[np.ndarray]:
+    def groups(self, bands: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         import ray
         import ray.data
 
@@ -108,11 +108,14 @@ class RayRunning:
             }
 
         def shared(table: dict[str, np.ndarray]) -> dict[str, Any]:
-            found = []
+            found, counts = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
             for number in np.unique(table["column"]).tolist():
                 within = np.flatnonzero(table["column"] == number)
-                found += [table["row"][within[places]].tobytes() for places in equal(table["key"][within])]
-            return {"rows": np.array(found, dtype=object)}
+                places, sizes = equal(table["key"][within])
+                found.append(table["row"][within[places]])
+                counts.append(sizes)
+            told = {"rows": found, "sizes": counts}
+            return {name: np.array([np.concatenate(t).tobytes()], dtype=object) for name, t in told.items()}
 
         told = (
             ray.data.read_parquet([str(path) for path in bands])
@@ -121,4 +124,4 @@ class RayRunning:
             .map_groups(shared, batch_format="numpy")
         )
         for row in told.iter_rows():
-            yield np.frombuffer(row["rows"], dtype=np.int64)
+            yield np.frombuffer(row["rows"], dtype=np.int64), np.frombuffer(row["sizes"], dtype=np.int64)

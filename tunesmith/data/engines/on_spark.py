@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -17,6 +18,7 @@ from tunesmith.errors import MachineError, first_line
 
 T = TypeVar("T")
 R = TypeVar("R")
+AT_ONCE = 65_536  # groups that are handed on together
 
 
 class Spark(Engine):
@@ -79,7 +81,7 @@ class SparkRunning:
         told = self._session.sparkContext.parallelize(list(items), len(items)).map(lambda item: call(path, item))
         yield from results(told.collect())
 
-    def groups(self, bands: Sequence[Path]) -> Iterator[np.ndarray]:
+    def groups(self, bands: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         from pyspark.sql import functions as f
 
         if not bands:
@@ -89,5 +91,7 @@ class SparkRunning:
         keys = [f.struct(f.lit(number).alias("column"), f.col(name).alias("key")) for number, name in enumerate(names)]
         long = table.select("row", f.explode(f.array(*keys)).alias("at")).select("row", "at.column", "at.key")
         shared = long.groupBy("column", "key").agg(f.collect_list("row").alias("rows")).where(f.size("rows") > 1)
-        for found in shared.select("rows").toLocalIterator():
-            yield np.array(found[0], dtype=np.int64)
+        told = shared.select("rows").toLocalIterator()
+        while some := [found[0] for found in islice(told, AT_ONCE)]:
+            sizes = np.array([len(rows) for rows in some], dtype=np.int64)
+            yield np.fromiter(chain.from_iterable(some), dtype=np.int64, count=int(sizes.sum())), sizes
