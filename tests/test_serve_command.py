@@ -129,7 +129,7 @@ def test_what_the_gate_holds_is_refused_unless_forced(
     assert "held by the gate" in (tmp_path / "runs/routes.yaml").read_text()
     from tunesmith.api import launch
 
-    monkeypatch.setattr(launch, "serve", lambda *_: None)
+    monkeypatch.setattr(launch, "serve", lambda *_, **__: None)
     assert tunesmith("serve", "tiny", "--force", "--set", ENGINE).code == 0
     assert "served_though_held" in (tmp_path / "runs/tiny/events.jsonl").read_text()
 

@@ -179,8 +179,9 @@ def forget_peak(device: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def reuse_buffers() -> None:
-    """Have glibc keep freed memory for the next big buffer instead of giving it back and faulting it in again.
+def reuse_buffers(below: int = 2**30) -> None:
+    """Have glibc keep freed memory for the next buffer of less than `below` bytes, instead of giving it back and
+    faulting it in again. Larger ones are given back at once, and leave no holes that others fill by and by.
 
     What MALLOC_MMAP_THRESHOLD_ and its like do from outside, done from inside; nothing on other systems.
     """
@@ -189,6 +190,6 @@ def reuse_buffers() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        mallopt(mmap_threshold, 2**30)
+        mallopt(mmap_threshold, below)
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**26)

@@ -29,13 +29,15 @@ def load(
 ) -> tuple[Any, list[str]]:
     """The base model (or the whole model that training starts from) as it is before training, and what its head tells
     apart if that is not the language."""
-    reuse_buffers()
     source = inputs.model
     if inputs.start and section.adapter.whole_model:
         source = replace(source, path=whole_model(inputs.start), new_words=())
     classes = section.method.classes(examples)
     torch.manual_seed(inputs.seed)  # behind a new head's weights
     dtype, lost_rank = getattr(torch, precision), section.adapter.lost_rank
+    # A quantised weight is made whole for each product: such buffers would leave the heap in pieces, as large as the
+    # weights as they were.
+    reuse_buffers(**({"below": 2**20} if section.quantise else {}))
     base = load_model(source, dtype, inputs.machine.device, classes, section.quantise, lost_rank)
     if classes:
         base.config.pad_token_id = _padding(inputs.renderer, examples)
