@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from tests.listening import Listening, Quiet
 
 
 @dataclass
@@ -24,9 +24,9 @@ class FakeEndpoint:
         fake = self
         tries: dict[str, int] = {}
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.read())
                 key = json.dumps(body["messages"])
                 tries[key] = tries.get(key, 0) + 1
                 fake.asked.append(body | {"path": self.path})
@@ -38,22 +38,14 @@ class FakeEndpoint:
                     "usage": {"prompt_tokens": 5, "completion_tokens": len(text.split())},
                 }
                 data = json.dumps(answer if status is None else {"error": {"message": refused or "no"}}).encode()
-                self.send_response(status or 200)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
+                self.send(data, status or 200)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = Listening(Handler)
         return self
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_address[1]}/v1"
+        return f"{self._server.url}/v1"
 
     def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from tests.listening import Listening, Quiet
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -29,25 +29,20 @@ class FakeHub:
     def __enter__(self) -> FakeHub:
         hub = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 hub.answer(self)
 
             do_HEAD = do_GET
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.server = Listening(Handler)
+        self.url = self.server.url
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.server.shutdown()
-        self.server.server_close()
+        self.server.close()
 
-    def answer(self, request: BaseHTTPRequestHandler) -> None:
+    def answer(self, request: Quiet) -> None:
         path = unquote(urlsplit(request.path).path)
         self.asked.append(f"{request.command} {path}")
         parts = re.sub("^/(api/)?(models|datasets)(?=/)", "", path).strip("/").split("/")
@@ -98,12 +93,5 @@ def _etag(path: Path) -> str:
     return hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-def _send(request: BaseHTTPRequestHandler, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-    request.send_response(status)
-    for key, value in (
-        {"Content-Type": "application/json", "Content-Length": str(len(body))} | (headers or {})
-    ).items():
-        request.send_header(key, value)
-    request.end_headers()
-    if request.command != "HEAD":
-        request.wfile.write(body)
+def _send(request: Quiet, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+    request.send(body, status, **({"Content-Type": "application/json"} | (headers or {})))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import colour_rows, write_jsonl, write_recipe
+from tests.listening import Listening, Quiet
 from tunesmith.data.augment.base import Seen
 from tunesmith.errors import DataError, ModelError
 from tunesmith.inference import endpoint
@@ -26,9 +26,9 @@ class Writer:
         self.answer: Any = lambda text: f"Tell me, {text.lower()}"
         writer = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = json.loads(self.read())
                 assert self.path == "/v1/chat/completions"
                 if writer.fails > 0:
                     writer.fails -= 1
@@ -38,18 +38,10 @@ class Writer:
                 text = writer.answer(body["messages"][-1]["content"])
                 reply = {"choices": [{"message": {"role": "assistant", "content": text}}],
                          "usage": {"prompt_tokens": 10, "completion_tokens": 3}}  # fmt: skip
-                raw = json.dumps(reply).encode()
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(raw)))
-                self.end_headers()
-                self.wfile.write(raw)
+                self.send(json.dumps(reply).encode())
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.server = Listening(Handler)
+        self.url = f"{self.server.url}/v1"
 
 
 @pytest.fixture
@@ -58,8 +50,7 @@ def writer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Writer]:
     monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))
     made = Writer()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.server.close()
 
 
 def made_rows(prepared: Any) -> list[Any]:

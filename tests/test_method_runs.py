@@ -41,15 +41,20 @@ def files(run: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for name in ("adapter", "model") for p in (run / "train" / name).glob("*.safeten*")}
 
 
+def to_train(recipe: dict[str, Any], name: str, folder: Path, model: Path, **settings: Any) -> None:
+    """Make the recipe one of a method, with rows for it."""
+    method, rows = METHODS[name]
+    if name == "distill":
+        method = method | {"teacher": str(model)}
+    write_jsonl(folder / "rows.jsonl", rows)
+    recipe["train"] |= {"method": method} | settings
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_each_method_trains_goes_on_exactly_and_is_proved(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, name: str
 ) -> None:
-    method, rows = METHODS[name]
-    if name == "distill":
-        method = method | {"teacher": str(tiny_model)}
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    recipe["train"] |= {"method": method, "max_steps": 4, "learning_rate": 0.003, "checkpoint_every": 2}
+    to_train(recipe, name, tmp_path, tiny_model, max_steps=4, learning_rate=0.003, checkpoint_every=2)
     if name in ("reward", "classify"):
         recipe["train"]["adapter"] = {"kind": "lora", "rank": 4} if name == "classify" else "full"
     recipe["package"] = {"precision": "float32"}
@@ -121,11 +126,7 @@ def test_each_method_trains_an_adapter_on_rounded_weights(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, name: str
 ) -> None:
     """Also a head, which is float32 where what it reads is not."""
-    method, rows = METHODS[name]
-    if name == "distill":
-        method = method | {"teacher": str(tiny_model)}
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    recipe["train"] |= {"method": method, "precision": "bfloat16", "max_steps": 2}
+    to_train(recipe, name, tmp_path, tiny_model, precision="bfloat16", max_steps=2)
     said = tunesmith("run" if name in ("reward", "classify") else "train", write_recipe(tmp_path, recipe))
     assert said.code == 0 and "speed: bfloat16, rows packed" in said.err, said.err
     assert ("chat tiny" in said.out + said.err) == (name == "classify")  # a reward model does not talk

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import httpx2
 import pytest
 
 from tests import service
+from tests.listening import Listening, Quiet
 from tests.service import Running, openai, refused
 
 api, client, file = service.api, service.client, service.file
@@ -126,28 +125,22 @@ def test_a_webhook_that_never_answers_delays_no_other(database: str, monkeypatch
     from tunesmith.jobs import webhooks
     from tunesmith.store.tables import Delivery, Webhook
 
-    class Receiver(BaseHTTPRequestHandler):
+    class Receiver(Quiet):
         def do_POST(self) -> None:
             if "drip" in self.path:  # a byte now and then, for ever
                 with contextlib.suppress(OSError):
                     while True:
                         self.wfile.write(b"H")
                         time.sleep(0.1)
-            self.send_response(200)
-            self.end_headers()
+            self.send()
 
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server = Listening(Receiver)
     monkeypatch.setattr(webhooks, "LONGEST", 0.5)
     opened = store.open(database)
     project = opened.keys.create_project("p").id
     with opened.write() as session:
         for name in ("drip", "good"):
-            at = f"http://127.0.0.1:{server.server_port}/{name}"
+            at = f"{server.url}/{name}"
             session.add(
                 Webhook(id=name, project=project, url=at, events=[], secret=webhooks.new_secret(), created_at=1)
             )
@@ -161,7 +154,7 @@ def test_a_webhook_that_never_answers_delays_no_other(database: str, monkeypatch
         rows = {row.id: row for row in session.query(Delivery)}
     assert rows["good-0"].delivered_at and rows["good-1"].delivered_at
     assert rows["drip-0"].last_error and rows["drip-0"].next_at > time.time() and rows["drip-4"].attempts == 0
-    server.shutdown()
+    server.close()
     opened.close()
 
 

@@ -8,10 +8,8 @@ import hashlib
 import io
 import json
 import re
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pytest
 import sqlalchemy as sa
 
 from tests.conftest import write_jsonl
+from tests.listening import Listening, Quiet
 from tests.service import Running, chat, events, finished, openai, pairs, refused, running, settings, team, wait
 from tunesmith.errors import ModelError
 from tunesmith.jobs import child
@@ -48,19 +47,13 @@ class Hook:
         self.got: list[tuple[dict[str, str], bytes]] = []
         hook = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                hook.got.append(({k.lower(): v for k, v in self.headers.items()}, body))
-                self.send_response(500 if len(hook.got) == 1 else 200)
-                self.end_headers()
+                hook.got.append(({k.lower(): v for k, v in self.headers.items()}, self.read()))
+                self.send(status=500 if len(hook.got) == 1 else 200)
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}/hook"
+        self.server = Listening(Handler)
+        self.url = f"{self.server.url}/hook"
 
 
 @dataclass

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ import pytest
 
 from tests.conftest import colour_rows
 from tests.fake_hub import COMMIT, FakeHub, hub_of
+from tests.listening import Listening, Quiet
 from tests.sources import rows_of
 from tunesmith.data import remote
 from tunesmith.data.section import DataSection
@@ -121,7 +120,7 @@ class Web:
         self.breaks, self.asked = 0, 0
         web = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class Handler(Quiet):
             def do_GET(self) -> None:
                 content = web.files.get(self.path)
                 if content is None:
@@ -141,20 +140,15 @@ class Web:
 
             do_HEAD = do_GET
 
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        self.server = Listening(Handler)
+        self.url = self.server.url
 
 
 @pytest.fixture
 def web(quick: None) -> Iterator[Web]:
     made = Web()
     yield made
-    made.server.shutdown()
-    made.server.server_close()
+    made.server.close()
 
 
 def test_a_url_is_tried_again_and_kept(web: Web, tmp_path: Path) -> None:
