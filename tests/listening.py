@@ -36,5 +36,6 @@ class Listening:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def close(self) -> None:
+        """Also a second time."""
         self._server.shutdown()
         self._server.server_close()

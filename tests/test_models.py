@@ -181,8 +181,7 @@ def test_a_hub_model_is_fetched_once_and_serves_without_a_network(
         with pytest.raises(ModelError, match="not on this disk") as caught:
             found("team/coded")
         assert "HF_HUB_OFFLINE" in str(caught.value)
-    hub.server.shutdown()
-    hub.server.server_close()
+    hub.server.close()
     assert found("team/good") == model
     with pytest.raises(ModelError, match="the hub can't be reached"):
         found("team/pickled")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from tunesmith.data.marks import know_columns
 from tunesmith.data.reading import read_parts, usable
 from tunesmith.data.section import DataSection
 from tunesmith.data.shape import shape
-from tunesmith.data.shelf import Shelf, joined
+from tunesmith.data.shelf import Rows, Shelf, joined
 from tunesmith.data.sources import Files, origins, source_files
 from tunesmith.data.split import split
 from tunesmith.data.tokens import tokens
@@ -111,30 +111,15 @@ def _prepared(
         planted = canaries(section.canaries, section.canary_repeats, section.system, inputs.seed)
         ledger.made += len(planted)
         parts["train"] += shelf.put(planted)
-    accepted = sum(len(rows) for rows in parts.values())
-    ledger.balance(accepted)
-    for part in PARTS:
-        with (target / f"{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line.decode("utf-8", "surrogatepass") for line in parts[part].lines())
-    for name in LISTS:
-        with (target / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(json_line(_hidden(entry, cleaning)) for entry in getattr(ledger, name))
+    ledger.balance(sum(map(len, parts.values())))
+    _write(target, parts, ledger, cleaning)
     accounts = [account.as_dict() for account in cleaning.accounts.values()]
     write_json(target / "steps.json", accounts)
     labels = Counter(row.answer for row in every) if kind == "label" else {}
     sizes = {part: lengths.of(parts[part], inputs.renderer) for part in PARTS}
     told: dict[str, Any] = {
         "version": hash_json([hash_file(target / f"{part}.jsonl") for part in PARTS])[:16],
-        "counts": {
-            "read": ledger.read,
-            "accepted": accepted,
-            "rejected": len(ledger.rejected),
-            "removed": dict(ledger.steps),
-            **({"made": ledger.made} if ledger.made else {}),
-            **({"cut": len(ledger.cut)} if len(ledger.cut) else {}),
-            **({"flagged": len(ledger.flagged)} if len(ledger.flagged) else {}),
-            **{part: len(parts[part]) for part in PARTS},
-        },
+        "counts": _counts(parts, ledger),
         "system": _shared_system(parts["train"]),
         "rows": rows_are,
         **({"media": dict(media)} if media else {}),
@@ -148,6 +133,29 @@ def _prepared(
     }
     (target / "README.md").write_text(card(told, accounts), "utf-8")
     return told
+
+
+def _write(target: Path, parts: Mapping[str, Rows], ledger: Ledger, cleaning: Cleaning) -> None:
+    """The rows of each part, and those that were not taken as they were."""
+    for part in PARTS:
+        with (target / f"{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(line.decode("utf-8", "surrogatepass") for line in parts[part].lines())
+    for name in LISTS:
+        with (target / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(json_line(_hidden(entry, cleaning)) for entry in getattr(ledger, name))
+
+
+def _counts(parts: Mapping[str, Rows], ledger: Ledger) -> dict[str, Any]:
+    return {
+        "read": ledger.read,
+        "accepted": sum(map(len, parts.values())),
+        "rejected": len(ledger.rejected),
+        "removed": dict(ledger.steps),
+        **({"made": ledger.made} if ledger.made else {}),
+        **({"cut": len(ledger.cut)} if len(ledger.cut) else {}),
+        **({"flagged": len(ledger.flagged)} if len(ledger.flagged) else {}),
+        **{part: len(parts[part]) for part in PARTS},
+    }
 
 
 def _hidden(value: Any, cleaning: Cleaning) -> Any:

@@ -80,22 +80,23 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     limit = section.max_new_tokens or _limit(rows, inputs.subjects["baseline"])
     asked = probes.asked(section, inputs, rows, limit)
 
-    sides: dict[str, Side] = {}
-    found: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
-    for side in SIDES:
-        subject = inputs.subjects[side]
-        scored = subject.scores
-        metrics = [m for m in metrics if scored or not m.likelihood]
-        sides[side] = _asked(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
-        for probe in asked:
-            found[probe.name][side] = probe.ask(subject, side, found[probe.name].get("baseline"))
-        subject.close()
+    if not all(subject.scores for subject in inputs.subjects.values()):
+        metrics = [m for m in metrics if not m.likelihood]
     if goal not in [m.name for m in metrics]:
         raise RecipeError(
             f"the goal {goal} needs likelihoods, which an endpoint does not give",
             where="goal.metric",
             fix="Choose another: accuracy, exact_match, rouge_l, ...",
         )
+
+    sides: dict[str, Side] = {}
+    found: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
+    for side in SIDES:
+        subject = inputs.subjects[side]
+        sides[side] = _asked(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
+        for probe in asked:
+            found[probe.name][side] = probe.ask(subject, side, found[probe.name].get("baseline"))
+        subject.close()
 
     stats = {m.name: {side: m.measure(sides[side].answers) for side in SIDES} for m in metrics}
     scores = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,31 +133,36 @@ def load_model(
             where=str(model.path),
             fix="Check that the folder is whole and that this version of transformers knows its model_type.",
         ) from error
+    _refuse_unsound(loaded, report["missing_keys"], classes, model.path)
+    grow(loaded, model)
+    if quantise:
+        gc.collect()
+        give_back()  # of the weights as they were before
+    return loaded.to(device).eval()
+
+
+def _refuse_unsound(loaded: PreTrainedModel, lacking: Iterable[str], classes: Sequence[str], path: Path) -> None:
+    """Raise where what was loaded is no model to work with: without a head, or with weights missing or not finite."""
     if classes and not hasattr(loaded, "score"):
         raise ModelError(
             f"architecture {loaded.config.model_type} can't be given a head of classes",
-            where=str(model.path),
+            where=str(path),
             fix="Take a decoder whose head transformers calls `score` (Llama, Mistral, Qwen, Gemma, GPT-2 and others).",
         )
-    missing = [key for key in report["missing_keys"] if not (classes and key.startswith("score."))]
+    missing = [key for key in lacking if not (classes and key.startswith("score."))]
     if missing:  # transformers would go on with random numbers in their place
         raise ModelError(
             f"lacks {len(missing)} of its weights, such as {min(missing)}",
-            where=str(model.path),
+            where=str(path),
             fix="Fetch the model again; a base without a language model's head can't be used.",
         )
     broken = next((name for name, part in _not_finite(loaded)), None)
     if broken:
         raise ModelError(
             f"has weights that are not finite, such as {broken}",
-            where=str(model.path),
+            where=str(path),
             fix="Fetch the model again, or take one that was saved before it broke.",
         )
-    grow(loaded, model)
-    if quantise:
-        gc.collect()
-        give_back()  # of the weights as they were before
-    return loaded.to(device).eval()
 
 
 def classes_of(tuned: Path) -> list[str]:
