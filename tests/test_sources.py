@@ -16,6 +16,7 @@ from tunesmith.data.opening import Broken
 from tunesmith.data.section import DataSection, SourceSection
 from tunesmith.data.sources import read_rows, source_files
 from tunesmith.errors import DataError, TunesmithError
+from tunesmith.runs import read_jsonl
 
 # ------------------------------------------------------------------ formats
 
@@ -244,3 +245,23 @@ def test_sources_that_cannot_be_meant(recipe: Any, keys: Any, told: str, tunesmi
     recipe["data"]["sources"] = [keys]
     said = tunesmith("check", write_recipe(tmp_path, recipe), "--json")
     assert said.code == 2 and told in said.json["error"]["what"]
+
+
+def test_rows_of_files_of_one_name_are_told_apart(tmp_path: Path, recipe: dict[str, Any]) -> None:
+    """Where they are kept, refused, removed and listed."""
+    import tunesmith as ts
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "rows.jsonl", [*colour_rows(12), {"prompt": "", "completion": ""}])
+    write_jsonl(tmp_path / "more.jsonl", [{"prompt": f"More {i}?", "completion": "red"} for i in range(8)])
+    sources = [{"path": str(tmp_path / "*/rows.jsonl")}, {"path": str(tmp_path / "more.jsonl")}]
+    recipe["data"] |= {"sources": sources, "max_rejected": 0.5, "clean": {"duplicates": "exact"}}
+    run = ts.run(write_recipe(tmp_path, recipe), (), tmp_path / "runs", ("data",)).run
+    found = {name: read_jsonl(run.stage("data") / f"{name}.jsonl") for name in ("rejected", "removed", "train")}
+    assert sorted(row["row"] for row in found["rejected"]) == ["a/rows.jsonl:13", "b/rows.jsonl:13"]
+    assert {row["row"].partition(":")[0] for row in found["removed"]} == {"b/rows.jsonl"}
+    assert all("says the same as a/rows.jsonl:" in row["why"] for row in found["removed"])
+    assert {row["id"].partition(":")[0] for row in found["train"]} == {"a/rows.jsonl", "more.jsonl"}
+    told = run.manifest("data")
+    assert told and [s["files"] for s in told["sources"]] == [["a/rows.jsonl", "b/rows.jsonl"], ["more.jsonl"]]

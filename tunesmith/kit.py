@@ -110,7 +110,10 @@ class Kit:
     @cached_property
     def own_files(self) -> dict[str, str]:
         """Hashes of the files that `evaluate` names: a change in one changes what it finds."""
-        return {path.name: runs.hash_file(path) for path in self.named_files if path.is_file()}
+        from tunesmith.data.sources import told_apart
+
+        called = told_apart(path for path in self.named_files if path.is_file())
+        return {name: runs.hash_file(path) for path, name in called.items()}
 
     @cached_property
     def start(self) -> Path | None:

@@ -19,7 +19,7 @@ from tunesmith.data.media import Looked, beside, counted, placed
 from tunesmith.data.opening import Broken, Row, Span, spans
 from tunesmith.data.section import DataSection, SourceSection, placeholders
 from tunesmith.data.shelf import Places, Rows, Shelf, joined
-from tunesmith.data.sources import Files, lines_in, read_rows
+from tunesmith.data.sources import Files, lines_in, read_rows, told_apart
 from tunesmith.data.unusable import Unusable
 from tunesmith.errors import DataError, nearest
 from tunesmith.progress import bar
@@ -33,12 +33,14 @@ class Piece:
     """What one process reads: a file, or a span of one whose lines are rows.
 
     Attributes:
+        name: what tells the file from the others.
         shard: the number of the shard that the rows go to.
     """
 
     part: str
     source: SourceSection
     path: Path
+    name: str
     layout: type[Layout]
     span: Span | None
     shard: int
@@ -67,6 +69,7 @@ def read_parts(section: DataSection, files: Files, engine: Running, shelf: Shelf
     """
     pieces: list[Piece] = []
     total = 0
+    called = told_apart(path for pairs in files.values() for _, path in pairs)
     for part, paths in files.items():
         for source, path in paths:
             layout = detect(source, path)
@@ -75,7 +78,7 @@ def read_parts(section: DataSection, files: Files, engine: Running, shelf: Shelf
                 cut, lines = found, sum(span.lines for span in found)
             else:
                 cut, lines = [None], lines_in(path)
-            pieces += [Piece(part, source, path, layout, span, shelf.number()) for span in cut]
+            pieces += [Piece(part, source, path, called[path], layout, span, shelf.number()) for span in cut]
             total += lines
     found_rows: dict[str, list[Rows]] = {part: [] for part in files}
     read_of: dict[tuple[str, int, Path], int] = {}
@@ -100,7 +103,7 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
     look = Looked(Path(source.media_folder) if source.media_folder else piece.path.parent)
     for number, row in read_rows(source, piece.path, piece.span):
         ledger.read += 1
-        where = f"{piece.path.name}:{number}"
+        where = f"{piece.name}:{number}"
         if isinstance(row, Broken):
             ledger.reject(where, row.reason, row.why, row.text)
             continue

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,29 @@ def source_files(section: DataSection, folder: Path) -> Files:
     return found
 
 
+def told_apart(paths: Iterable[Path]) -> dict[Path, str]:
+    """Each file's name, with as many of its folders as tell it from the others: `rows.jsonl`, or `a/rows.jsonl` and
+    `b/rows.jsonl`."""
+    found: dict[Path, str] = {}
+    alike, parts = set(paths), 1
+    while alike:
+        ends = Counter(path.parts[-parts:] for path in alike)
+        found |= {path: "/".join(path.parts[-parts:]) for path in alike if ends[path.parts[-parts:]] == 1}
+        alike -= found.keys()
+        parts += 1
+    return found
+
+
 def origins(files: Files) -> list[dict[str, Any]]:
     """What a manifest tells of the sources: which they were, the revision or query, and their files' names."""
     told: dict[int, dict[str, Any]] = {}
+    called = told_apart(path for pairs in files.values() for _, path in pairs)
     for source, path in (pair for pairs in files.values() for pair in pairs):
         fields = (
             ("path", "hub", "subset", "split", "revision", "query", "tag") if source.hub else ("path", "query", "tag")
         )
         known = {name: value for name in fields if (value := getattr(source, name)) is not None}
-        told.setdefault(id(source), known | {"files": []})["files"].append(path.name)
+        told.setdefault(id(source), known | {"files": []})["files"].append(called[path])
     return list(told.values())
 
 
