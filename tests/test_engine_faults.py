@@ -24,7 +24,7 @@ from tunesmith.errors import ModelError
 from tunesmith.inference import child
 from tunesmith.inference.engines import EngineSection, LlamaCpp, Transformers
 from tunesmith.inference.served import EngineDown, EngineError, Request, UnknownAdapter
-from tunesmith.models.gguf_file import scale_of
+from tunesmith.models.arrays import scale_of
 from tunesmith.serve.local import _key
 from tunesmith.serve.models import Served
 

@@ -12,6 +12,7 @@ from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import ModelError, RecipeError, RunError
 from tunesmith.journey import Journey
+from tunesmith.models.arrays import adapter_config, is_plain_lora
 from tunesmith.models.section import ModelSection
 from tunesmith.runs import Run
 from tunesmith.serve.models import Models, Served
@@ -65,8 +66,6 @@ class Opening:
 
     def adapter(self, name: str, folder: Path) -> str:
         """Put an adapter's folder among the models, on the base that it names or the first that is there."""
-        from tunesmith.models.arrays import adapter_config
-
         self._free(name)
         told = adapter_config(folder)
         first = next((b for b in self._bases.values() if self.models.holds(b)), None)
@@ -93,7 +92,7 @@ class Opening:
             run.event("served_though_held", gate=(run.scores or {})["gate"])
         system = (run.manifest("data") or {}).get("system", recipe.data.system)
         identity = runs.hash_json(run.manifest("train"))
-        if _loads(run.tuned) and not journey.model.new_words:
+        if is_plain_lora(run.tuned) and not journey.model.new_words:
             self._free(name)
             base = self._base(journey.model, _short(journey.model.name))
             self.models.later(name, base.name, run.tuned, system=system, renderer=journey.renderer, identity=identity)
@@ -174,14 +173,3 @@ def _short(name: str) -> str:
     """What a model is called: a hub id as it is, a file or folder by its last part."""
     path = Path(name).expanduser()
     return path.stem if path.suffix == ".gguf" else path.resolve().name if path.exists() else name
-
-
-def _loads(tuned: Path) -> bool:
-    """Whether engines load what was trained as an adapter: plain LoRA, and nothing besides."""
-    from tunesmith.models.arrays import ADAPTER, adapter_config
-
-    if not (tuned / ADAPTER).is_file():
-        return False
-    told = adapter_config(tuned)
-    plain = told.get("peft_type") == "LORA" and told.get("task_type") in (None, "CAUSAL_LM")
-    return plain and not any(told.get(k) for k in ("use_dora", "modules_to_save", "trainable_token_indices"))

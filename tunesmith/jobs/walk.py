@@ -25,7 +25,7 @@ from tunesmith.jobs.queue import Queue
 from tunesmith.jobs.recipe import KEPT, recipe_of, stages, whole
 from tunesmith.jobs.results import result_csv
 from tunesmith.jobs.service import Service
-from tunesmith.models.gguf_file import is_plain_lora
+from tunesmith.models.arrays import is_plain_lora
 from tunesmith.runs import Run
 from tunesmith.store import ids
 from tunesmith.store.tables import File, Job

@@ -1,8 +1,9 @@
-"""Safetensors folders as numpy arrays, without torch: what writes other formats needs no more."""
+"""What lies in adapters' and models' folders, without torch: safetensors as numpy arrays, an adapter's settings."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,40 @@ def adapter_config(folder: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise _damaged(folder / ADAPTER, "it is no mapping")
     return found
+
+
+def is_plain_lora(folder: Path) -> bool:
+    """Whether a folder holds an adapter of LoRA's two matrices and nothing else: what engines load beside others.
+
+    Raises:
+        ModelError: it is damaged.
+    """
+    about = adapter_config(folder) if (folder / ADAPTER).is_file() else {}
+    if about.get("peft_type") != "LORA" or about.get("use_dora"):
+        return False
+    names = (name for path in folder.glob("*.safetensors") for name in _header(path)[0] if name != "__metadata__")
+    return all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in names)
+
+
+def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
+    """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023).
+
+    Raises:
+        ModelError: the adapter's alpha is no number.
+    """
+    try:
+        alpha = float(about["lora_alpha"])
+        for pattern, own in (about.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT does it: the first one that fits
+                alpha = float(own)
+                break
+    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+        raise ModelError(
+            f"its adapter_config.json has no usable lora_alpha or alpha_pattern ({error})",
+            where=module,
+            fix="Copy or fetch it again.",
+        ) from error
+    return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
 def arrays(folder: Path) -> Iterator[tuple[str, np.ndarray[Any, Any]]]:

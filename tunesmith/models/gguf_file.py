@@ -4,7 +4,6 @@ package; torch is not needed."""
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tunesmith.errors import ModelError
-from tunesmith.models.arrays import ADAPTER, adapter_config, arrays
+from tunesmith.models.arrays import adapter_config, arrays, scale_of
 from tunesmith.models.gguf_rope import add_rope
 from tunesmith.models.gguf_vocab import add_vocabulary, check_vocabulary
 from tunesmith.models.resolve import cache_folder, folder_hash
@@ -164,35 +163,6 @@ def write_adapter(folder: Path, base: Path, target: Path) -> None:
             value = shape.turned(module + ".weight", value) * scale_of(about, module, value.shape[1])
         writer.add_tensor(f"{found}.{part.lower()}", np.ascontiguousarray(value))
     _close(writer)
-
-
-def is_plain_lora(folder: Path) -> bool:
-    """Whether an adapter's folder holds LoRA's two matrices and nothing else."""
-    about = adapter_config(folder) if (folder / ADAPTER).is_file() else {}
-    if about.get("peft_type") != "LORA" or about.get("use_dora"):
-        return False
-    return all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key, _ in arrays(folder))
-
-
-def scale_of(about: dict[str, Any], module: str, rank: int) -> float:
-    """What B·A is multiplied by: alpha / rank, or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023).
-
-    Raises:
-        ModelError: the adapter's alpha is no number.
-    """
-    try:
-        alpha = float(about["lora_alpha"])
-        for pattern, own in (about.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):  # as PEFT does it: the first one that fits
-                alpha = float(own)
-                break
-    except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
-        raise ModelError(
-            f"its adapter_config.json has no usable lora_alpha or alpha_pattern ({error})",
-            where=module,
-            fix="Copy or fetch it again.",
-        ) from error
-    return alpha / (rank**0.5 if about.get("use_rslora") else rank)
 
 
 def check(folder: Path) -> None:

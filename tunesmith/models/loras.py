@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tunesmith.errors import ModelError
-from tunesmith.models.arrays import adapter_config, arrays
-from tunesmith.models.gguf_file import is_plain_lora, scale_of
+from tunesmith.models.arrays import adapter_config, arrays, is_plain_lora, scale_of
 
 
 class _Stacked(nn.Module):

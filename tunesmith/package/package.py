@@ -19,6 +19,7 @@ from tunesmith.conversation.message import Conversation
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
 from tunesmith.models import bottleneck, gguf_file
+from tunesmith.models.arrays import is_plain_lora
 from tunesmith.models.load import classes_of, is_adapter, load_model, load_tuned, mergeable
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.package.section import PackageSection
@@ -91,7 +92,7 @@ def _gguf(section: PackageSection, inputs: PackageInputs, target: Path) -> list[
             written.append(f"model-{precision}.gguf")
             gguf_file.write_model(target / "model", folder / written[-1], precision, inputs.model.name)
             progress.advance()
-    if is_adapter(source) and gguf_file.is_plain_lora(source):
+    if is_adapter(source) and is_plain_lora(source):
         written.append("adapter.gguf")
         gguf_file.write_adapter(source, inputs.model.path, folder / written[-1])
     return written
