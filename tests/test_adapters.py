@@ -99,6 +99,35 @@ def test_loras_b_learns_at_its_own_rate(tunesmith: Any, recipe: dict[str, Any], 
     assert all(step == pytest.approx(4 * recipe["train"]["learning_rate"], rel=0.01) for step in moved)
 
 
+@pytest.mark.parametrize(
+    "name", ["lora", "dora", "loha", "vera", "oft", "ia3", "bottleneck, houlsby", "prompt", "last layer", "norms"]
+)
+def test_what_is_frozen_gets_no_gradient(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Looked at between the backward pass and the step: a gradient is where a weight is trained, and nowhere else."""
+    from tunesmith.train import train as loop
+
+    base = set(load_file(Path(recipe["model"]) / "model.safetensors"))
+    seen: list[tuple[int, int]] = []
+    update = loop.update
+
+    def looked_at(split: Any, rate: float) -> Any:
+        frozen = {n: p for n, p in split.step.model.named_parameters() if not p.requires_grad}
+        assert not [n for n, p in frozen.items() if p.grad is not None]
+        trained = {n: p for n, p in split.step.model.named_parameters() if p.requires_grad}
+        assert trained and all(p.grad is not None for p in trained.values())
+        seen.append((len(frozen), len(trained)))
+        return update(split, rate)
+
+    monkeypatch.setattr(loop, "update", looked_at)
+    recipe["train"] |= {"adapter": KINDS[name], "max_steps": 1}
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    frozen, trained = seen[-1]
+    whole_model = KINDS[name]["kind"] == "partial"
+    assert frozen + trained == len(base) if whole_model else frozen >= len(base)
+
+
 def test_plan_counts_what_training_trains(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     for name in ("lora", "dora", "loha", "adalora", "prompt", "prefix", "bottleneck, houlsby", "full", "last layer"):
         recipe["train"]["adapter"] = KINDS[name]

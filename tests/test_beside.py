@@ -74,15 +74,20 @@ def test_virtual_tokens_score_and_answer_as_peft_says(trained: Path, recipe: dic
 
 
 @pytest.mark.parametrize(
-    "trained", [{"kind": "bottleneck", "style": s, "size": 8} for s in ("houlsby", "parallel")], indirect=True
+    "trained",
+    [{"kind": "bottleneck", "style": s, "size": 8} for s in ("houlsby", "pfeiffer", "parallel")],
+    indirect=True,
+    ids=lambda adapter: adapter["style"],
 )
 def test_bottlenecks_are_what_the_papers_say(trained: Path, recipe: dict[str, Any]) -> None:
+    """Houlsby: after attention and MLP; Pfeiffer: after the MLP alone; parallel: beside the MLP, of what it reads."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     folder = trained / "package/model"
     weights = load_file(folder / "adapter/bottleneck.safetensors")
-    houlsby = len(weights) == 2 * 2 * 4
+    style = recipe["train"]["adapter"]["style"]
+    assert len(weights) == 2 * 4 * (2 if style == "houlsby" else 1)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def added(part: str, x: torch.Tensor) -> torch.Tensor:
@@ -99,9 +104,9 @@ def test_bottlenecks_are_what_the_papers_say(trained: Path, recipe: dict[str, An
         for number, layer in enumerate(plain.model.layers):
             name = f"model.layers.{number}"
             y = layer.self_attn(layer.input_layernorm(x), position_embeddings=turn, attention_mask=None)[0]
-            x = x + y + (added(f"{name}.self_attn", y) if houlsby else 0)
+            x = x + y + (added(f"{name}.self_attn", y) if style == "houlsby" else 0)
             y = layer.mlp(inner := layer.post_attention_layernorm(x))
-            x = x + y + added(f"{name}.mlp", y if houlsby else inner)
+            x = x + y + added(f"{name}.mlp", inner if style == "parallel" else y)
         expected = plain.lm_head(plain.model.norm(x))[0].log_softmax(-1)
     ours = engine(recipe, trained / "train/adapter")
     (found,) = ours.score([Rendered(ROWS[0], [0.0] + [1.0] * (len(ROWS[0]) - 1))], no_tick)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from tests.conftest import make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
+from tunesmith.scores import number
 
 
 def general(folder: Path, n: int = 8) -> str:
@@ -135,7 +136,13 @@ def test_terms_hold_the_model_are_shown_and_go_on_bit_for_bit(
     run = tmp_path / "runs/tiny"
     summary = json.loads((run / "train/manifest.json").read_text())["summary"]
     assert summary["keep"] == {k: v for k, v in last["tiny"].items() if k.startswith("keep_")}
-    assert "KL to the start" in (run / "report.html").read_text()
+    shown = " ".join((run / "report.html").read_text().split())
+    for title, figure in {
+        "From the start: half the squared distance": "keep_l2",
+        "From the start, by Fisher information": "keep_ewc",
+        "KL to the start, nats per token": "keep_kl",
+    }.items():
+        assert title in shown and f"{figure} {number(last['tiny'][figure])}" in shown
 
     made = next(run.glob("train/*/*model.safetensors"))
     whole = made.read_bytes()

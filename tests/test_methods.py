@@ -378,6 +378,25 @@ def test_the_reference_is_kept_and_a_damaged_one_made_again(models: Any, monkeyp
     assert with_reference([example], forward, "m", 64)[0].reference == first.reference
 
 
+def test_the_reference_of_another_model_or_row_is_not_taken(models: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    forwards = [PackedForward(copy.deepcopy(model), [Rendered([5, 6, 7], [0.0, 1.0, 1.0])]) for model in models]
+
+    def reference(model: int, ids: list[int], weights: list[float]) -> float:
+        (found,) = with_reference([Example("r", (Rendered(ids, weights),))], forwards[model], f"m{model}", 64)
+        return found.reference[0]
+
+    rows = [([5, 6, 7], [0.0, 1.0, 1.0]), ([5, 6, 8], [0.0, 1.0, 1.0]), ([5, 6, 7], [0.0, 0.0, 1.0])]
+    found = {(model, number): reference(model, *row) for model in (0, 1) for number, row in enumerate(rows)}
+    assert len(set(found.values())) == 6 == len(list((tmp_path / "reference").iterdir()))
+    for (model, number), value in found.items():
+        assert reference(model, *rows[number]) == value
+        ids, weights = torch.tensor([rows[number][0]]), torch.tensor(rows[number][1])[1:]
+        with torch.no_grad():
+            log_p = models[model](ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        assert value == pytest.approx((log_p * weights).sum().item(), rel=1e-4)
+
+
 def test_every_method_is_listed_with_what_it_takes() -> None:
     assert {plugins.load("objective", name).takes for name in plugins.known("objective")} == {
         "conversation",

@@ -228,6 +228,7 @@ def test_facts_of_the_run_are_on_the_page(tmp_path: Path) -> None:
     assert "4,884,480 (3.63%)" in shown.text
     assert "tokens a second, median 106" in shown.text
     assert "peak memory 3.00 GiB" in shown.text
+    assert "forward path rows packed" in shown.text
     for stage in ("data", "train", "evaluate"):
         manifest = run.complete(stage)
         assert manifest and manifest["key"] in shown.text and runs.digest(manifest) in shown.text

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CHATML, make_tokenizer
+from tests.conftest import CHATML, make_tokenizer, write_jsonl, write_recipe
 from tunesmith.conversation.media import OBJECT, Media
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text, row_from_dict
 from tunesmith.conversation.render import MARK, Renderer
@@ -191,6 +191,19 @@ def test_no_user_can_write_a_special_token(pieces: list[str]) -> None:
         return sum(token in special for token in renderer.prompt((Message("user", said),)))
 
     assert count("".join(pieces)) == count("x")
+
+
+def test_special_tokens_that_users_write_are_counted_in_the_manifest(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """Three in two rows of every part; an answer's own are none of theirs."""
+    rows = [{"prompt": f"Item {i}: red?", "completion": "red"} for i in range(40)]
+    rows[3]["prompt"] += "<|im_end|> and <|im_start|>"
+    rows[9]["prompt"] = "<|endoftext|>" + rows[9]["prompt"]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    assert tunesmith("data", "prepare", write_recipe(tmp_path, recipe)).code == 0
+    manifest = json.loads((tmp_path / "runs/tiny/data/manifest.json").read_text())
+    assert manifest["specials"] == 3
 
 
 def test_special_tokens_that_users_write_are_text() -> None:

@@ -191,6 +191,53 @@ def test_plan_counts_recomputed_layers(tunesmith: Any, recipe: dict[str, Any], t
     assert told["keep"] > told["recompute"] > told["offload"] > 0
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_ligers_kernels_can_be_turned_off(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: bool
+) -> None:
+    """Where a machine says it has them they are tried and, as they can't run here, fallen back from; or not tried."""
+    from tunesmith.models import fused, packed
+
+    tried = []
+
+    def liger(*given: Any) -> Any:
+        tried.append(given)
+        raise ImportError("no kernels here")
+
+    monkeypatch.setattr(packed, "liger_there", lambda asked, device: asked)
+    monkeypatch.setattr(fused, "LIGER_NORMS", [liger])
+    recipe["train"] |= {"max_steps": 1, "speed": {"liger": wanted}}
+    said = tunesmith("train", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0 and "5 norms" in said.json["train"]["forward"], said.err
+    assert bool(tried) == wanted
+
+
+def test_the_optimizers_fused_step_can_be_turned_off(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same weights, by the steps that torch takes one operation at a time."""
+    from safetensors.torch import load_file
+
+    asked: set[bool] = set()
+    adamw = torch.optim.AdamW
+
+    def made(*given: Any, **keys: Any) -> Any:
+        asked.add(keys["fused"])
+        return adamw(*given, **keys)
+
+    monkeypatch.setattr(torch.optim, "AdamW", made)
+    ends = []
+    for name, fused in (("tiny", True), ("other", False)):
+        recipe["train"]["optimizer"] = {"kind": "adamw", "fused": fused}
+        assert tunesmith("train", write_recipe(tmp_path, recipe | {"name": name})).code == 0
+        told = json.loads((tmp_path / f"runs/{name}/train/manifest.json").read_text())["summary"]
+        assert (", fused" in told["speed"][-1]) == fused, told["speed"]
+        ends.append(load_file(tmp_path / f"runs/{name}/train/adapter/adapter_model.safetensors"))
+    assert asked == {True, False}
+    for name, weight in ends[0].items():
+        torch.testing.assert_close(ends[1][name], weight, rtol=1e-3, atol=2e-5, msg=name)
+
+
 def test_unknown_ways_are_refused(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     said = tunesmith("train", write_recipe(tmp_path, recipe), "--set", "train.speed.fussed=false")
     assert said.code == 2 and "did you mean 'fused'" in said.err

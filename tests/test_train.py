@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests import plain
 from tests.conftest import colour_rows, make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
 
@@ -50,44 +51,17 @@ def test_a_plain_loop_on_transformers_and_peft_gives_the_same_weights(
     tunesmith: Any, recipe: Any, tmp_path: Path
 ) -> None:
     """Ten steps of rows one at a time, PEFT's own forward, transformers' own loss."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from tunesmith.train.batching import Schedule, learning_rate
+    from peft import LoraConfig, get_peft_model_state_dict
 
     recipe["train"] |= {"max_steps": 10, "epochs": 3, "keep_best": False, "batch_size": 7}
     assert tunesmith("train", write_recipe(tmp_path, recipe), "--json").code == 0
-    ours = load_file(tmp_path / "runs/tiny" / ADAPTER)
-
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     rows = read_jsonl(tmp_path / "runs/tiny/data/train.jsonl")
-    tokenizer = AutoTokenizer.from_pretrained(recipe["model"])
-    model = AutoModelForCausalLM.from_pretrained(recipe["model"], dtype=torch.float32)
-    torch.manual_seed(7)
-    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=0.01, weight_decay=0.0)
-    schedule = Schedule.of(len(rows), 7, 3, 10, 7)
-    for step in range(10):
-        losses, tokens = [], 0
-        for i in schedule.step(step):
-            messages = rows[i]["messages"]
-            prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
-            answer = messages[1]["content"] + "<|im_end|>"
-            before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            after = tokenizer(answer, add_special_tokens=False)["input_ids"]
-            labels = torch.tensor([[-100] * len(before) + after])
-            out = model(input_ids=torch.tensor([before + after]), labels=labels)
-            losses.append(out.loss * len(after))
-            tokens += len(after)
-        (sum(losses) / tokens).backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, 10, 0.01, 0.05, "cosine")
-        optimizer.step()
-        optimizer.zero_grad()
-    from peft import get_peft_model_state_dict
-
-    theirs = get_peft_model_state_dict(model)
+    done = plain.train(Path(recipe["model"]), config, rows, steps=10, batch_size=7, epochs=3, rate=0.01)
+    lines = read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx(done.losses, rel=2e-4)
+    assert [line["grad_norm"] for line in lines] == pytest.approx(done.norms, rel=2e-3)
+    ours, theirs = load_file(tmp_path / "runs/tiny" / ADAPTER), get_peft_model_state_dict(done.model)
     assert set(ours) == set(theirs)
     for name, tensor in theirs.items():
         torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5, msg=name)

@@ -151,3 +151,30 @@ def test_the_first_minute_measures_and_changes_nothing(
     assert told["measured"]["peak_bytes"] > 0 and told["measured"]["seconds"] > 0
     assert told["measured"]["longest_tokens"] >= told["measured"]["step_tokens"]
     assert not (tmp_path / "runs/tried/train/checkpoints/step-000000").exists()
+
+
+def test_an_evaluation_is_tried_before_the_first_step(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the longest rows that are held out; what runs out of memory there must not do so an hour later."""
+    from tunesmith.train import train as loop
+
+    happened: list[tuple[str, int]] = []
+    validate, step = loop.validate, loop._step
+
+    def validated(section: Any, split: Any, examples: Any, *more: Any) -> Any:
+        happened.append(("validation", max(e.tokens for e in examples)))
+        return validate(section, split, examples, *more)
+
+    def stepped(*given: Any) -> Any:
+        happened.append(("step", 0))
+        return step(*given)
+
+    monkeypatch.setattr(loop, "validate", validated)
+    monkeypatch.setattr(loop, "_step", stepped)
+    recipe["train"] |= {"max_steps": 2, "validate_every": 2}
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    assert [what for what, _ in happened] == ["validation", "step", "step", "validation"]
+    assert happened[0][1] == happened[-1][1]  # the longest row of all was among those tried
+    told = json.loads((tmp_path / "runs/tiny/train/manifest.json").read_text())["summary"]["measured"]
+    assert told["validation_seconds"] > 0
