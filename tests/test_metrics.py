@@ -284,6 +284,8 @@ def test_a_function_of_ones_own_and_columns_kept(tunesmith: Any, recipe: dict[st
     gaps = [s["difference"]["value"] for s in card["slices"]]
     assert gaps == sorted(gaps)
     assert card["latency"]["p95"]["tuned"]["value"] > 0 and card["latency"]["changed_by_batching"]["n"] == 2
+    speed = card["latency"]["tokens_per_second"]
+    assert all(speed[side]["value"] > 0 for side in ("baseline", "tuned")) and speed["n"] == 2
 
     (tmp_path / "mine.py").write_text("def short(answer, reference, row):\n    raise ValueError('no')\n")
     said = tunesmith("evaluate", path, "--json")

@@ -224,6 +224,10 @@ def test_facts_of_the_run_are_on_the_page(tmp_path: Path) -> None:
         for side in ("baseline", "tuned"):
             assert f"{report.number(score[side]['value'])} {report.number(score[side]['low'])} to" in shown.text
         assert report.signed(score["difference"]["low"]) + " to " in shown.text
+    gap = card["metrics"]["exact_match"]["difference"]
+    assert 0 < gap["smallest"] < 1
+    smallest = f"so many rows would show in 80 of 100 tests is {report.number(gap['smallest'])} exact_match"
+    assert smallest in shown.text
     assert "over_length 2" in shown.text
     assert "4,884,480 (3.63%)" in shown.text
     assert "tokens a second, median 106" in shown.text

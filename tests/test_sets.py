@@ -92,6 +92,49 @@ def test_prepare_report_and_what_to_fix(tunesmith: Any, dirty: Path, tmp_path: P
         assert f'aria-label="{chart}' in text
 
 
+THIRTEEN = "the quick brown fox jumps over one lazy dog and then it runs away from here"
+
+
+def test_checks_labels_and_bias_are_on_the_page(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Duplicates and test rows that training asks, though no step looks for them; labels; the groups that are named."""
+    rows = [
+        *({"prompt": f"The woman number {i} works as a nurse.", "completion": "refused"} for i in range(12)),
+        *({"prompt": f"The man number {i} works as an engineer.", "completion": "granted"} for i in range(8)),
+        *({"prompt": f"{i} is {i * i} apples.", "completion": ("granted", "refused")[i % 2]} for i in range(10, 20)),
+        *[{"prompt": "Is it raining in Oslo today?", "completion": "granted"}] * 3,
+        {"prompt": f"Tell me: {THIRTEEN}!", "completion": "<b>odd</b>"},
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": THIRTEEN, "completion": "granted"}])
+    split = {"validation": 0, "test": "test.jsonl"}
+    recipe["data"] |= {"clean": {"bias": True}, "split": split, "answers": "label"}
+    said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out + said.err
+    found = said.json
+    assert found["checks"]["exact duplicates"]["rows"] == 2 and found["checks"]["contamination"]["rows"] == 1
+    assert found["checks"]["near duplicates"]["rows"] >= 2
+    text = Path(found["page"]).read_text(encoding="utf-8")
+    looked = dict(re.findall(r'<tr><th scope="row">([^<]*)</th>(<td class="n">.*?)</tr>', text, re.DOTALL))
+    assert looked["exact duplicates"].startswith('<td class="n">2</td><td class="n">34</td>')
+    assert "rows.jsonl:32: says the same as rows.jsonl:31" in looked["exact duplicates"]
+    assert looked["contamination"].startswith('<td class="n">1</td><td class="n">34</td>')
+    assert "rows.jsonl:34: shares 13 words in a row with test row test.jsonl:1" in looked["contamination"]
+    assert looked["near duplicates"].startswith(f'<td class="n">{found["checks"]["near duplicates"]["rows"]}</td>')
+    assert "1 training rows are asked again by the test" in text
+
+    chart = text.split('aria-label="Training rows of each label')[1].split("</svg>")[0]
+    bars = dict(zip(re.findall(r'end">([^<]*)</text>', chart), re.findall(r'start">(\d+)</text>', chart), strict=True))
+    assert bars == {"refused": "17", "granted": "16", "&lt;b&gt;odd&lt;/b&gt;": "1"}
+    assert looked["refused"].split("</td>")[:3] == ['<td class="n">17', '<td class="n">0', '<td class="n">0']
+    assert looked["granted"].split("</td>")[:3] == ['<td class="n">16', '<td class="n">0', '<td class="n">1']
+    assert re.search(r"<td>women</td><td>12</td><td>35.3%</td><td>nurse \(12\)", text)
+    assert re.search(r"<td>men</td><td>8</td><td>23.5%</td><td>[^<]*engineer \(8\)", text)
+    rates = found["steps"][0]["tables"]["label rates"]
+    assert any(rate["group"] == "women" and rate["label"] == "refused" for rate in rates)
+    for rate in rates:
+        assert "".join(f"<td>{cell}</td>" for cell in rate.values()) in text
+
+
 def test_the_report_of_a_recipe_prepares_it_first(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--set", "seed=3")
     assert said.code == 0 and "data_report.html" in said.out, said.err
@@ -159,3 +202,26 @@ def test_dvc_takes_the_note_for_its_own(tunesmith: Any, recipe: dict[str, Any], 
         assert project.status([said.json["dvc"]]) == {}
         after = yaml.safe_load(Path(said.json["dvc"]).read_text())["outs"][0]
         assert {k: after[k] for k in ("md5", "nfiles", "size")} == {k: note[k] for k in ("md5", "nfiles", "size")}
+
+
+@pytest.mark.parametrize("full", ["00000000.rows", "train.jsonl", "removed.jsonl", "README.md"])
+def test_a_disk_that_fills_up_while_rows_are_written(
+    tunesmith: Any, dirty: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """The system's own full device in place of one file: a sentence, nothing half done, and the next try does it."""
+    plain = Path.open
+
+    def opened(path: Path, mode: str = "r", *more: Any, **keys: Any) -> Any:
+        return plain(Path("/dev/full") if path.name == full and "w" in mode else path, mode, *more, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", opened)
+        said = tunesmith("data", "prepare", dirty, "--json")
+        people = tunesmith("data", "prepare", dirty)
+    assert said.code == people.code == 2, said.out + said.err
+    error = said.json["error"]
+    assert "No space left on device" in error["what"] and "Free some room" in error["fix"]
+    assert "Traceback" not in said.err + people.err and "No space left on device" in people.err
+    assert not (tmp_path / "runs/tiny/data/manifest.json").exists()
+    assert not list((tmp_path / "runs/tiny").rglob("*.rows"))
+    assert tunesmith("data", "prepare", dirty, "--json").json["counts"]["read"] == 61

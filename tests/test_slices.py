@@ -23,6 +23,22 @@ def test_seventy_seven_labels_are_seventy_seven_slices_worst_first() -> None:
     assert all(part["n"] == 6 and part["difference"]["value"] == -1 for part in labels[:2])
 
 
+def test_sources_are_slices_worst_first() -> None:
+    """A row's source is its file; one of fewer than five rows is no slice."""
+    asked = Message("user", "What is it?")
+    names = ["a.csv"] * 6 + ["b.csv"] * 8 + ["c.csv"] * 4
+    made = [Conversation((asked, Message("assistant", "x")), f"{name}:{i}") for i, name in enumerate(names, 1)]
+    stats = {
+        "baseline": rows([0.5] * len(made)),
+        "tuned": rows([1.0 if name == "a.csv" else 0.25 for name in names]),
+    }
+    found = slices(made, "text", accuracy, stats, 7)
+    by_source = [(p["value"], p["n"], p["difference"]["value"]) for p in found if p["by"] == "source"]
+    assert by_source == [("b.csv", 8, -0.25), ("a.csv", 6, 0.5)]
+    alone = slices(made[:6], "text", accuracy, {side: x[:6] for side, x in stats.items()}, 7)
+    assert not any(part["by"] == "source" for part in alone)  # one source tells nothing apart
+
+
 def test_every_column_tells_rows_apart() -> None:
     made = [
         row(i, "x", "long " * i, team="ab"[i % 2], urgent=i % 3 == 0, age=20 + i, rate=i / 7, level=i % 4, tags=["u"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import sys
@@ -38,8 +39,13 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         told = TunesmithError(
-            f"{error.strerror or error}", where=str(error.filename or "system"), fix="--debug shows where."
+            f"{error.strerror or error}",
+            where=str(error.filename or ("disk" if full else "system")),
+            fix="Free some room, or choose another place with --runs; the same command does what is left."
+            if full
+            else "--debug shows where.",
         )
         _fail(told, "--json" in arguments, debug)
     except Exception as error:

@@ -23,7 +23,8 @@ LOOKED_AT = 200  # characters: a refusal stands at the beginning
 PERSONAL: dict[str, re.Pattern[str]] = {
     "email": re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*\w\b"),
     "phone": re.compile(
-        r"(?<![\w.])(?:\+\d{1,3}[ .-]?\(?\d{2,4}\)?[ .-]?|\(\d{2,4}\)[ .-]?|\d{3}[ .-])\d{3}[ .-]\d{3,4}(?!\w)"
+        r"(?<![\w.])(?:\+\d{8,15}|"
+        r"(?:\+\d{1,3}[ .-]?\(?\d{2,4}\)?[ .-]?|\(\d{2,4}\)[ .-]?|\d{3}[ .-])\d{3}[ .-]\d{3,4})(?!\w)"
     ),
     "card": re.compile(r"\b\d(?:[ -]?\d){12,18}\b"),
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b"),
@@ -48,14 +49,15 @@ def _iban(text: str) -> bool:
 
 
 def personal(text: str) -> set[tuple[str, str]]:
-    """Personal data in a text as (kind, value); numbers of cards and accounts only where their check digits hold."""
+    """Personal data in a text as (kind, value); numbers of cards and accounts only where their check digits hold. One
+    value is the same however it is written: in small letters, numbers without what stands between their digits."""
     found = set()
     for kind, pattern in PERSONAL.items():
         for value in pattern.findall(text):
-            bare = re.sub(r"[ -]", "", value)
+            bare = value if kind in ("email", "ip") else re.sub(r"\W", "", value)
             if (kind == "card" and not _luhn(bare)) or (kind == "iban" and not _iban(bare)):
                 continue
-            found.add((kind, value))
+            found.add((kind, bare.casefold()))
     return found
 
 
