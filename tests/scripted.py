@@ -18,7 +18,7 @@ from tests.conftest import make_tokenizer
 from tunesmith.api.app import State, build
 from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError
-from tunesmith.inference.served import EngineFull, Health, Piece, Request, TokenLogprob, UnknownAdapter
+from tunesmith.inference.served import EngineFull, Finish, Health, Piece, Request, TokenLogprob, UnknownAdapter
 from tunesmith.serve.models import Models, Served
 from tunesmith.serve.section import ServeSection
 from tunesmith.serve.serving import Serving
@@ -49,6 +49,8 @@ class Scripted:
     queue: int = 8
     pause: float = 0.0
     fail: Callable[[Request, int], None] = lambda request, token: None
+    drafted: int = 0
+    accepted: int = 0
     asked: list[Request] = field(default_factory=list)
     running: int = 0
     waiting: int = 0
@@ -105,7 +107,8 @@ class Scripted:
                 said = self.renderer.tokenizer.decode([token])
                 yield Piece(said, (token,), self._logprobs(request, token))
             self.fail(request, len(ids))
-            yield Piece("", finish="length" if len(ids) > request.max_new_tokens else "stop", cached=2)
+            finish: Finish = "length" if len(ids) > request.max_new_tokens else "stop"
+            yield Piece("", finish=finish, cached=2, drafted=self.drafted, accepted=self.accepted)
         finally:
             self.running -= 1
             self._free.release()
@@ -116,6 +119,12 @@ class Scripted:
         data = self.renderer.tokenizer.decode([token]).encode()
         top = tuple(TokenLogprob(token + i, data, -0.5 - i) for i in range(request.top_logprobs))
         return (TokenLogprob(token, data, -0.5, top),)
+
+
+def figures(http: TestClient) -> dict[str, float]:
+    """What /metrics has, by its own notation: 'tunesmith_waiting{engine="scripted"}'; labels by the alphabet."""
+    lines = http.get("/metrics").text.splitlines()
+    return {name: float(value) for name, _, value in (x.rpartition(" ") for x in lines if not x.startswith("#"))}
 
 
 def asked_text(engine: Scripted, number: int = -1) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -422,17 +423,24 @@ def test_many_requests_of_which_a_third_is_cancelled(count: int) -> None:
 
 
 def test_a_slow_reader_holds_no_slot() -> None:
-    engine = scripted("word " * 100, slots=1)
-    with running(state_of(engine)) as url, httpx2.Client() as http:
+    # As events a megabyte: more than sockets hold, so that most of it waits in our own memory.
+    engine = scripted("word " * 1500, slots=1, context=1 << 20)
+    small = httpx2.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)])
+    with running(state_of(engine)) as url, httpx2.Client(transport=small, timeout=120) as http:
         body = {"model": "scripted", "messages": HI, "stream": True}
         with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
             lines = response.iter_lines()
             next(lines)
-            end = time.monotonic() + 5
+            end = time.monotonic() + 120
             while engine.running and time.monotonic() < end:
                 time.sleep(0.01)
             assert engine.running == 0  # all of it was made, none of it was read
-            assert sum(line.startswith("data: {") for line in lines) > 100
+            other = httpx2.post(
+                f"{url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 1}, timeout=60
+            )
+            assert other.status_code == 200
+            read = list(lines)
+            assert sum(len(line) for line in read) > 1_000_000 and read[-2] == "data: [DONE]"
 
 
 def test_a_deadline() -> None:

@@ -57,6 +57,80 @@ def test_many_streams_take_as_few_tasks_as_run_at_once() -> None:
     asyncio.run(through())
 
 
+HALF = "a\ud83d"  # a letter's first half alone, which JSON can spell
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [{"role": "user", "content": HALF}]}),
+        ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]}),
+        ("chat/completions", {"messages": [*HI, {"role": "tool", "content": "x", "tool_call_id": HALF}]}),
+        ("chat/completions", {"messages": HI, "stop": HALF, "stream": True}),
+        ("chat/completions", {"messages": HI, "user": HALF}),
+        ("chat/completions", {"messages": HI, HALF: 1}),
+        (
+            "chat/completions",
+            {"messages": HI, "tools": [{**TOOL, "function": {**TOOL["function"], "description": HALF}}]},
+        ),
+        ("completions", {"prompt": ["a", HALF]}),
+        ("embeddings", {"input": HALF}),
+        ("load_lora_adapter", {"lora_name": HALF, "lora_path": HALF}),
+        ("feedback", {"id": "chatcmpl-1", "comment": HALF}),
+    ],
+)
+def test_half_of_a_letter_is_no_text(path: str, body: dict[str, Any]) -> None:
+    with served(scripted(template=HERMES)) as http:
+        spelt = json.dumps({"model": "scripted"} | body).encode()
+        for content in (spelt, spelt.replace(b"\\ud83d", b"\xed\xa0\xbd"), json.dumps(body).encode("utf-16")):
+            refused = http.post(f"/v1/{path}", content=content, headers={"content-type": "application/json"})
+            assert refused.status_code == 400, refused.text
+            error = refused.json()["error"]
+            assert error["code"] == "invalid_json" and "half of a letter" in error["message"]
+        whole = spelt.replace(b"\\ud83d", b"\\ud83d\\ude00")
+        refused = http.post(f"/v1/{path}", content=whole, headers={"content-type": "application/json"})
+        assert "half of a letter" not in refused.text and refused.status_code < 500
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"place": "\\ud83d"}'}}
+
+
+@pytest.mark.parametrize(
+    ("message", "status"),
+    [
+        ({"role": "user"}, 400),
+        ({"role": "user", "content": None}, 400),
+        ({"role": "user", "content": 5}, 400),
+        ({"role": "user", "content": True}, 400),
+        ({"role": "user", "content": {}}, 400),
+        ({"role": "user", "content": {"type": "text", "text": "Hi"}}, 400),
+        ({"role": "user", "content": [5]}, 400),
+        ({"role": "user", "content": [None]}, 400),
+        ({"role": "user", "content": [{"type": "text", "text": None}]}, 400),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://10.0.0.1/"}}]}, 400),
+        ({"role": "user", "content": []}, 200),
+        ({"role": "user", "content": ""}, 200),
+        ({"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}, 200),
+        ({"role": "user", "content": "\x00\uffff\U0010fffd"}, 200),
+        ({"role": "assistant", "content": None}, 400),
+        ({"role": "assistant", "tool_calls": [CALL]}, 200),
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, 200),
+        ({"role": "assistant", "content": None, "tool_calls": []}, 400),
+        ({"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function"}]}, 400),
+        ({"role": "tool", "content": None, "tool_call_id": "1"}, 400),
+        ({"role": "tool", "content": "sunny", "tool_call_id": 1}, 400),
+    ],
+)
+@pytest.mark.parametrize("template", [HERMES, None])
+def test_contents_of_every_kind(message: dict[str, Any], status: int, template: str | None) -> None:
+    with served(scripted(template=template)) as http:
+        answer = chat(http, messages=[*HI, message])
+        assert answer.status_code == status, answer.text
+        if status == 400:
+            assert answer.json()["error"]["param"].startswith("messages.1")
+
+
 def test_answers_to_one_request_have_an_end() -> None:
     with served(scripted("Yes.")) as http:
         body = {"model": "scripted", "prompt": [[5]] * 64, "max_tokens": 1}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +77,22 @@ def test_how_much_text_is_kept(store: Any, text: str, kept: str | None) -> None:
 
     found = store.traffic.get(logged(state, work))
     assert (found.request["messages"][0]["content"] if found.request else None) == kept
+
+
+def test_answers_are_kept_for_so_many_days(store: Any) -> None:
+    from tunesmith.store.answers import Answered
+
+    for id, days in (("chatcmpl-old", 2.1), ("chatcmpl-young", 1.9)):
+        store.traffic.add(Answered(id, "chat", "scripted", created_at=time.time() - days * 86_400))
+    store.feedback.add("chatcmpl-old", rating=1)
+
+    def work(http: TestClient) -> str:
+        http.headers["authorization"] = "Bearer sk-a"
+        return str(ask(http).json()["id"])
+
+    answer = logged(state_of(scripted(), keys=("sk-a",), store=store, traffic={"days": 2}), work)
+    assert [kept.id for kept in store.traffic.export()] == ["chatcmpl-young", answer]
+    assert store.feedback.of("chatcmpl-old") == []
 
 
 def test_keys_of_the_store_have_roles_scopes_limits_and_quotas(store: Any) -> None:
@@ -154,7 +173,9 @@ def test_pages_need_nothing_from_elsewhere() -> None:
         assert http.get("/openapi.json").json()["paths"]["/v1/chat/completions"]
 
 
-def test_certificates(tmp_path: Path) -> None:
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key."""
     if shutil.which("openssl") is None:
         pytest.skip("openssl makes the certificate")
     key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
@@ -163,11 +184,36 @@ def test_certificates(tmp_path: Path) -> None:
          "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"],
         check=True, capture_output=True,
     )  # fmt: skip
-    with running(state_of(scripted()), ssl_certfile=str(cert), ssl_keyfile=str(key)) as url:
-        import ssl
+    return cert, key
 
-        context = ssl.create_default_context(cafile=str(cert))
-        assert httpx2.get(f"{url}/health", verify=context).json()["status"] == "ok"
+
+def test_certificates(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from tunesmith.api import server
+
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+    found: list[Any] = []
+
+    def look(url: str) -> None:
+        try:
+            known = ssl.create_default_context(cafile=str(certificate[0]))
+            found.append((url, httpx2.get(f"{url}/health", verify=known).json()["status"]))
+            for wrong, verify in ((url, True), (url.replace("https", "http"), known)):  # nobody's, in clear
+                with pytest.raises(httpx2.TransportError):
+                    httpx2.get(f"{wrong}/health", verify=verify)
+                found.append("refused")
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def ready(url: str) -> None:
+        threading.Thread(target=look, args=(url,), daemon=True).start()
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        server.serve(state_of(scripted()), server.Place("127.0.0.1", 0, *certificate), ready=ready)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert found[0][0].startswith("https://127.0.0.1:") and found[0][1] == "ok"
+    assert found[1:] == ["refused", "refused"]
 
 
 def test_chat_talks_with_a_server(tunesmith: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
 from tunesmith import __version__
@@ -106,8 +106,9 @@ def build(state: State, routers: Sequence[str] = SERVING) -> FastAPI:
             expose_headers=EXPOSED,
         )
     app.add_middleware(Frame)
+    whole = [Depends(errors.whole_letters)]
     for name in routers:
         module = import_module(name)
         most = module.largest(state) if hasattr(module, "largest") else state.settings.max_body
-        app.router.include_router(module.router, max_body_size=most)
+        app.router.include_router(module.router, max_body_size=most, dependencies=whole)
     return app

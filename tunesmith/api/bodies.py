@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tunesmith.conversation.message import Message
 from tunesmith.serve.asked import Asked
@@ -80,27 +80,17 @@ class ChatMessage(Body):
 def _parsed(arguments: str) -> Any:
     """A call's arguments as an object, which is what templates take."""
     try:
-        return _writable(json.loads(arguments or "{}"))
-    except ValueError:
+        found = json.loads(arguments or "{}")
+        json.dumps(found, ensure_ascii=False).encode()
+    except ValueError:  # no JSON, or with half of a letter (a lone surrogate), which no template can write
         return arguments
-
-
-def _writable(value: Any) -> Any:
-    """Half a letter (a lone surrogate) is in no text, so no template can write it."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half of a letter (a lone surrogate)") from None
-    return value
-
-
-Schema = Annotated[dict[str, Any], AfterValidator(_writable)]
+    return found
 
 
 class Function(Body):
     name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: Schema | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
@@ -123,7 +113,7 @@ class JsonSchema(BaseModel):
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
-    schema_: Schema = Field(default_factory=dict, alias="schema")
+    schema_: dict[str, Any] = Field(default_factory=dict, alias="schema")
     strict: bool | None = None
 
 

@@ -8,7 +8,9 @@ What a request did wrong is a 400 that names the field; what we did wrong is a 5
 from __future__ import annotations
 
 import errno
+import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -105,8 +107,28 @@ UNREAD = (UnicodeDecodeError, RecursionError)
 
 
 def _unread(error: BaseException) -> ApiError:
-    why = "it is nested too deep" if isinstance(error, RecursionError) else "it is not UTF-8"
+    return _not_json("it is nested too deep" if isinstance(error, RecursionError) else "it is not UTF-8")
+
+
+def _not_json(why: str) -> ApiError:
     return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
+
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]|\xed[\xa0-\xbf]|\x00")  # what a lone surrogate can't be written without
+
+
+async def whole_letters(request: Request) -> None:
+    """Half of a letter (a lone surrogate) is in no text: JSON can spell it, no tokenizer, template or database can keep
+    it. Of every route; the body has been read by then."""
+    if not request.headers.get("content-type", "").startswith("application/json"):
+        return
+    if HALF.search(await request.body()):
+        try:
+            json.dumps(await request.json(), ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _not_json("a text in it holds half of a letter (a lone surrogate)") from None
+        except (ValueError, RecursionError):  # no JSON at all: told by whoever takes it
+            return
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -154,7 +176,7 @@ def _of_fields(errors: Sequence[Any]) -> ApiError:
     first = max(errors, key=lambda e: (len(_place(e["loc"])), not e["type"].endswith("_type")))
     if first["type"] == "json_invalid":
         why = (first.get("ctx") or {}).get("error", "it ends too early")
-        return ApiError(400, f"We could not parse the JSON body of your request: {why}.", code="invalid_json")
+        return _not_json(why)
     if isinstance(first.get("input"), bytes) and first["loc"] == ("body",):
         message = "The body is read as JSON only under the header Content-Type: application/json."
         return ApiError(400, message, code="invalid_json")

@@ -166,7 +166,7 @@ class Local:
                 told = (p.finish, p.cached, p.drafted, p.accepted, p.prompt)
                 delta = Delta(choice, p.text, (), p.logprobs, len(p.ids), *told)
                 if key is not None:
-                    deltas.append(delta)
+                    deltas.append(replace(delta, drafted=0, accepted=0))  # given again, nothing is proposed
                 yield delta
         if key is not None and self._cache is not None and deltas and deltas[-1].finish:
             await self._cache.put(key, packed(deltas))

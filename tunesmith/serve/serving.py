@@ -325,7 +325,10 @@ class Serving:
         else:
             started = await self._local.begin(self.models.get(model), asked, (), lambda deltas, _: deltas)
         async with aclosing(within(self.settings.deadline, started.deltas)) as deltas:
-            return "".join([delta.text async for delta in deltas])
+            text = "".join([delta.text async for delta in deltas])
+        if not text.strip():
+            raise EngineError(f"the guard model '{model}' said nothing")
+        return text
 
     def _noted(self, kind: str, action: str, side: str) -> None:
         self.metrics.guards.labels(kind, action, side).inc()

@@ -13,6 +13,7 @@ from tunesmith.errors import DataError
 from tunesmith.serve.guards.guard import Finding, TextGuard
 
 WHERE = "serve.guards"
+SENTENCES = re.compile(r"(?<=[.!?])\s+|\n+")  # judged one by one: kind words around an insult would outweigh it
 
 
 class Blocklist(TextGuard):
@@ -104,7 +105,7 @@ class SecretKeys(TextGuard):
 
 
 class Toxicity(TextGuard):
-    """Foul language and insults: a text as a whole, by a classifier."""
+    """Foul language and insults, by a classifier: each sentence, and the text as a whole."""
 
     kind: Literal["toxicity"] = "toxicity"
     whole: ClassVar[bool] = True
@@ -123,6 +124,7 @@ class Toxicity(TextGuard):
     def find(self, text: str) -> list[Finding]:
         from tunesmith.screen.offence import offence
 
-        if not text.strip() or offence([text], self.model, self.labels, f"{WHERE}.toxicity")[0] <= self.above:
+        parts = [part for part in {text: None} | dict.fromkeys(SENTENCES.split(text)) if part.strip()]
+        if not parts or max(offence(parts, self.model, self.labels, f"{WHERE}.toxicity")) <= self.above:
             return []
         return [Finding("toxicity", 0, len(text), "[REMOVED]")]
