@@ -47,7 +47,7 @@ def train(
     rate: float,
     after_step: Callable[[Any, int], Any] = lambda model, step: None,
 ) -> Plain:
-    """Train PEFT's `config` on the model in `folder`, on rows of a question and an answer; seed 7.
+    """Train PEFT's `config` on the model in `folder`, on the last answers of rows; seed 7.
 
     Args:
         after_step: is given the model and the step's number, from 1, once its weights have moved.
@@ -66,9 +66,9 @@ def train(
         losses, tokens = [], 0
         for i in schedule.step(step):
             messages = rows[i]["messages"]
-            prompt = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, tokenize=False)
+            prompt = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
             before = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-            after = tokenizer(messages[1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
+            after = tokenizer(messages[-1]["content"] + "<|im_end|>", add_special_tokens=False)["input_ids"]
             losses.append(nll(model, before + after, [-100] * len(before) + after))
             tokens += len(after)
         loss = torch.stack(losses).sum() / tokens

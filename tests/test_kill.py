@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_recipe
+from tests.test_method_runs import files, to_train
+from tunesmith.runs import read_jsonl
 
 # The command line, but the process dies just before its n-th rename or removal.
 DYING = """
@@ -59,3 +61,82 @@ def test_a_run_killed_between_two_renames_ends_as_any_other(recipe: dict[str, An
         stages = json.loads((other / "manifest.json").read_text())["stages"]
         assert set(stages) == {"data", "train", "evaluate", "package"}
         assert (other / "report.html").is_file() and (other / "README.md").is_file()
+
+
+# Forks a child for each run, so that a run costs no imports; the random moments come from the parent.
+FORKING = """
+import json, os, random, signal, sys, time
+import peft, torch, transformers
+import tunesmith.jobs, tunesmith.pipeline
+from tunesmith import cli
+
+torch.set_num_threads(1)
+
+def start(path, runs):
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        sys.argv = ["tunesmith", "train", path, "--runs", runs]
+        os.dup2(2, 1)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            os._exit(stop.code or 0)
+        except BaseException as error:
+            print(repr(error), file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    return child
+
+for path, runs in (line.split("\t") for line in sys.argv[1:]):
+    began = time.monotonic()
+    _, calm = os.waitpid(start(path, runs + "/calm"), 0)
+    took, kills = time.monotonic() - began, 0
+    while True:
+        child, wait = start(path, runs + "/stormy"), random.uniform(0.1, 0.9) * took
+        until = time.monotonic() + (wait if kills < 2 else 600)
+        done = 0
+        while not done and time.monotonic() < until:
+            time.sleep(0.002)
+            done, code = os.waitpid(child, os.WNOHANG)
+        if done:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        kills += 1
+    print(json.dumps([calm, code, kills]))
+"""
+STORMS: dict[str, dict[str, Any]] = {
+    "dpo": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.1}},
+    "kto": {"adapter": {"kind": "prefix", "tokens": 4}},
+    "classify": {"optimizer": "muon"},
+    "distill": {"adapter": "full", "optimizer": "schedule_free"},
+    "text": {"adapter": {"kind": "adalora", "rank": 2, "warm": 0.1, "settled": 0.2}, "neftune": 5},
+}
+
+
+@pytest.mark.parametrize(
+    "methods", [["dpo", "text"], pytest.param(["kto", "classify", "distill"], marks=pytest.mark.long)], ids=" ".join
+)
+def test_other_methods_killed_at_random_moments_end_in_the_same_weights(
+    recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, methods: list[str]
+) -> None:
+    """Up to two kills each, wherever they fall: in the data stage, the tried step, a step, a checkpoint, the end."""
+    lines = []
+    for method in methods:
+        folder = tmp_path / method
+        folder.mkdir()
+        mine = json.loads(json.dumps(recipe))
+        mine["data"]["sources"] = [{"path": str(folder / "rows.jsonl")}]
+        to_train(mine, method, folder, tiny_model, max_steps=12, epochs=9, learning_rate=0.003, **STORMS[method])
+        lines.append(f"{write_recipe(folder, mine)}\t{folder}")
+    done = subprocess.run([sys.executable, "-c", FORKING, *lines], capture_output=True, text=True, check=False)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(told) == len(lines) and all(calm == code == 0 for calm, code, _ in told), done.stderr[-2000:]
+    assert sum(kills for _, _, kills in told) >= len(lines)
+    for method in methods:
+        calm, stormy = (tmp_path / method / name / "tiny" for name in ("calm", "stormy"))
+        weights = files(calm)
+        assert weights and weights == files(stormy), method
+        steps = [[(x["step"], x["loss"]) for x in read_jsonl(run / "metrics.jsonl")] for run in (calm, stormy)]
+        assert steps[0] == steps[1] and len(steps[0]) == 12, method

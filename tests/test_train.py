@@ -67,18 +67,52 @@ def test_a_plain_loop_on_transformers_and_peft_gives_the_same_weights(
         torch.testing.assert_close(ours[name], tensor, rtol=2e-3, atol=2e-5, msg=name)
 
 
-@pytest.mark.parametrize("pack_tokens", [1, 64, 4096])
-def test_how_rows_are_packed_changes_nothing(tunesmith: Any, recipe: Any, tmp_path: Path, pack_tokens: int) -> None:
-    recipe["train"] |= {"max_steps": 3, "batch_size": 8}
-    path = write_recipe(tmp_path, recipe)
-    assert tunesmith("train", path, "--json").code == 0
-    packed = f"--set=train.pack_tokens={pack_tokens}"
-    assert tunesmith("train", path, packed, "--set=name=other", "--json").code == 0
-    one = read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")
-    other = read_jsonl(tmp_path / "runs/other/metrics.jsonl")
-    for a, b in zip(one, other, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+def test_thirty_two_rows_at_once_are_four_times_eight_and_one_at_a_time(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of 1 to 60 tokens that carry loss: a step's gradient is that of all its tokens, however many backward passes
+    it takes; the losses, norms and weights are a plain loop's over single rows."""
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    from tunesmith.train import train as loop
+    from tunesmith.train.parallel.alone import Alone
+
+    rows = [
+        row | {"completion": " ".join([row["completion"]] * (1 + i * i % 31))} for i, row in enumerate(colour_rows(64))
+    ]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["data"]["split"] = {"validation": 0, "test": 0}
+    recipe["train"] |= {"max_steps": 2, "epochs": 9, "batch_size": 32, "checkpoint_every": 9, "max_length": 256}
+    passes: list[int] = []
+    step, backward = loop._step, Alone.backward
+
+    def stepped(*given: Any) -> Any:
+        passes.append(0)
+        return step(*given)
+
+    def counted(*given: Any) -> None:
+        if passes:
+            passes[-1] += 1
+        backward(*given)
+
+    monkeypatch.setattr(loop, "_step", stepped)
+    monkeypatch.setattr(Alone, "backward", counted)
+    done, config = None, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    for pack_tokens, least, most in ((100_000, 1, 1), (420, 3, 6), (1, 32, 32)):
+        name = f"by-{pack_tokens}"
+        recipe |= {"name": name, "train": recipe["train"] | {"pack_tokens": pack_tokens}}
+        passes.clear()
+        assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+        assert len(passes) == 2 and all(least <= n <= most for n in passes), passes
+        if done is None:
+            made = read_jsonl(tmp_path / f"runs/{name}/data/train.jsonl")
+            done = plain.train(Path(recipe["model"]), config, made, steps=2, batch_size=32, epochs=9, rate=0.01)
+        lines = read_jsonl(tmp_path / f"runs/{name}/metrics.jsonl")
+        assert [line["loss"] for line in lines] == pytest.approx(done.losses, rel=1e-5)
+        assert [line["grad_norm"] for line in lines] == pytest.approx(done.norms, rel=1e-4)
+        ours, theirs = load_file(tmp_path / "runs" / name / ADAPTER), get_peft_model_state_dict(done.model)
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=2e-3, atol=2e-5, msg=key)
 
 
 def test_a_kill_at_any_moment_ends_in_the_same_adapter(recipe: Any, tmp_path: Path) -> None:
@@ -204,7 +238,9 @@ def test_two_at_once_are_refused(recipe: Any, tmp_path: Path, tunesmith: Any) ->
     assert said.code == 2 and "another process" in said.err
 
 
-def test_rows_of_several_turns_train_every_answer(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+def test_rows_of_several_turns_train_every_answer_or_the_last(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    from peft import LoraConfig
+
     turns = [
         {"role": "user", "content": "One?"}, {"role": "assistant", "content": "1"},
         {"role": "user", "content": "Two?"}, {"role": "assistant", "content": "2"},
@@ -216,6 +252,16 @@ def test_rows_of_several_turns_train_every_answer(tunesmith: Any, recipe: Any, t
     assert said.code == 0, said.out
     for shown in said.json["shown"]:
         assert "".join(text for text, weight in shown if weight) == "1<|im_end|>2<|im_end|>"
+    recipe["train"]["method"] = {"kind": "sft", "loss_on": "last"}
+    for shown in tunesmith("check", write_recipe(tmp_path, recipe), "--json").json["shown"]:
+        assert "".join(text for text, weight in shown if weight) == "2<|im_end|>"
+    recipe["train"]["max_steps"] = 2
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    made = read_jsonl(tmp_path / "runs/tiny/data/train.jsonl")
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    done = plain.train(Path(recipe["model"]), config, made, steps=2, batch_size=4, epochs=1, rate=0.01)
+    lines = read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")
+    assert [line["loss"] for line in lines] == pytest.approx(done.losses, rel=2e-4)
 
 
 def test_the_sample_rows_are_label_like() -> None:

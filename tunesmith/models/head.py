@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-LOGIT_CHUNK = 256  # tokens whose logits are in memory at once
+LOGITS = 2**24  # in memory at once: 64 MiB as float32
+
+
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits are made together: 256, or so many times halved that they are no more than LOGITS."""
+    tokens = 256
+    while tokens > 8 and tokens * vocabulary > LOGITS:
+        tokens //= 2
+    return tokens
 
 
 class _FrozenHeadLoss(torch.autograd.Function):
@@ -30,8 +38,8 @@ class _FrozenHeadLoss(torch.autograd.Function):
         hits: list[Tensor] | None,
     ) -> Tensor:
         want = ctx.needs_input_grad[0]
-        losses, gradients = [], []
-        for h, target in zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True):
+        losses, gradients, size = [], [], tokens_at_once(len(weight_VD))
+        for h, target in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
             logits = F.linear(h, weight_VD, bias_V)
             if hits is not None:
                 hits.append(logits.argmax(-1) == target)
@@ -82,5 +90,6 @@ def head_nll(
             hits.append(logits.detach().argmax(-1) == target)
         return F.cross_entropy(logits, target, reduction="none", label_smoothing=smoothing)
 
-    chunks = zip(hidden_ND.split(LOGIT_CHUNK), targets_N.split(LOGIT_CHUNK), strict=True)
+    size = tokens_at_once(getattr(head, "out_features", 0))
+    chunks = zip(hidden_ND.split(size), targets_N.split(size), strict=True)
     return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in chunks])

@@ -190,6 +190,6 @@ def reuse_buffers(below: int = 2**30) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-        mallopt(mmap_threshold, below)
+        _ = mallopt(mmap_threshold, below) or mallopt(mmap_threshold, 2**25)  # the most that glibc before 2.35 takes
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(top_pad, 2**26)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tunesmith.errors import ModelError
-from tunesmith.models.head import LOGIT_CHUNK
+from tunesmith.models.head import tokens_at_once
 from tunesmith.models.machine import Machine
 from tunesmith.models.quantise import FORMATS, parameter_count
 from tunesmith.models.resolve import ResolvedModel
@@ -234,7 +234,7 @@ def peak_memory(job: Job) -> dict[str, int]:
         **({"masters": masters} if masters else {}),
         **({"start": kept} if kept else {}),
         "activations": in_pack * size * (layer * shape.layers if job.activations == "keep" else inputs + layer),
-        "logits": 2 * min(LOGIT_CHUNK, in_pack) * shape.vocabulary * 4,
+        "logits": 2 * min(tokens_at_once(shape.vocabulary), in_pack) * shape.vocabulary * 4,
     }
 
 

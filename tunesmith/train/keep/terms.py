@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from tunesmith.conversation.render import Rendered
-from tunesmith.models.head import LOGIT_CHUNK
+from tunesmith.models.head import tokens_at_once
 from tunesmith.models.packed import PackedForward
 from tunesmith.progress import bar
 from tunesmith.train.ranks import Ranks
@@ -150,5 +150,6 @@ def divergence(states_ND: Tensor, head: Head, before_ND: Tensor, head_before: He
             then = F.log_softmax(head_before(h0).float(), -1)
         return (then.exp() * (then - now)).sum(-1)
 
-    chunks = zip(states_ND.split(LOGIT_CHUNK), before_ND.split(LOGIT_CHUNK), strict=True)
+    size = tokens_at_once(getattr(head, "out_features", 0))
+    chunks = zip(states_ND.split(size), before_ND.split(size), strict=True)
     return torch.cat([checkpoint(chunk, h, h0, use_reentrant=False) for h, h0 in chunks])

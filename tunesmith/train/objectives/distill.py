@@ -119,7 +119,7 @@ def divergence(
     import torch
     from torch.utils.checkpoint import checkpoint
 
-    from tunesmith.models.head import LOGIT_CHUNK
+    from tunesmith.models.head import tokens_at_once
 
     def chunk(said: Tensor, told: Tensor) -> Tensor:
         logits = [to_said(said).float() / temperature, to_told(told).float() / temperature]
@@ -133,5 +133,6 @@ def divergence(
         parts = ((p.exp() * (p - between)).sum(-1) for p in (teacher, student))
         return beta * next(parts) + (1 - beta) * next(parts)
 
-    pairs = zip(said_ND.split(LOGIT_CHUNK), told_NE.split(LOGIT_CHUNK), strict=True)
+    size = tokens_at_once(getattr(to_said, "out_features", 0))
+    pairs = zip(said_ND.split(size), told_NE.split(size), strict=True)
     return torch.cat([checkpoint(chunk, said, told, use_reentrant=False) for said, told in pairs])
