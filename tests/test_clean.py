@@ -254,7 +254,7 @@ def test_near_duplicates_of_a_drawn_test_row_leave_training(cleaned: Any) -> Non
     rows = pairs(*((asked(i), f"answer {i}") for i in range(60)))
     made, _ = cleaned(rows, {"contamination": {"against": ["test", "validation"], "words": 40, "threshold": 0.75}})
     assert made.counts["removed"] == {}  # nothing is held out
-    split = {"validation": 0, "test": 6}
+    split = {"validation": 0, "test": 6, "near": None}
     made, told = cleaned(rows, {"contamination": {"words": 40, "threshold": 0.75}}, split=split)
     assert made.counts["test"] == 6 and 0 < told["contamination"]["removed"] <= 6
 

@@ -106,7 +106,7 @@ def test_checks_labels_and_bias_are_on_the_page(tunesmith: Any, recipe: dict[str
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
     write_jsonl(tmp_path / "test.jsonl", [{"prompt": THIRTEEN, "completion": "granted"}])
-    split = {"validation": 0, "test": "test.jsonl"}
+    split = {"validation": 0, "test": "test.jsonl", "near": None}
     recipe["data"] |= {"clean": {"bias": True}, "split": split, "answers": "label"}
     said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json")
     assert said.code == 0, said.out + said.err
@@ -133,6 +133,22 @@ def test_checks_labels_and_bias_are_on_the_page(tunesmith: Any, recipe: dict[str
     assert any(rate["group"] == "women" and rate["label"] == "refused" for rate in rates)
     for rate in rates:
         assert "".join(f"<td>{cell}</td>" for cell in rate.values()) in text
+
+
+def test_sides_of_a_split_are_on_the_page(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    asked = [" ".join(f"{word}{i // 2}" for word in THIRTEEN.split()) + " please" * (i % 2) for i in range(40)]
+    rows = [{"prompt": q, "completion": f"x{i}", "customer": "one"} for i, q in enumerate(asked)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["data"] |= {"split": {"validation": 0, "test": 8}}
+    found = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json").json
+    assert found["split"] == {"near": {"rows": 40, "groups": 20}} and found["counts"]["test"] == 8
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert "40 rows ask nearly the same as another, in 20 groups; no group is on two sides." in page
+    assert found["checks"]["contamination"]["rows"] == 0
+    recipe["data"]["split"]["by"] = "customer"
+    found = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json").json
+    first = found["fix first"][0]
+    assert first["what"].startswith("test has 0 rows where 8 were asked for") and "data.split.by" in first["do"]
 
 
 def test_the_report_of_a_recipe_prepares_it_first(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -15,8 +15,6 @@ from hypothesis import strategies as st
 from tests.conftest import write_jsonl, write_recipe
 from tests.prepared import PARTS
 from tunesmith.conversation.message import Conversation, Message
-from tunesmith.data.alike import pairs_alike
-from tunesmith.data.augment.base import runs
 from tunesmith.data.split import drawn
 from tunesmith.errors import DataError
 
@@ -89,44 +87,66 @@ def test_what_was_asked_before_the_test_is_not_trained_on(prepared: Any, tmp_pat
 
 
 @settings(max_examples=40, deadline=None)
-@given(groups=st.lists(st.integers(0, 6), min_size=1, max_size=40), wanted=st.integers(0, 20), seed=st.integers(0, 9))
-def test_near_duplicates_never_straddle(groups: list[int], wanted: int, seed: int) -> None:
+@given(groups=st.lists(st.integers(-1, 6), min_size=1, max_size=40), wanted=st.integers(0, 20), seed=st.integers(0, 9))
+def test_groups_of_rows_that_are_alike_never_straddle(groups: list[int], wanted: int, seed: int) -> None:
     made = [Conversation((Message("user", str(i)), Message("assistant", "x")), f"f:{i}") for i in range(len(groups))]
-
-    def alike(rows: Any) -> list[list[int]]:
-        return [[i for i, row in enumerate(rows) if groups[int(row.id[2:])] == g] for g in set(groups)]
-
-    taken = drawn(made, wanted, seed, alike=lambda rows: [g for g in alike(rows) if g]).tolist()
+    taken = drawn(made, wanted, seed, like=np.array(groups)).tolist()
     sides = [{group for group, out in zip(groups, taken, strict=True) if out == held} for held in (False, True)]
-    assert not sides[0] & sides[1] and sum(taken) <= wanted
+    assert not (sides[0] & sides[1]) - {-1} and sum(taken) <= wanted
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    texts=st.lists(st.lists(st.sampled_from("abcd"), max_size=7), max_size=14),
-    threshold=st.sampled_from([0.3, 0.5, 0.8, 1]),
-)
-def test_every_pair_that_is_alike_is_found(texts: list[list[str]], threshold: float) -> None:
-    made = [Conversation((Message("user", " ".join(t)), Message("assistant", "x"))) for t in texts]
-    sets = [runs(row.question) for row in made]
-    pairs = [(i, j) for j in range(len(sets)) for i in range(j)]
-    every = {(i, j) for i, j in pairs if len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j])}
-    assert {tuple(pair) for pair in pairs_alike(made, threshold)} == every
+WORDS = ("when", "comes", "the", "card", "that", "we", "ordered", "from", "that", "branch", "of", "yours")
 
 
-def test_near_duplicates_stay_on_one_side(prepared: Any, tmp_path: Path) -> None:
-    own = [
-        " ".join(f"{word}{i}" for word in ("when", "comes", "the", "card", "that", "we", "ordered")) for i in range(30)
-    ]
-    asked = [f"{text} in {month}" for text in own for month in ("May", "June", "July")]
-    path = str(write_jsonl(tmp_path / "a.jsonl", [{"prompt": q, "completion": f"x{i}"} for i, q in enumerate(asked)]))
+def variants(n: int) -> list[dict[str, Any]]:
+    """Questions of twelve words of their own, each asked in three ways: nine to ten of eleven runs are shared."""
+    own = [" ".join(f"{word}{i}" for word in WORDS) for i in range(n)]
+    ways = ("{}", "{} please", "Oh {}")
+    return [{"prompt": way.format(q), "completion": f"{i}", "at": k} for i, q in enumerate(own)
+            for k, way in enumerate(ways)]  # fmt: skip
 
-    def sides(**split: Any) -> list[set[int]]:
-        made = prepared(path, split={"validation": 0, "test": 30, **split})
-        assert made.counts["test"] == 30
-        return [{asked.index(row.question) // 3 for row in made.parts[part]} for part in ("train", "test")]
 
-    assert set.intersection(*sides()) and not set.intersection(*sides(near=0.5))
+def test_near_duplicates_never_straddle_drawn_parts(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", variants(30)))
+
+    def sides(**split: Any) -> list[set[str]]:
+        made = prepared(path, split={"validation": 18, "test": 18, **split})
+        assert made.counts["test"] == made.counts["validation"] == 18
+        assert made.told.get("split", {}) == ({"near": {"rows": 90, "groups": 30}} if "near" not in split else {})
+        return [{row.answer for row in made.parts[part]} for part in PARTS]
+
+    train, validation, test = sides()
+    assert not train & test and not train & validation and not validation & test
+    assert set.intersection(*sides(near=None)[::2])
+
+
+def test_near_duplicates_never_straddle_given_files_or_times(prepared: Any, tmp_path: Path) -> None:
+    asked = variants(30)
+    path = str(write_jsonl(tmp_path / "a.jsonl", [row for row in asked if row["at"]]))
+    write_jsonl(tmp_path / "t.jsonl", asked[:15:3])
+    write_jsonl(tmp_path / "v.jsonl", asked[12:24:3])  # the first of these asks what the test asks
+    made = prepared(path, split={"validation": "v.jsonl", "test": "t.jsonl"})
+    assert {part: made.counts[part] for part in PARTS} == {"train": 44, "validation": 3, "test": 5}
+    assert made.counts["removed"] == {"in_test": 11, "in_validation": 6}
+    why = Counter(row["why"] for row in made.removed)
+    assert why == {"asks nearly the same as a test row": 10, "asks nearly the same as a validation row": 6,
+                   "asks the same as a test row": 1}  # fmt: skip
+    by_time = prepared(str(write_jsonl(tmp_path / "b.jsonl", asked)), split={"validation": 0, "test": 10, "time": "at"})
+    assert by_time.counts["test"] == 10 and by_time.counts["removed"] == {"in_test": 20}
+
+
+def test_rows_of_one_template_are_not_alike(prepared: Any, tmp_path: Path) -> None:
+    """Words that every row has say nothing of it; what stands in the template's gap decides."""
+    template = " ".join(f"Rule {i} says {i * 7}." for i in range(30)) + " Now classify: {}"
+    rows = [row | {"prompt": template.format(row["prompt"])} for row in variants(30) if row["at"] < 2]
+    made = prepared(str(write_jsonl(tmp_path / "a.jsonl", rows)), split={"validation": 0, "test": 18})
+    assert made.told["split"] == {"near": {"rows": 60, "groups": 30}} and made.counts["test"] == 18
+
+
+def test_a_part_that_came_out_small_is_told(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows(40, customer=lambda i: 0)))
+    made = prepared(path, split={"validation": 0, "test": 10, "by": "customer"})
+    assert made.told["split"]["short"] == {"test": {"asked for": 10, "rows": 0}}
 
 
 # ------------------------------------------------------------------ balance

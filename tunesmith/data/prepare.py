@@ -94,7 +94,7 @@ def _prepared(
     if parts["validation"] or parts["test"]:  # files of their own
         parts["train"] = cleaning.after_split(parts["train"], replace(around, held=parts))
     given = {part for part in PARTS if parts[part]}
-    parts = split(section.split, parts, inputs.seed, kind == "label", ledger)
+    parts, sides = split(section.split, parts, kind == "label", ledger, around)
     if given == {"train"} or {part for part in PARTS if parts[part]} != given:
         parts["train"] = cleaning.after_split(parts["train"], replace(around, held=parts))
     if not parts["train"]:
@@ -124,6 +124,7 @@ def _prepared(
         "rows": rows_are,
         **({"media": dict(media)} if media else {}),
         "specials": specials,
+        **({"split": sides} if sides else {}),
         "answers": {"kind": kind, "labels": dict(sorted(labels.items()))},
         "renderer": {"hash": inputs.renderer.hash, "template": inputs.renderer.template_name},
         **more,

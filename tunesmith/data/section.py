@@ -154,9 +154,9 @@ class SplitSection(Section):
     """A column, as customer_id: rows of one value stay on one side. A row without it is on its own."""
     stratify: str = "auto"
     """What is given its share on every side: `label` (the answer), a column, `none`; labels if `auto`."""
-    near: float | None = Field(None, gt=0, le=1)
-    """Rows whose questions are at least so alike (Jaccard similarity of runs of three words; 0.8 is usual) stay on
-    one side."""
+    near: float | None = Field(0.8, gt=0, le=1)
+    """Rows whose questions are at least so alike (Jaccard similarity of runs of three words) stay on one side; null
+    looks at equal questions alone."""
     time: str | None = None
     """A column of times: the newest rows are the test, those before them validation."""
 
@@ -167,8 +167,6 @@ class SplitSection(Section):
             raise ValueError("a part is a share of the rows (together below 1), a whole count, or a path")
         if self.time is not None and self.stratify not in ("auto", "none"):
             raise ValueError("rows split by `time` can't be stratified too")
-        if self.time is not None and self.near is not None:
-            raise ValueError("rows split by `time` are not grouped by `near`; remove near-duplicates instead")
         return self
 
 

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
@@ -108,6 +108,15 @@ class Shelf:
         with self.writer() as writer:
             places = np.fromiter((writer.add(row) for row in rows), dtype=np.int64)
         return Rows(self, places)
+
+    def take(self, file: Path) -> Rows:
+        """The rows of a file that was written from a shelf; they stay where they lie."""
+        number = self.number()
+        (self.folder / f"{number:08}.rows").symlink_to(file.resolve())
+        with file.open("rb") as lines:
+            ends = np.fromiter(accumulate(map(len, lines)), dtype=np.int64)
+        ends.tofile(self.folder / f"{number:08}.ends")
+        return Rows(self, np.arange(len(ends), dtype=np.int64) + (number << LINE_BITS))
 
     def row(self, place: int) -> Conversation:
         return decoded(next(self.lines(np.array([place], dtype=np.int64))))

@@ -5,24 +5,23 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Sequence
-from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.alike import pairs_alike
+from tunesmith.data.alike import Alike, alike
+from tunesmith.data.clean.step import Around
 from tunesmith.data.groups import DIGEST, Groups, digest, same
 from tunesmith.data.marks import column
 from tunesmith.data.section import SplitSection
-from tunesmith.data.shelf import Rows
+from tunesmith.data.shelf import Rows, joined
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
 
 Parts = dict[str, Rows]
-# Groups of rows that say nearly the same, as lists of their places.
-Alike = Callable[[Sequence[Conversation]], Sequence[Sequence[int]]]
+NONE_ALIKE = Alike(np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
 
 def same_question(row: Conversation) -> str:
@@ -30,15 +29,20 @@ def same_question(row: Conversation) -> str:
     return " ".join(row.question.casefold().split())
 
 
-def split(section: SplitSection, parts: Parts, seed: int, by_label: bool, ledger: Ledger) -> Parts:
+def split(
+    section: SplitSection, parts: Parts, by_label: bool, ledger: Ledger, around: Around
+) -> tuple[Parts, dict[str, Any]]:
     """Hold out what the recipe asks for. Rows that would let training see a held-out row are removed, and told.
 
     Args:
         parts: `train` holds everything that is to be split; the others what files of their own gave.
         by_label: whether the answers are labels; they are then given their share, unless the section says otherwise.
+
+    Returns:
+        The parts; and what to tell of them: rows that are alike, and parts that came out smaller than was asked for.
     """
-    alike = partial(pairs_alike, threshold=section.near) if section.near is not None else None
-    parts = _without_clashes(dict(parts), section.by, ledger)
+    like, told = _alike(section, parts, around)
+    parts = _without_clashes(dict(parts), section.by, like, ledger)
     total = len(parts["train"])
     for part in ("test", "validation"):
         share = getattr(section, part)
@@ -49,9 +53,20 @@ def split(section: SplitSection, parts: Parts, seed: int, by_label: bool, ledger
         if section.time is not None:
             taken = newest(rows, wanted, section.time)
         else:
-            taken = drawn(rows, wanted, seed, _stratum(section, by_label), section.by, alike)
+            taken = drawn(rows, wanted, around.seed, _stratum(section, by_label), section.by, like.of(rows))
         parts["train"], parts[part] = rows[~taken], rows[taken]
-    return parts if section.time is None else _without_clashes(parts, section.by, ledger)
+        if len(parts[part]) < wanted:
+            told.setdefault("short", {})[part] = {"asked for": wanted, "rows": len(parts[part])}
+    return (parts if section.time is None else _without_clashes(parts, section.by, like, ledger)), told
+
+
+def _alike(section: SplitSection, parts: Parts, around: Around) -> tuple[Alike, dict[str, Any]]:
+    """Rows of all parts that are alike, and what to tell of them; none where nothing is held out."""
+    rows = joined(parts.values(), parts["train"].shelf)
+    if section.near is None or not (section.validation or section.test) or not len(rows):
+        return NONE_ALIKE, {}
+    like = alike(rows, section.near, around.engine, around.scratch)
+    return like, {"near": {"rows": len(like.groups), "groups": len(np.unique(like.groups))}}
 
 
 def _stratum(section: SplitSection, by_label: bool) -> Callable[[Conversation], Hashable] | None:
@@ -62,31 +77,40 @@ def _stratum(section: SplitSection, by_label: bool) -> Callable[[Conversation], 
     return lambda row: str(column(row, section.stratify))
 
 
-def _without_clashes(parts: Parts, by: str | None, ledger: Ledger) -> Parts:
+def _without_clashes(parts: Parts, by: str | None, like: Alike, ledger: Ledger) -> Parts:
     """What test has, validation has not, and what either has, training has not."""
-    held = {part: {key for row in parts[part] for key in _keys(row, by)} for part in ("validation", "test")}
+    held = {
+        part: {key for row, group in _grouped(parts[part], like) for key in _keys(row, by, group).values()}
+        for part in ("validation", "test")
+    }
     for part, others in (("validation", ("test",)), ("train", ("test", "validation"))):
         if not any(held[other] for other in others):
             continue
         kept = np.ones(len(parts[part]), dtype=bool)
-        for i, row in enumerate(parts[part]):
-            keys = _keys(row, by)
-            clash = next((o for o in others if any(key in held[o] for key in keys)), None)
-            if clash is None:
-                continue
-            kept[i] = False
-            if keys[0] in held[clash]:
-                ledger.remove(row, row.id, f"in_{clash}", f"asks the same as a {clash} row")
-            else:
-                ledger.remove(row, row.id, f"in_{clash}", f"has the same {by} as a {clash} row")
+        for i, (row, group) in enumerate(_grouped(parts[part], like)):
+            keys = _keys(row, by, group)
+            found = next(((o, how) for o in others for how, key in keys.items() if key in held[o]), None)
+            if found is not None:
+                kept[i] = False
+                ledger.remove(row, row.id, f"in_{found[0]}", f"{found[1]} a {found[0]} row")
         parts[part] = parts[part][kept]
     return parts
 
 
-def _keys(row: Conversation, by: str | None) -> list[bytes]:
-    """What no two sides may share of a row, hashed: the question, and the group where there is one."""
+def _grouped(rows: Rows, like: Alike) -> zip[tuple[Conversation, int]]:
+    return zip(rows, like.of(rows).tolist(), strict=True)
+
+
+def _keys(row: Conversation, by: str | None, group: int = -1) -> dict[str, bytes]:
+    """What no two sides may share of a row, hashed, by how rows that share it go together: the question, the group
+    where there is one, and that of rows that are alike."""
+    keys = {"asks the same as": digest(f"asks {same_question(row)}")}
     value = column(row, by) if by is not None else None
-    return [digest(f"asks {same_question(row)}"), *([digest(f"by {value}")] if value is not None else [])]
+    if value is not None:
+        keys[f"has the same {by} as"] = digest(f"by {value}")
+    if group >= 0:
+        keys["asks nearly the same as"] = digest(f"like {group}")
+    return keys
 
 
 def newest(rows: Sequence[Conversation], wanted: int, time: str) -> np.ndarray:
@@ -103,15 +127,15 @@ def drawn(
     seed: int,
     stratum: Callable[[Conversation], Hashable] | None = None,
     by: str | None = None,
-    alike: Alike | None = None,
+    like: np.ndarray | None = None,
 ) -> np.ndarray:
     """Whether each row is one of `wanted` rows that are drawn to be held out.
 
-    Rows that ask the same question go together, and so do those of a group (`by`), near-duplicates, and the
-    pieces of a row that was too long. Each stratum's groups are spread evenly over the order in which groups are
-    drawn (systematic sampling), so that every stratum gives its share.
+    Rows that ask the same question go together, and so do those of a group (`by`), those that are alike (`like`, the
+    number of each row's group or -1), and the pieces of a row that was too long. Each stratum's groups are spread
+    evenly over the order in which groups are drawn (systematic sampling), so that every stratum gives its share.
     """
-    leaders, strata = _together(rows, by, alike, stratum)
+    leaders, strata = _together(rows, by, like, stratum)
     first, group = np.unique(leaders, return_inverse=True)  # groups in the order of their first rows
     sizes = np.bincount(group, minlength=len(first))
     random = np.random.default_rng([seed, len(rows)])
@@ -143,16 +167,17 @@ def _in_order(strata: np.ndarray) -> list[np.ndarray]:
 def _together(
     rows: Sequence[Conversation],
     by: str | None,
-    alike: Alike | None,
+    like: np.ndarray | None,
     stratum: Callable[[Conversation], Hashable] | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """For each row the first of those that must not be split from it, and the number of its stratum."""
     known: dict[Hashable, int] = {}
     strata = np.zeros(len(rows), dtype=np.int32)
     keys, where = bytearray(), array("q")
-    for i, row in enumerate(rows):
+    groups_of = [-1] * len(rows) if like is None else like.tolist()
+    for i, (row, group) in enumerate(zip(rows, groups_of, strict=True)):
         origin, cut, _ = row.id.rpartition("#")
-        for key in [*_keys(row, by), *([digest(f"of {origin}")] if cut else [])]:
+        for key in [*_keys(row, by, group).values(), *([digest(f"of {origin}")] if cut else [])]:
             keys += key
             where.append(i)
         if stratum is not None:
@@ -162,7 +187,4 @@ def _together(
     leaders = places[same(np.frombuffer(keys, dtype=DIGEST))] if len(places) else places
     for i in np.flatnonzero(leaders != places).tolist():
         groups.join(int(leaders[i]), int(places[i]))
-    for group in alike(rows) if alike is not None else ():
-        for i in group:
-            groups.join(group[0], i)
     return groups.leaders(), strata

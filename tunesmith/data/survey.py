@@ -1,14 +1,17 @@
-"""What a prepared set holds: figures for the report, and what to fix first."""
+"""What a prepared set holds: figures for the report, and what to fix first. Rows are read as they are looked at, and
+none is kept, so a set may be of any length."""
 
 from __future__ import annotations
 
 import json
 import random
-import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.contamination import Contamination
@@ -16,16 +19,18 @@ from tunesmith.data.clean.duplicates import Duplicates
 from tunesmith.data.clean.language import Language
 from tunesmith.data.clean.personal import Personal
 from tunesmith.data.clean.secrets import Secrets
-from tunesmith.data.clean.step import Around, Step, Verdict
+from tunesmith.data.clean.step import Around, Step
 from tunesmith.data.clean.texts import text_of
-from tunesmith.data.prepare import PARTS, load_rows
+from tunesmith.data.engines.local import Local
+from tunesmith.data.prepare import PARTS
+from tunesmith.data.shelf import Rows, Shelf
 from tunesmith.errors import MachineError
-from tunesmith.runs import read_jsonl
 
 SHOWN = 20
 MEASURED = 5000
 LOOKED_THROUGH = 1000
 EXAMPLES = 5
+SIDES = ("prompt", "answer")
 # Tokens of one row, a sequence apiece: [(text, its loss weight), ...].
 Tokens = Callable[[Conversation], list[list[tuple[str, float]]]]
 
@@ -40,28 +45,35 @@ def survey(folder: Path, manifest: Mapping[str, Any], tokens: Tokens, limit: int
         limit: the most tokens that a row may have.
         seed: draws the rows that are shown and, of large sets, those that are measured.
     """
-    parts = {part: load_rows(folder / f"{part}.jsonl") for part in PARTS}
+    with TemporaryDirectory() as name, Local().start(Path(name)) as engine:
+        shelf = Shelf(Path(name))
+        parts = {part: shelf.take(folder / f"{part}.jsonl") for part in PARTS}
+        around = Around(seed=seed, held=parts, engine=engine, scratch=shelf.folder)
+        return _surveyed(folder, manifest, parts, tokens, limit, around)
+
+
+def _surveyed(
+    folder: Path, manifest: Mapping[str, Any], parts: Mapping[str, Rows], tokens: Tokens, limit: int, around: Around
+) -> dict[str, Any]:
     steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
-    draw = random.Random(seed)
-    train = parts["train"]
-    shown: list[dict[str, Any]] = [
-        {"row": row.id, "sequences": tokens(row)} for row in draw.sample(train, min(SHOWN, len(train)))
-    ]
-    measured = draw.sample(train, min(MEASURED, len(train)))
+    draw, train = random.Random(around.seed), parts["train"]
+    shown: list[dict[str, Any]] = [{"row": row.id, "sequences": tokens(row)} for row in sampled(train, SHOWN, draw)]
+    measured = sampled(train, MEASURED, draw)
+    said = np.fromiter((len(text_of(row, side)) for row in train for side in SIDES), dtype=np.int64).reshape(-1, 2)
     found: dict[str, Any] = {
         "version": manifest["version"],
         "counts": manifest["counts"],
         "waterfall": waterfall(manifest["counts"]),
-        "rejected": _reasons(read_jsonl(folder / "rejected.jsonl"), "reason"),
-        "removed": _reasons(read_jsonl(folder / "removed.jsonl"), "step"),
-        "flagged": _reasons(read_jsonl(folder / "flagged.jsonl"), "step"),
+        "rejected": _reasons(_entries(folder / "rejected.jsonl"), "reason"),
+        "removed": _reasons(_entries(folder / "removed.jsonl"), "step"),
+        "flagged": _reasons(_entries(folder / "flagged.jsonl"), "step"),
         "steps": steps,
+        "split": manifest.get("split", {}),
         "lengths": {
             "limit": limit,
             "measured": len(measured),
             "tokens": sorted(sum(map(len, tokens(row))) for row in measured),
-            "prompt characters": _spread([len(text_of(row, "prompt")) for row in train]),
-            "answer characters": _spread([len(text_of(row, "answer")) for row in train]),
+            **{f"{side} characters": _spread(said[:, column]) for column, side in enumerate(SIDES)},
         },
         "answers": manifest["answers"]["kind"],
         "labels": {
@@ -69,7 +81,7 @@ def survey(folder: Path, manifest: Mapping[str, Any], tokens: Tokens, limit: int
             for part, rows in parts.items()
             if manifest["answers"]["kind"] == "label"
         },
-        "checks": checks(parts, draw),
+        "checks": checks(parts, draw, around),
         "shown": shown,
     }
     carrying = [weight > 0 for row in shown for sequence in row["sequences"] for _, weight in sequence]
@@ -92,7 +104,17 @@ def waterfall(counts: Mapping[str, Any]) -> list[tuple[str, int]]:
     return [*found, *((part, counts[part]) for part in PARTS)]
 
 
-def _reasons(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
+def sampled(rows: Rows, count: int, draw: random.Random) -> Rows:
+    """So many of the rows at most, drawn."""
+    return rows[np.array(draw.sample(range(len(rows)), min(count, len(rows))), dtype=np.int64)]
+
+
+def _entries(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)
+
+
+def _reasons(rows: Iterable[Mapping[str, Any]], key: str) -> dict[str, dict[str, Any]]:
     """For each reason: how many rows, and the first few."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -103,54 +125,49 @@ def _reasons(rows: Sequence[Mapping[str, Any]], key: str) -> dict[str, dict[str,
     return dict(sorted(found.items(), key=lambda item: -item[1]["rows"]))
 
 
-def _spread(values: Sequence[int]) -> dict[str, float]:
-    ordered = sorted(values)
+def _spread(values: np.ndarray) -> dict[str, float]:
+    ordered = np.sort(values)
     return {
-        "smallest": ordered[0],
-        "median": statistics.median(ordered),
-        "95%": ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)],
-        "largest": ordered[-1],
+        "smallest": int(ordered[0]),
+        "median": float(np.median(ordered)),
+        "95%": int(ordered[min(int(0.95 * len(ordered)), len(ordered) - 1)]),
+        "largest": int(ordered[-1]),
     }
 
 
-def checks(parts: Mapping[str, list[Conversation]], draw: random.Random) -> dict[str, dict[str, Any]]:
+def checks(parts: Mapping[str, Rows], draw: random.Random, around: Around) -> dict[str, dict[str, Any]]:
     """What cleaning steps would find in the training rows as they are now, whether or not the recipe has them."""
     train = parts["train"]
-    some = draw.sample(train, min(LOOKED_THROUGH, len(train)))
-    around = Around(held=parts)
-    looked: dict[str, tuple[Step, list[Conversation]]] = {
+    some = sampled(train, LOOKED_THROUGH, draw)
+    looked: dict[str, tuple[Step, Rows]] = {
         "exact duplicates": (Duplicates(kind="exact"), train),
         "near duplicates": (Duplicates(kind="near"), train),
         "same prompt": (Duplicates(kind="exact", on="prompt"), train),
-        "contamination": (Contamination(), train if parts["test"] else []),
+        "contamination": (Contamination(), train if parts["test"] else train[:0]),
         "language": (Language(keep=("xx",)), some),
         "personal data": (Personal(names="auto"), some),
         "secrets": (Secrets(action="report"), some),
     }
-    found = {}
-    for name, (step, rows) in looked.items():
-        try:
-            verdicts = [
-                v or Verdict(row) for row, v in zip(rows, step.apply(rows, around) if rows else (), strict=True)
-            ]
-        except MachineError as error:
-            found[name] = {"rows": 0, "looked at": 0, "found": {}, "such as": [], "not done": str(error.what)}
-            continue
-        touched = [(r, v) for r, v in zip(rows, verdicts, strict=True) if v.why]
-        found[name] = {
-            "rows": len(touched),
-            "looked at": len(rows),
-            "found": dict(_counted(verdicts).most_common()),
-            "such as": [] if name == "language" else [{"row": r.id, "why": v.why} for r, v in touched[:EXAMPLES]],
-        }
-    return found
+    return {name: _looked(step, rows, around, name != "language") for name, (step, rows) in looked.items()}
 
 
-def _counted(verdicts: Sequence[Verdict]) -> Counter[str]:
+def _looked(step: Step, rows: Rows, around: Around, named: bool) -> dict[str, Any]:
+    """What a step finds in rows; with the first of them, where they are to be `named`."""
     counted: Counter[str] = Counter()
-    for verdict in verdicts:
-        counted.update(verdict.found)
-    return counted
+    such: list[dict[str, str]] = []
+    touched = 0
+    try:
+        for number, verdict in enumerate(step.apply(rows, around) if rows else ()):
+            if verdict is None:
+                continue
+            counted.update(verdict.found)
+            if verdict.why:
+                touched += 1
+                if named and len(such) < EXAMPLES:
+                    such.append({"row": rows[number].id, "why": verdict.why})
+    except MachineError as error:
+        return {"rows": 0, "looked at": 0, "found": {}, "such as": [], "not done": str(error.what)}
+    return {"rows": touched, "looked at": len(rows), "found": dict(counted.most_common()), "such as": such}
 
 
 def fix_first(found: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -181,6 +198,14 @@ def fix_first(found: Mapping[str, Any]) -> list[dict[str, str]]:
             f"{counts['rejected']} rows can't be used, most of all: {reason}",
             "mend them: rejected.jsonl",
         )
+    for part, short in found["split"].get("short", {}).items():
+        if 2 * short["rows"] < short["asked for"]:
+            say(
+                9,
+                f"{part} has {short['rows']} rows where {short['asked for']} were asked for: rows that go together are "
+                "too many",
+                "give another data.split.by, or near: null",
+            )
     conflicts = look["same prompt"]["rows"] - look["exact duplicates"]["rows"]
     if conflicts > 0 and found["answers"] == "label":
         say(6, f"{conflicts} rows ask what another asks and are answered otherwise", "clean: {conflicts: true}")

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -60,12 +61,13 @@ class Exact:
 @dataclass(frozen=True)
 class Sketch:
     """Makes keys by which rows have the same runs of words, and writes the runs and their MinHash bands to files. The
-    item is (the number of the first row, rows)."""
+    item is (the number of the first row, rows). Runs in `common` don't count."""
 
     side: Side
     words: int
     threshold: float
     folder: Path
+    common: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
 
     def __call__(self, item: tuple[int, Sequence[Conversation]]) -> Keys:
         import pyarrow as pa
@@ -74,6 +76,9 @@ class Sketch:
         first, rows = item
         texts, media = zip(*((text_of(row, self.side), media_of(row)) for row in rows), strict=True)
         flat, ends = minhash.runs_of(texts, self.words)
+        if len(self.common):
+            counted = ~np.isin(flat, self.common)
+            flat, ends = flat[counted], np.concatenate([[0], np.cumsum(counted)])[ends]
         starts = np.concatenate([[0], ends[:-1]])
         for number in (number for number, held in enumerate(media) if held):  # rows with other images share no run
             flat[starts[number] : ends[number]] ^= np.frombuffer(digest(media[number]), dtype=np.uint64)[0]
@@ -145,10 +150,13 @@ def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Ru
         at += len(piece.lengths)
     for rows, sizes in engine.groups(bands):
         for members in _apart(rows, sizes, first, groups.leaders()):
-            for place, i in enumerate(members):
-                for j in members[place + 1 :]:
-                    if groups.leader(i) != groups.leader(j) and minhash.alike(runs[i], runs[j], threshold):
-                        groups.join(i, j)
+            left = len({groups.leader(i) for i in members})
+            for i, j in combinations(members, 2):
+                if left == 1:
+                    break
+                if groups.leader(i) != groups.leader(j) and minhash.alike(runs[i], runs[j], threshold):
+                    groups.join(i, j)
+                    left -= 1
     return groups.leaders()
 
 

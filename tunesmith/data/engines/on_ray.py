@@ -120,7 +120,7 @@ class RayRunning:
         told = (
             ray.data.read_parquet([str(path) for path in bands])
             .map_batches(keys, batch_format="numpy")
-            .groupby("part")
+            .groupby("part", num_partitions=partitions)
             .map_groups(shared, batch_format="numpy")
         )
         for row in told.iter_rows():
