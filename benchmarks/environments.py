@@ -15,7 +15,11 @@ TORCH = "torch==2.13.0"
 # What torch's installation may bring: it wants CUDA's libraries, and stops transformers.
 ABSENT = ("torchvision", "torchaudio")
 # glibc keeps big buffers instead of giving them back after each step; Tunesmith sets the same for itself.
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "4294967296",
+    "MALLOC_TRIM_THRESHOLD_": "4294967296",
+    "MALLOC_TOP_PAD_": "67108864",
+}
 
 
 def python_of(name: str, pins: Sequence[str]) -> Path:
@@ -32,8 +36,9 @@ def python_of(name: str, pins: Sequence[str]) -> Path:
 
 
 def own_environment() -> dict[str, str]:
-    """The environment variables that our side runs with."""
-    return dict(os.environ) | ALLOCATOR
+    """The environment variables that our side runs with; what lies here can be imported."""
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return dict(os.environ) | ALLOCATOR | {"PYTHONPATH": paths}
 
 
 def peers_environment(untold: bool = False) -> dict[str, str]:
@@ -43,7 +48,7 @@ def peers_environment(untold: bool = False) -> dict[str, str]:
     from tunesmith.models.tiles import compiled
 
     here = machine()
-    environment = own_environment() | ({ISA: here.isa} if here.isa else {})
+    environment = dict(os.environ) | ALLOCATOR | ({ISA: here.isa} if here.isa else {})
     if here.tiles and not untold:
         environment |= {"TILES": str(compiled())}
         environment.pop(ISA, None)

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from environments import own_environment, run
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
 RANKS = (4, 16, 64, 256)
@@ -27,6 +28,7 @@ import tunesmith
 from tunesmith.models.machine import machine
 here = machine()
 import torch
+from limit import product_rate
 from tunesmith.models.packed import PackedForward
 from tunesmith.conversation.render import Rendered
 from tunesmith.train.objectives.method import Example
@@ -60,24 +62,9 @@ split = Alone(Ranks(), Step(adapted, forward, section.method), weights)
 optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 adapted.train()
 
-def rate():
-    "FLOP/s of products of the model's shapes, weighted by their share of the work."
-    tokens = min(1024, max(given["length"], 512))
-    work = seconds = 0.0
-    for shape in sorted(set(shapes)):
-        w, x = torch.randn(shape, dtype=precision), torch.randn(tokens, shape[1], dtype=precision)
-        x @ w.T
-        start = time.perf_counter()
-        for _ in range(8):
-            x @ w.T
-        share = shapes.count(shape)
-        seconds += (time.perf_counter() - start) / 8 * share
-        work += 2 * tokens * w.numel() * share
-    return work / seconds
-
 times, rates = [], []
 for step in range(given["steps"] + 1):
-    rates.append(rate())
+    rates.append(product_rate(shapes, precision, min(1024, max(given["length"], 512))))
     start = time.perf_counter()
     gradients(section, split, rows, None, lambda: None)
     optimizer.step()
@@ -116,10 +103,7 @@ def main() -> None:
         script.write_text(ONE, encoding="utf-8")
         for what in given.only:
             for value, case in cases[what]:
-                done = subprocess.run([sys.executable, script, json.dumps(case)], capture_output=True, text=True)
-                if done.returncode:
-                    sys.exit(done.stderr[-2000:])
-                found = json.loads(done.stdout.splitlines()[-1])
+                found = run([sys.executable, str(script), json.dumps(case)], own_environment())
                 print(
                     f"| {what} | {value} | {found['tokens_per_second']:.0f} | {found['share_of_product_limit']:.2f} "
                     f"| {found['gflops']:.0f} | {found['peak_gib']:.2f} |",

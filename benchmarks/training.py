@@ -5,7 +5,8 @@
 
 Each peer is installed into an environment of its own (benchmarks/.peers/NAME) at first use, and does what of the three
 it can (PEERS). A round is ours and then each peer, so that a machine's good and bad minutes fall on all; the figure is
-the median over the rounds of ours by theirs. Rates are real tokens (no padding; both endings of a pair whole) a second
+the median over the rounds of ours by theirs, and our share of what matrix products alone would allow (their rate is
+taken in the same process, before and after). Rates are real tokens (no padding; both endings of a pair whole) a second
 of wall time from the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard
 against instructions that a machine only claims to have, and the same settings of the memory allocator.
 
@@ -18,6 +19,7 @@ found the setting that lets them run at all.
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import statistics
 import sys
@@ -60,11 +62,24 @@ def noted(path, line):
         ends.append(time.perf_counter())
     write(path, line)
 follow.append_jsonl = noted
-run = tunesmith.run(json.loads(sys.argv[1]), runs_folder=sys.argv[2], stages=("data", "train"))
+import torch
+from limit import product_rate
+from tunesmith.models.plan import empty_model, shape_of
+from tunesmith.models.resolve import resolve
+from tunesmith.models.section import ModelSection
+recipe = json.loads(sys.argv[1])
+plan = tunesmith.plan(recipe)
+shapes = list(shape_of(empty_model(resolve(ModelSection(name=recipe["model"])))).linear.values())
+rate = lambda: product_rate(shapes, getattr(torch, plan.precision), 1024)
+rates = [rate()]
+run = tunesmith.run(recipe, runs_folder=sys.argv[2], stages=("data", "train"))
 tokens = sum(l["tokens"] for l in read_jsonl(run.run.metrics)[1:])
 seconds = ends[-1] - ends[0]
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-print(json.dumps({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak}))
+rates.append(rate())
+limit = sum(rates) / 2 * plan.tokens / plan.flops
+print(json.dumps({"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "peak_bytes": peak,
+    "share_of_limit": tokens / seconds / limit}))
 """
 TRAIN: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"kind": "lora", "rank": 16, "alpha": 32}},
@@ -75,6 +90,14 @@ TRAIN: dict[str, dict[str, Any]] = {
 
 def told(figures: dict[str, Any]) -> str:
     return f"{figures['tokens_per_second']:.0f} tokens/s, {figures['peak_bytes'] / 2**30:.2f} GiB"
+
+
+def lines_of(path: Path, count: int) -> list[str]:
+    """The first rows of a file as JSON; of a table, the first column asks and the second answers."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    if path.suffix == ".csv":
+        lines = [json.dumps({"prompt": row[0], "completion": row[1]}) for row in [*csv.reader(lines)][1 : count + 1]]
+    return lines[:count]
 
 
 def rows_for(what: str, lines: list[str], folder: Path) -> Path:
@@ -116,6 +139,7 @@ def summary(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, Any
         "ours_tokens_per_second": round(middle(0, "tokens_per_second")),
         "their_tokens_per_second": round(middle(1, "tokens_per_second")),
         "ours_peak_gib": round(middle(0, "peak_bytes") / 2**30, 2),
+        "ours_share_of_product_limit": round(middle(0, "share_of_limit"), 2),
         "their_peak_gib": round(middle(1, "peak_bytes") / 2**30, 2),
         "versions": pairs[0][1]["versions"],
     }
@@ -142,7 +166,7 @@ def main() -> None:
     environment, for_peers = own_environment(), peers_environment(given.untold)
     model = resolve(ModelSection(name="smollm2-135m-instruct")).path
     print(json.dumps({"machine": here.as_dict(), "rows": given.rows, "steps": given.steps}))
-    lines = Path(given.rows).read_text(encoding="utf-8").splitlines()[: given.count]
+    lines = lines_of(Path(given.rows), given.count)
 
     with tempfile.TemporaryDirectory() as folder:
         for what in given.what:

@@ -81,6 +81,7 @@ class Plan:
     """Bytes and seconds are estimates; `memory` is by part.
 
     Attributes:
+        flops: floating-point operations of all its matrix products.
         changes: where it does not fit, what would make it fit, the cheapest first.
     """
 
@@ -91,6 +92,7 @@ class Plan:
     tokens: int
     precision: str
     memory: dict[str, int]
+    flops: float
     seconds: float
     available_bytes: int
     changes: list[Change]
@@ -207,6 +209,7 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
         tokens=tokens,
         precision=job.precision,
         memory=memory,
+        flops=float(work),
         seconds=round(work / rate + BESIDES * work / plain + job.steps * STEP_SECONDS, 1),
         available_bytes=free,
         changes=[] if sum(memory.values()) <= free else advise(job, free),
