@@ -113,7 +113,8 @@ def _besides(card: dict[str, Any]) -> None:
     """What a scorecard holds besides metrics, by the names that a gate's conditions give it."""
     from tunesmith.evaluate.conditions import scores_in
 
-    table = Table("measured besides", title_justify="left")
+    table = Table(title_justify="left")
+    table.add_column("measured besides", overflow="fold")
     for column in ("baseline", "tuned", "difference", "95% interval"):
         table.add_column(column, justify="right")
     for path, score in scores_in(card):
