@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
 from tunesmith.models import packed
+from tunesmith.models.attention import Family, Layout, attention, laid_out
 from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu, products
 from tunesmith.models.packed import PackedForward
 from tunesmith.models.packs import best_fit, common_beginning, pack
@@ -150,6 +152,32 @@ def test_filled_up_packs_have_few_shapes() -> None:
         tokens, laid = tokens + 30 + sum(lengths), laid + len(batch.ids_T)
     assert len(shapes) < 60
     assert laid < 1.08 * tokens
+
+
+@pytest.mark.parametrize("window", [None, 6, 64])
+def test_rows_one_by_one_have_few_shapes_too(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """Each is filled up behind its end, which no token sees: the same outputs and gradients."""
+    families = [Family(5, [13, 40, 35]), Family(0, [21]), Family(0, [30])]
+    tokens = 5 + 13 + 40 + 35 + 21 + 30
+    torch.manual_seed(0)
+    q, k, v, up = double(tokens, 4, 8), double(tokens, 2, 8), double(tokens, 2, 8), torch.randn(tokens, 4, 8)
+    shapes: set[tuple[int, ...]] = set()
+    plain = F.scaled_dot_product_attention
+
+    def noted(q: torch.Tensor, k: torch.Tensor, *more: Any, **keys: Any) -> torch.Tensor:
+        shapes.add((q.shape[2], k.shape[2]))
+        return plain(q, k, *more, **keys)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noted)
+    found = []
+    for few in (False, True):
+        shapes.clear()
+        with laid_out(Layout(families, few=few), "rows"):
+            out = attention(q, k, v, 8**-0.5, window)
+        found.append([out, *torch.autograd.grad((out * up).sum(), (q, k, v))])
+    assert shapes == {(16, 16), (16, 21), (48, 53), (32, 32)}
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def double(*shape: int) -> torch.Tensor:

@@ -293,16 +293,20 @@ class _Grouped(torch.autograd.Function):
 
 def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout: float, window: int | None) -> Tensor:
     """[1, H, T, D], [1, G, T, D], [1, G, T, E] -> [1, T, H, E], a row at a time."""
-    grouped = query.shape[1] != key.shape[1]
+    grouped, layout = query.shape[1] != key.shape[1], _layout.get()
     out = []
-    for start, length, at, before in _layout.get().spans:
+    for start, length, at, before in layout.spans:
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        if layout.few:  # padding lies behind all that a token sees
+            q, k, v = (F.pad(x, (0, 0, 0, rounded(length) - length)) for x in (q, k, v))
         if before:
             k, v = (torch.cat((x[:, :, at : at + before], own), 2) for x, own in ((key, k), (value, v)))
         plain = q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
         mask = None if plain else _mask(q.shape[2], k.shape[2], window, q.device)
         out.append(
-            F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain, scale=scale, enable_gqa=grouped)
+            F.scaled_dot_product_attention(
+                q, k, v, mask, dropout, is_causal=plain, scale=scale, enable_gqa=grouped
+            )[:, :, :length]
         )
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 

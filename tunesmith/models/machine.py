@@ -156,6 +156,13 @@ def give_back() -> None:
         trim(0)
 
 
+def give_back_above(most: float) -> None:
+    """`give_back`, where this process has more than `most` bytes. Buffers of ever new sizes leave holes that the next do
+    not fit into, so what is kept grows step by step; pages that come anew cost a little time."""
+    if psutil.Process().memory_info().rss > most:
+        give_back()
+
+
 def peak_memory(device: str) -> int:
     """Most bytes in use since `forget_peak`: of the accelerator's memory, else of this process."""
     if device.startswith("cuda"):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tunesmith.conversation.message import tags
 from tunesmith.errors import Interrupted, TrainingError
-from tunesmith.models.machine import peak_memory
+from tunesmith.models.machine import give_back_above, peak_memory
 from tunesmith.models.plan import Plan, estimate
 from tunesmith.progress import bar, say
 from tunesmith.runs import Run, read_jsonl
@@ -33,6 +33,8 @@ from tunesmith.train.ready import Ready, ready
 from tunesmith.train.results import keep_weights, save, snapshot
 from tunesmith.train.section import TrainSection
 from tunesmith.train.step import by_loss, update, validate
+
+SLACK = 1.1  # memory may grow by so much beyond what the longest step took
 
 
 def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any]:
@@ -59,6 +61,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     tasks = {inputs.validation[i].id: tag for tag, places in tags(inputs.validation).items() for i in places}
     validate_every = section.validate_every or at.schedule.steps_per_epoch
     seconds = measured.seconds if measured else expected.seconds
+    most = SLACK * (measured.peak_bytes if measured else expected.peak_bytes)
     with (
         _stop_requests() as stop,
         _following(ranks, run, section, list(at.split.weights), total, state.step, seconds) as follow,
@@ -74,6 +77,8 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 inputs.validated(state.step, line[f"validation_{section.best_by}"])
             stopping = ranks.any(stop.is_set())
             _saved(at, stopping, follow)
+            if inputs.machine.device == "cpu":
+                give_back_above(most)
             if stopping:
                 raise Interrupted(
                     f"stopped after step {state.step} of {total}; everything is saved",
