@@ -29,11 +29,17 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test,lint]'
 	@touch $@
 
+# Ray is large, and only long tests ask for it.
+$(VENV)/.installed-test-all: $(VENV)/.installed-test-all
+	@echo "Installing Ray"
+	@$(PIP) -e '.[ray]'
+	@touch $@
+
 # Two workers of one thread each: most of a test's time is Python, not products.
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-all: $(VENV)/.installed-test
+test-all: $(VENV)/.installed-test-all
 	$(BIN)/python -m pytest -m ''
 
 lint: $(VENV)/.installed-test

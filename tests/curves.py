@@ -21,6 +21,7 @@ LORA = {"kind": "lora", "rank": 4, "alpha": 8}
 CASES: dict[str, dict[str, Any]] = {
     "sft-lora": {},
     "sft-dora-rslora": {"adapter": LORA | {"dora": True, "rslora": True}},
+    "sft-adalora": {"adapter": {"kind": "adalora", "rank": 2, "warm": 0, "settled": 0.2}},
     "sft-ia3-sgd": {"adapter": "ia3", "optimizer": "sgd", "learning_rate": 0.05},
     "sft-prefix": {"adapter": {"kind": "prefix", "tokens": 4}},
     "sft-bottleneck-lion": {"adapter": {"kind": "bottleneck", "size": 8}, "optimizer": "lion", "learning_rate": 3e-4},
@@ -34,6 +35,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dpo-lora": {"method": {"kind": "dpo", "sft_weight": 0.2}},
     "ipo-full": {"method": {"kind": "dpo", "form": "ipo", "length_normalised": True}, "adapter": "full"},
+    "cpo-lora": {"method": {"kind": "cpo", "label_smoothing": 0.1}},
     "simpo-lora": {"method": "simpo"},
     "orpo-lora": {"method": "orpo"},
     "kto-lora": {"method": "kto"},
@@ -130,7 +132,7 @@ def _rows(method: Any, folder: Path) -> Path:
     for i in range(40):
         prompt = f"Item {i} is {COLOURS[i % 4]}. {'So it is. ' * (i * 7 % 5)}What colour is it?"
         right, wrong = COLOURS[i % 4], COLOURS[(i + 1) % 4] + " it may be" * (i % 2)
-        if kind in ("dpo", "simpo", "orpo", "reward"):
+        if kind in ("dpo", "cpo", "simpo", "orpo", "reward"):
             rows.append({"prompt": prompt, "chosen": right + " indeed" * (i % 3), "rejected": wrong})
         elif kind == "kto":
             rows.append({"prompt": prompt, "completion": right if i % 3 else wrong, "label": i % 3 > 0})

@@ -43,6 +43,24 @@ def test_batches(rows: int, size: int) -> None:
     assert auto.batch_size(rows).value == size
 
 
+@pytest.mark.parametrize(("context", "length"), [(None, 2048), (1024, 1024), (4096, 4096), (131_072, 4096)])
+def test_lengths(context: int | None, length: int) -> None:
+    assert auto.max_length(context).value == length
+
+
+@pytest.mark.parametrize(("tokens", "rank"), [(0, 8), (8_192, 8), (8_193, 16), (16_384, 16), (10**9, 16)])
+def test_ranks_give_a_weight_a_token(tiny_model: Path, tokens: int, rank: int) -> None:
+    """As many weights as tokens that carry loss: rank x (in + out) of each layer; no more than the narrowest allows."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny_model))
+    heads = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)]  # q k v o, gate up down
+    assert 2 * sum(map(sum, heads)) * 8 == 8_192
+    wide = Lora(rank="auto", targets=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
+    assert auto.rank(Lora(rank="auto"), tokens, model).value == rank  # k and v have 16 outputs
+    assert auto.rank(wide, 10**9, model).value == 32
+
+
 def test_a_run_with_auto_is_the_run_with_those_numbers(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
     keys = {"learning_rate": "auto", "batch_size": "auto", "epochs": "auto", "max_length": "auto"}
     recipe["train"] |= keys | {"adapter": {"kind": "lora", "rank": "auto"}}

@@ -33,6 +33,45 @@ print(max(seen))
 """
 
 
+# Frees 200 MiB that it has used, and a hundred times 512 KiB, and tells how many MiB of each stay with the process.
+FREEING = """
+import ctypes, sys, psutil
+from tunesmith.models.machine import reuse_buffers
+
+assert "torch" not in sys.modules
+if sys.argv[1]:
+    reuse_buffers(int(sys.argv[1]))
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+
+def stays(size, times):
+    before, found = psutil.Process().memory_info().rss, [libc.malloc(size) for _ in range(times)]
+    for at in found:
+        libc.memset(at, 1, size)
+    for at in found:
+        libc.free(at)
+    return (psutil.Process().memory_info().rss - before) >> 20
+
+print(stays(200 << 20, 1), stays(512 << 10, 100))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's settings")
+@pytest.mark.parametrize(
+    ("below", "stays"), [("", (False, None)), (str(2**30), (True, None)), (str(2**20), (False, True))]
+)
+def test_freed_buffers_below_a_size_are_kept_for_the_next_and_larger_ones_given_back(
+    below: str, stays: tuple[bool, bool | None]
+) -> None:
+    done = subprocess.run([sys.executable, "-c", FREEING, below], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    of_200, of_50 = map(int, done.stdout.split())
+    assert (of_200 > 190) if stays[0] else (of_200 < 10)
+    if stays[1]:
+        assert of_50 > 40
+
+
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """75 million weights in the layers: 300 MB as float32."""

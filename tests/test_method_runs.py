@@ -82,6 +82,42 @@ def test_each_method_trains_goes_on_exactly_and_is_proved(
     assert check["same_next_token"] > 0.99
 
 
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_with_an_adapter_there_is_one_model_in_memory(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, monkeypatch: Any, name: str
+) -> None:
+    """The reference is the base itself, asked before it gets its adapter: loaded once, and never copied."""
+    import gc
+
+    from transformers import PreTrainedModel
+
+    from tunesmith.train import train as loop
+
+    def models() -> int:
+        gc.collect()
+        found = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and hasattr(x, "lm_head")]
+        return sum(next(x.parameters()).device.type != "meta" for x in found)
+
+    loaded, seen, step, load = [], [], loop._step, PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: Any, *given: Any, **keys: Any) -> Any:
+        loaded.append(cls)
+        return load(cls, *given, **keys)
+
+    def stepped(*given: Any) -> Any:
+        seen.append(models())
+        return step(*given)
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(counted))
+    monkeypatch.setattr(loop, "_step", stepped)
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path / "cache"))  # no reference is kept there yet
+    before = models()
+    to_train(recipe, name, tmp_path, tiny_model, max_steps=2)
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    assert list((tmp_path / "cache/reference").iterdir())
+    assert len(loaded) == 1 and seen == [before + 1] * 2
+
+
 def test_a_packaged_classifier_is_what_transformers_loads(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -325,13 +325,19 @@ def test_packing_changes_nothing(models: Any, method: str) -> None:
     assert apart[2] == pytest.approx(whole[2], rel=1e-4, abs=1e-4)
 
 
-def test_conservative_dpo_lies_between_both_ways_round(models: Any) -> None:
-    """cDPO (Mitchell 2023): the share's weighted mean of the loss and of the loss of the swapped pairs."""
-    swapped = [Preference((*r.prompt, *r.rejected), r.id, rejected=r.messages[1:], shared=1) for r in PAIRS]
-    one, other = (ours("dpo", rows, models)[0] for rows in (PAIRS, swapped))
-    assert ours({"kind": "dpo", "label_smoothing": 0.3}, PAIRS, models)[0] == pytest.approx(
-        0.7 * one + 0.3 * other, 1e-4
+def test_conservative_dpo_is_trls_loss_of_both_ways_round(models: Any, tmp_path: Path) -> None:
+    """cDPO (Mitchell 2023), which TRL's sigmoid is not: its loss and gradients, weighted, of the pairs and of the same
+    pairs swapped."""
+    from trl import DPOConfig, DPOTrainer
+
+    swapped = [pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs()]
+    (one, ours_way), (other, swapped_way) = (
+        theirs(DPOTrainer, config(DPOConfig, tmp_path, beta=0.3), rows, models, reference=True)
+        for rows in (pairs(), swapped)
     )
+    gradients = {name: 0.7 * ours_way[name] + 0.3 * swapped_way[name] for name in ours_way}
+    found = ours({"kind": "dpo", "label_smoothing": 0.3, "beta": 0.3}, PAIRS, models)
+    assert_same(found, (0.7 * one + 0.3 * other, gradients))
 
 
 def test_texts_are_cut_without_overlap_and_nothing_is_lost(models: Any) -> None:

@@ -50,6 +50,9 @@ FAMILIES = {
     "gemma": ({"head_dim": 8}, "2 attentions, 5 norms"),
     "phi3": ({"pad_token_id": 0}, "5 norms"),
     "mixtral": ({"num_local_experts": 4}, "2 attentions, 5 norms"),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, ""),
+    "falcon of one key head": ({"multi_query": True}, ""),
+    "falcon of plain heads": ({"multi_query": False, "parallel_attn": False, "bias": True}, ""),
     "gpt2": ({}, ""),
     "gpt_neox": ({}, ""),
     "phi": ({}, ""),
@@ -63,7 +66,7 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
 ) -> None:
     monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
     extra, fused = FAMILIES[architecture]
-    folder = make_model(tmp_path, architecture=architecture, tie_word_embeddings=tied, **extra)
+    folder = make_model(tmp_path, architecture=architecture.partition(" ")[0], tie_word_embeddings=tied, **extra)
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     forward = PackedForward(model, rows(shared))
     assert forward.packed, forward.why
@@ -109,10 +112,12 @@ def test_rows_that_belong_together_share_their_own_beginning(tmp_path: Path, arc
 
 
 def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:
-    """State-space layers carry a state across rows; soft caps are not part of the attention here."""
+    """State-space layers carry a state across rows; soft caps and ALiBi are not part of the attention here."""
     mamba = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "a", architecture="mamba"), dtype=torch.float32)
     capped = make_model(tmp_path / "b", architecture="gemma2", head_dim=8, attn_logit_softcapping=1.0)
-    for model in (mamba, AutoModelForCausalLM.from_pretrained(capped, dtype=torch.float32)):
+    biased = make_model(tmp_path / "c", architecture="falcon", alibi=True)
+    others = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (capped, biased)]
+    for model in (mamba, *others):
         forward = PackedForward(model, rows(12))
         assert not forward.packed and "one row at a time" in forward.why
         nll_N = forward.nll(forward.pack(rows(12)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.prepared import PARTS
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.data.split import drawn
 from tunesmith.errors import DataError
+from tunesmith.runs import read_jsonl
 
 SPLIT = {"validation": 0.2, "test": 0.2}
 
@@ -214,8 +216,27 @@ def test_mix_is_exact_to_the_row(prepared: Any, tmp_path: Path, general: int, ex
     assert max(of_general) - min(of_general) <= 1
     assert made.counts["removed"] == ({"mix": general - 25} if general > 25 else {})
     assert prepared(*sources, mix={"mine": 0.8, "general": 0.2}).parts == made.parts
+    assert made.told["mix"] == {
+        "mine": {"rows": 100, "share": 0.8, "different": 100},
+        "general": {"rows": 25, "share": 0.2, "different": min(general, 25)},
+    }
     if general == 500:
         assert prepared(*sources, mix={"mine": 0.8, "general": 0.2}, seed=8).parts != made.parts
+
+
+def test_what_was_mixed_stands_in_the_report(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    recipe["data"] |= {"sources": tagged(tmp_path, mine=24, replay=30), "mix": {"mine": 0.75, "replay": 0.25}}
+    recipe["data"]["split"] = {"validation": 0, "test": 8, "stratify": "tag"}
+    recipe["train"]["max_steps"] = 1
+    said = tunesmith("run", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    told = json.loads((tmp_path / "runs/tiny/data/manifest.json").read_text())["mix"]
+    rows = read_jsonl(tmp_path / "runs/tiny/data/train.jsonl")
+    replayed = [row for row in rows if row["metadata"]["tag"] == "replay"]
+    assert told["replay"]["rows"] == len(replayed) == round(told["mine"]["rows"] / 3)
+    page = (tmp_path / "runs/tiny/report.html").read_text()
+    share = 100 * len(replayed) / len(rows)
+    assert f"{len(replayed)} rows, {share:.1f}% of an epoch; {len(replayed)} different ones" in page
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

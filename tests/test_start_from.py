@@ -137,8 +137,36 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
         said = tunesmith("merge", f"of-{number}", "tiny", "taken" if number else "second", "--how", how)
         assert (said.code == 0) == (not number), f"{how}: {said.err}"
     shutil.copytree(tmp_path / "runs/tiny", tmp_path / "runs/taken")
-    for how in ("linear", "ties", "dare-linear", "dare-ties"):
-        assert tunesmith("merge", how, "tiny", "taken", "--how", how).code == 0
+
+
+@pytest.mark.parametrize("how", ["linear", "ties", "dare-linear", "dare-ties", "svd"])
+def test_each_way_of_merging_is_pefts(tunesmith: Any, first: dict[str, Any], tmp_path: Path, how: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    second = first | {"name": "second", "seed": 8}
+    assert tunesmith("train", write_recipe(tmp_path, second, "second.yaml")).code == 0
+    words = ("--weight", 0.7, "--weight", 0.4, "--how", how, "--density", 0.3, "--seed", 11)
+    said = tunesmith("merge", "both", "tiny", "second", *words)
+    assert said.code == 0, said.err
+    folders = [str(tmp_path / f"runs/{name}/train/adapter") for name in ("tiny", "second")]
+    base = AutoModelForCausalLM.from_pretrained(first["model"], dtype=torch.float32)
+    torch.manual_seed(11)
+    theirs = PeftModel.from_pretrained(base, folders[0], adapter_name="a")
+    theirs.load_adapter(folders[1], adapter_name="b")
+    thinned = {} if how in ("linear", "svd") else {"density": 0.3}
+    theirs.add_weighted_adapter(["a", "b"], [0.7, 0.4], "m", combination_type=how.replace("-", "_"), **thinned)
+    theirs.save_pretrained(str(tmp_path / "theirs"), selected_adapters=["m"])
+    expected, found = (
+        load_file(tmp_path / "theirs/m/adapter_model.safetensors"),
+        load_file(tmp_path / "both/adapter_model.safetensors"),
+    )
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, msg=name)
+    if how in ("ties", "dare-ties", "dare-linear"):  # of two adapters' entries, three in ten each were kept
+        share = sum((w == 0).sum().item() for w in found.values()) / sum(w.numel() for w in found.values())
+        assert 0.4 < share < 0.72
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_jsonl, write_recipe
+from tests.conftest import make_model, write_jsonl, write_recipe
 from tunesmith.runs import read_jsonl
 from tunesmith.train.watch import review
 
@@ -124,6 +124,17 @@ def test_a_run_tells_the_spike_with_its_rows_everywhere(tunesmith: Any, recipe: 
     assert found[0] in shown["findings"] and found[0] in shown["train"]["findings"]
     assert "(spike)" in tunesmith("runs", "show", "tiny").out
     assert 'data-kind="spike"' in (tmp_path / "runs/tiny/report.html").read_text()
+
+
+def test_a_run_tells_weights_that_nothing_reaches(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    """Embeddings of new words that no row has, beside LoRA's weights, which move."""
+    recipe["model"] = {"name": str(make_model(tmp_path / "m", tie_word_embeddings=False)), "new_words": ["Zyxelith"]}
+    recipe["train"] |= {"max_steps": 24, "epochs": 9, "keep_best": False}
+    said = tunesmith("train", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    (found,) = [f for f in read_jsonl(tmp_path / "runs/tiny/train/findings.jsonl") if f["kind"] == "dead_weights"]
+    assert found["what"].startswith("1 trained tensors have not moved at all: ") and "token" in found["what"]
+    assert "1 trained tensors have not moved" in " ".join(said.err.split())
 
 
 def test_the_first_minute_measures_and_changes_nothing(

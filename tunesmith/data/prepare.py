@@ -28,7 +28,7 @@ from tunesmith.data.ledger import LISTS, Ledger, nothing_left, too_many_rejected
 from tunesmith.data.marks import know_columns
 from tunesmith.data.reading import read_parts, usable
 from tunesmith.data.section import DataSection
-from tunesmith.data.shape import shape
+from tunesmith.data.shape import mixture, shape
 from tunesmith.data.shelf import Rows, Shelf, joined
 from tunesmith.data.sources import Files, origins, source_files
 from tunesmith.data.split import split
@@ -105,6 +105,8 @@ def _prepared(
         made, more["augment"] = augmented(section.augment, parts, means, partial(fits, fit=fit), ledger)
         parts["train"] += shelf.put(made)
     parts["train"] = shape(section, parts["train"], inputs.seed, ledger)
+    if section.mix:
+        more["mix"] = mixture(parts["train"])
     if section.canaries:
         if rows_are != "conversation":
             raise DataError("canaries are conversations", where="data.canaries", fix="Leave them out for other rows.")

@@ -85,6 +85,15 @@ def mixed(rows: Rows, shares: dict[str, float], seed: int, ledger: Ledger) -> Ro
     return joined(out, rows.shelf)
 
 
+def mixture(rows: Rows) -> dict[str, dict[str, float]]:
+    """By tag: an epoch's rows, their share of all, and how many of them differ (the others are repeats)."""
+    found: dict[str, dict[str, float]] = {}
+    for tag, members in grouped(rows, lambda row: row.metadata.get("tag")).items():
+        different = {row.id.partition("*")[0] for row in rows[members]}
+        found[str(tag)] = {"rows": len(members), "share": len(members) / len(rows), "different": len(different)}
+    return found
+
+
 def _drawn(rows: Rows, wanted: int, seed: int, step: str, ledger: Ledger) -> Rows:
     """`wanted` of the rows: all of them as many times as goes, and a random part of them once more."""
     times, rest = divmod(wanted, len(rows))

@@ -7,7 +7,7 @@ row attends to it, and its gradient is the sum of theirs.
 Logits are made only for the tokens that carry loss, a chunk at a time, so that memory does not grow with the
 vocabulary.
 
-Any decoder that takes its attention from transformers' attention interface can be run like this. For the
+Any decoder that takes its attention from transformers' attention interface can be run like this, and Falcon. For the
 others (and for whatever `PackedForward` finds to give another loss), rows go through the model one by one.
 """
 
@@ -27,6 +27,7 @@ from tunesmith.conversation.render import Rendered
 from tunesmith.models.activations import recompute_layers, waiting
 from tunesmith.models.attention import CannotPack, laid_out, packed_attention
 from tunesmith.models.cuda import choose_attention, liger_there
+from tunesmith.models.falcon import leave_packs, take_packs
 from tunesmith.models.fused import fuse, unfuse
 from tunesmith.models.head import head_nll
 from tunesmith.models.packs import SHARED_AT_LEAST, Pack, pack
@@ -112,6 +113,7 @@ class PackedForward:
     def undo(self) -> None:
         """Leave the model as it was found."""
         unfuse(self.model)
+        leave_packs(self.model)
         self.model.set_attn_implementation(self._slow_attention)
         for layer in self._again:
             layer.gradient_checkpointing = False
@@ -248,7 +250,7 @@ class PackedForward:
             self.model.set_attn_implementation(ATTENTION)
             if not self.ways.packing:
                 raise CannotPack("train.speed.packing is off")
-            if self.model.config._attn_implementation != ATTENTION:
+            if self.model.config._attn_implementation != ATTENTION and not take_packs(self.model):
                 raise CannotPack("this architecture does not use transformers' attention interface")
             if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
                 raise CannotPack("its layers are computed again in the backward pass")
@@ -271,6 +273,7 @@ class PackedForward:
             raise
         except (CannotPack, *REFUSALS) as error:
             unfuse(self.model)
+            leave_packs(self.model)
             self.packed, self.why = False, f"one row at a time: {error}"
             self.model.set_attn_implementation(self._slow_attention)
         finally:

@@ -129,3 +129,8 @@ def log_probs(forward: PackedForward, pack: Pack) -> list[Tensor]:
 
     counts = torch.bincount(pack.owner_N, minlength=len(pack.layout.rows)).tolist()
     return list((-forward.nll(pack)).split(counts))
+
+
+def to_score(ids: list[int]) -> Rendered:
+    """A sequence of which a head reads the model's state at the last token: the only one with weight."""
+    return Rendered(ids, [0.0] * (len(ids) - 1) + [1.0])
