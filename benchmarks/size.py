@@ -14,7 +14,8 @@ a row, so 20 GB for ten million.
 
 ours        data.clean: unicode, duplicates: near, which takes exact ones along (MinHash of 125 permutations in 25
             bands, then true Jaccard), all cores
-one         the same in one process
+whole       all of `tunesmith data prepare` with these steps: also split, counted in tokens, and written
+one         the same as ours in one process
 ray, spark  the same on these engines, with starting them
 datasketch  the same words' runs in datasketch's MinHashLSH of 125 permutations in 25 bands, rows inserted and queried
 plain       ours with duplicates: exact, which is what pandas and datasets do
@@ -78,6 +79,17 @@ def ours(path: Path, near: bool = True, engine: Any = "local") -> int:
         parts = read_parts(section, source_files(section, path.parent), running, shelf, ledger)
         around = Around(engine=running, scratch=shelf.folder)
         return len(Cleaning(steps, usable, ledger, shelf).before_split(parts, around)["train"])
+
+
+def whole(path: Path) -> int:
+    from tunesmith.sets import prepare
+
+    data = {"sources": [str(path)], "clean": {"unicode": True, "duplicates": "near"}}
+    recipe = {"model": "smollm2-135m-instruct", "data": data, "train": {"max_length": 4096}}
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        file = Path(name) / "whole.yaml"
+        file.write_text(json.dumps(recipe), encoding="utf-8")
+        return int(prepare(str(file), runs_folder=name).manifest["counts"]["accepted"])
 
 
 def datasketch(path: Path) -> int:
@@ -175,7 +187,7 @@ class Peak:
 
 def run(side: str, path: Path) -> dict[str, float]:
     """One side, in this process: rows kept, seconds and peak MiB, after a few rows that load its libraries."""
-    tools = {"datasketch": datasketch, "pandas": pandas, "datasets": datasets}
+    tools = {"datasketch": datasketch, "pandas": pandas, "datasets": datasets, "whole": whole}
 
     def turn(path: Path) -> int:
         return tools[side](path) if side in tools else ours(path, side != "plain", ENGINES.get(side, "local"))
@@ -197,7 +209,8 @@ def main() -> None:
     parser.add_argument("--sides", default=",".join(SIDES))
     parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn; the median counts")
     parser.add_argument("--sample", type=int, help="how many of the rows datasketch gets; all if not given")
-    parser.add_argument("--grow", default="", help="further numbers of rows, for ours alone: 10000,100000,10000000")
+    parser.add_argument("--grow", default="", help="further numbers of rows, for one side alone: 10000,100000,10000000")
+    parser.add_argument("--grows", default="ours", choices=["ours", "whole"], help="the side that grows")
     parser.add_argument("--folder", help="where the rows and what is made of them lie; about six times their size")
     parser.add_argument("--one", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -216,14 +229,14 @@ def main() -> None:
         for (side, rows), told in found.items():
             print(line(side, rows, told))
         for rows in (int(n) for n in options.grow.split(",") if n):
-            print(line("ours", rows, [measured(folder, "ours", rows)]), flush=True)
+            print(line(options.grows, rows, [measured(folder, options.grows, rows)]), flush=True)
             (folder / f"{rows}.jsonl").unlink()
         if options.grow:
             print(f"\nAim at any number of rows: under {MOST_MIB:,} MiB.")
     speeds = {side: rows / median(told)["seconds"] for (side, rows), told in found.items() if median(told)}
     for other, speed in speeds.items():
         mine = "plain" if other in PLAIN else "ours"
-        if other != mine and mine in speeds:
+        if other not in (mine, "whole") and mine in speeds:
             print(f"{mine} : {other} = {speeds[mine] / speed:.2f}")
 
 

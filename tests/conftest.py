@@ -205,7 +205,7 @@ def prepared(renderer: Any, tmp_path: Path) -> Callable[..., Any]:
     from tunesmith.data.prepare import DataInputs, prepare
     from tunesmith.data.section import DataSection
 
-    def run(*sources: Any, seed: int = 7, max_length: int = 10_000, **keys: Any) -> Prepared:
+    def run(*sources: Any, seed: int = 7, max_length: int = 10_000, renderer: Any = renderer, **keys: Any) -> Prepared:
         section = DataSection(sources=list(sources), **({"split": {"validation": 0, "test": 0}} | keys))
         target = tmp_path / "out"
         target.mkdir(exist_ok=True)

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tests.conftest import write_jsonl
 from tunesmith.conversation.message import Text
 from tunesmith.data.clean import minhash, near
+from tunesmith.data.clean.markdown import Markdown
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.data.groups import Groups
 from tunesmith.errors import RecipeError
@@ -212,6 +213,43 @@ def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: 
     with TemporaryDirectory() as name:
         keys = near.keys_of(rows, near.Sketch("both", 3, threshold, Path(name)), LocalRunning())
         assert (near.nearly_same(keys, threshold, Path(name), LocalRunning()) == groups.leaders()).all()
+
+
+@pytest.mark.parametrize(
+    ("text", "mended"),
+    [
+        ("See:\n```python\nx = 1", "See:\n```python\nx = 1\n```"),
+        ("~~~~\na\n~~~\n", "~~~~\na\n~~~\n~~~~"),
+        ("```\na\n```\nb", None),
+        ("`a` ``b`` and ```c```", None),
+        ("| a | b |\n| 1 | 2 |", "| a | b |\n| --- | --- |\n| 1 | 2 |"),
+        ("| a | b | c |\n|:-:|---|\n| 1 | 2 | 3 |", "| a | b | c |\n| :-: | --- | --- |\n| 1 | 2 | 3 |"),
+        ("| a |\n|---|---|\n| 1 |", "| a |\n| --- |\n| 1 |"),
+        ("| a \\| b | c |\n|---|---|\n| 1 | 2 |", None),
+        ("```\n| a | b |\n| 1 | 2 |\n```", None),
+        ("x | y and |z|\n| one line |", None),
+    ],
+)
+def test_broken_markdown(cleaned: Any, text: str, mended: str | None) -> None:
+    made, told = cleaned(pairs(("a", text)), {"markdown": True})
+    assert answers(made) == [mended or text] and told["markdown"]["changed"] == (mended is not None)
+    made, told = cleaned(pairs(("a", text)), {"markdown": {"fences": False, "tables": False}})
+    assert answers(made) == [text]
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lines=st.lists(st.sampled_from(["```", "````", "~~~", "```py", "| a | b |", "|-|", "|--|:-:|", "", "x", "| 1 |"]))
+)
+def test_mended_markdown_is_whole(lines: list[str]) -> None:
+    """By another reader of it: what was mended needs no second time, and no code block is open at the end."""
+    from markdown_it import MarkdownIt
+
+    text = "\n".join(lines)
+    mended = Markdown().mend(text)
+    assert Markdown().mend(mended) == mended
+    tokens = MarkdownIt("commonmark").enable("table").parse(f"{mended}\n\nThe end.")
+    assert [token.content for token in tokens if token.type == "inline"][-1:] == ["The end."]
 
 
 @settings(max_examples=100, deadline=None)

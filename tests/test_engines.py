@@ -257,6 +257,40 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
     assert peaks[1] - peaks[0] < 60, peaks  # as objects, 22,000 such rows are 75 MiB, and their runs of words 40
 
 
+def test_a_row_that_went_missing_is_never_passed_over(prepared: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    ledger = Ledger(read=5, made=1)
+    ledger.reject("f:1", "broken_json", "no", "x")
+    ledger.remove(None, "f:2", "where", "no")
+    ledger.balance(4)
+    for accepted in (3, 5):
+        with pytest.raises(AssertionError, match=f"rows went missing: 5 read, {accepted} accepted"):
+            ledger.balance(accepted)
+    path = str(write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"a{i}", "completion": "b"} for i in range(4)]))
+    assert prepared(path).counts["accepted"] == 4
+    monkeypatch.setattr("tunesmith.data.prepare.shape", lambda section, rows, seed, ledger: rows[1:])
+    with pytest.raises(AssertionError, match="rows went missing: 4 read, 3 accepted"):
+        prepared(path)
+
+
+@pytest.mark.long
+def test_a_cluster_by_its_address(renderer: Any, tmp_path: Path, small_pieces: None) -> None:
+    """One that runs elsewhere is used and left running; one that is not there is told."""
+    pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    source = made(tmp_path / "made.jsonl", 2000)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        for name in ("first", "second"):
+            engine = {"kind": "ray", "address": cluster.address}
+            same_on(engine, renderer, tmp_path / name, str(source), clean=CLEAN)
+    finally:
+        cluster.shutdown()
+    with pytest.raises(MachineError, match=r"Ray can't be started or reached") as caught:
+        outputs(renderer, tmp_path / "gone", {"kind": "ray", "address": cluster.address}, str(source))
+    assert caught.value.where == "data.engine" and "data.engine.address" in (caught.value.fix or "")
+
+
 def test_a_ledger_goes_from_process_to_process(tmp_path: Path) -> None:
     ledger, other = Ledger(), Ledger()
     other.reject("f:1", "broken_json", "no", "é\ud83d")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections import Counter
 from pathlib import Path
@@ -107,6 +108,33 @@ def test_a_wide_export_of_the_real_world(shared: Path) -> None:
     gold = {j.item: f"ans_{j.label}" for j in read_judgements(path, "q{}_uid", "anon_id", "q{}_label")}
     rows = adjudicate(judgements, "dawid_skene")
     assert np.mean([row["label"] == gold[row["item"]] for row in rows]) > 0.9
+
+
+def test_lists_of_people_and_what_each_said(tunesmith: Any, tmp_path: Path) -> None:
+    rows = [
+        {"item": "a", "who": ["p", "q", "r"], "said": [["x"], ["x"], ["y", "z"]]},
+        {"item": "b", "who": "['p', 'q']", "said": '["x", ""]'},
+        {"item": "c", "who": "p", "said": "[sic] x"},
+    ]
+    path = write_jsonl(tmp_path / "l.jsonl", rows)
+    found = [tuple(j) for j in read_judgements(path, "item", "who", "said")]
+    assert found == [("a", "p", "x"), ("a", "q", "x"), ("a", "r", "y, z"), ("b", "p", "x"), ("c", "p", "[sic] x")]
+    write_jsonl(path, [{"item": "a", "who": "['p']", "said": "['x', 'y']"}])
+    said = tunesmith("data", "agreement", path, "--annotator", "who", "--label", "said", "--json")
+    assert_refused(said, "names 1 annotators in 'who' and 2 labels in 'said'", "l.jsonl:1")
+
+
+def test_lists_of_the_real_world(shared: Path) -> None:
+    """CrowS-Pairs: five people's kinds of bias for each pair. Its own label is most often the majority's."""
+    path = shared / "bias/crows_pairs_anonymized.csv"
+    judgements = read_judgements(path, "sent_more", "anon_annotators", "annotations")
+    found = agreement(judgements)
+    assert found["items judged by two or more"] > 1400 and found["judgements"] > 6800
+    assert 0.4 < found["krippendorff"]["alpha"] < 1 and "race-color" in found["labels"]
+    with path.open(encoding="utf-8", newline="") as file:
+        own = {row["sent_more"]: row["bias_type"] for row in csv.DictReader(file)}
+    rows = [row for row in adjudicate(judgements, "majority") if row["label"] is not None]
+    assert np.mean([own[row["item"]] == row["label"] for row in rows]) > 0.8
 
 
 def test_what_agreement_refuses(tunesmith: Any, tmp_path: Path) -> None:

@@ -32,6 +32,54 @@ def names_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tagger(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hub model for token classification that knows the two words of a name, and a place that is no person's."""
+    import torch
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
+
+    words = ["[UNK]", "[PAD]", "anna", "schmidt", "paris"]
+    raw = Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.normalizer = normalizers.Lowercase()
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    labels = ["O", "B-PER", "I-PER", "B-MISC"]
+    config = BertConfig(
+        vocab_size=5,
+        hidden_size=8,
+        num_hidden_layers=0,
+        num_attention_heads=1,
+        intermediate_size=8,
+        id2label=dict(enumerate(labels)),
+        label2id={name: n for n, name in enumerate(labels)},
+    )
+    model = BertForTokenClassification(config)
+    with torch.no_grad():  # a word's label is what the word is: eight dimensions, one for each
+        for weight in model.parameters():
+            weight.zero_()
+        model.bert.embeddings.LayerNorm.weight.fill_(1.0)
+        for word in range(5):
+            model.bert.embeddings.word_embeddings.weight[word, word] = 1.0
+        for label, word in ((0, 0), (1, 2), (2, 3), (3, 4)):
+            model.classifier.weight[label, word] = 9.0
+    folder = tmp_path_factory.mktemp("tagger")
+    model.save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", pad_token="[PAD]").save_pretrained(folder)
+    return folder
+
+
+def test_names_by_a_model_of_the_hub(cleaned: Any, tagger: Path) -> None:  # noqa: F811
+    rows = pairs(("I am Anna Schmidt of Paris.", "Thank you, Anna; call +44 20 7946 0958."), ("Who?", "Nobody."))
+    made, told = cleaned(rows, {"personal": {"action": "mask", "names": str(tagger)}})
+    assert made.turns()[0] == [
+        ("user", "I am [PERSON] of Paris."), ("assistant", "Thank you, [PERSON]; call [PHONE_NUMBER]."),
+    ]  # fmt: skip
+    assert told["personal"]["found"] == {"PERSON": 2, "PHONE_NUMBER": 1} and told["personal"]["changed"] == 1
+    with pytest.raises(MachineError, match="no model of names is called 'absent/names'") as caught:
+        cleaned(rows, {"personal": {"action": "mask", "names": "absent/names"}})
+    assert "token classification" in (caught.value.fix or "")
+
+
 MIXED = pairs(
     ("I am Anna Schmidt, anna.schmidt@example.com, card 4012 8888 8888 1881.", "Thank you, Anna."),
     ("My IBAN is GB33BUKB20201555555555, call +44 20 7946 0958.", '{"iban":"GB33BUKB20201555555555","n":1}'),

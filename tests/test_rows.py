@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,10 +53,10 @@ PAIRS = {
 }
 
 
-def read(tmp_path: Path, row: dict[str, Any]) -> Conversation:
+def read(tmp_path: Path, row: dict[str, Any], **settings: Any) -> Conversation:
     path = tmp_path / "f.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    source = SourceSection(path=str(path))
+    source = SourceSection(path=str(path), **settings)
     (number, found), *_ = read_rows(source, path)
     return placed(detect(source, path).read(found, source, f"f:{number}"), beside(found, source))  # type: ignore[arg-type]
 
@@ -216,15 +217,49 @@ def test_special_tokens_that_users_write_are_text() -> None:
     assert renderer.prompt(row.prompt) == rendered.ids[: len(renderer.prompt(row.prompt))]
 
 
-def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
+def documented() -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """The rows in docs/rows.md, block by block, each with its source's settings: the block of YAML before it."""
     text = (Path(__file__).parents[1] / "docs/rows.md").read_text(encoding="utf-8")
-    rows = [
-        json.loads(line) for block in re.findall(r"```json\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
-    ]
-    found = [read(tmp_path, row) for row in rows]
-    assert found[:10] == [Conversation((ASKED, GOOD), "f:1")] * 10
-    found = found[10:]
-    assert found[:6] == [PAIR] * 6
-    assert [row.kind for row in found[6:9]] == ["rated", "rated", "text"]
-    seen = Message("user", f"{OBJECT}What is it?", media=(Media("image", "cat.png"),))
-    assert found[9:] == [Conversation((seen, Message("assistant", "A cat.")), "f:1")] * 5
+    found, settings = [], {}
+    for form, block in re.findall(r"```(json|yaml)\n(.*?)```", text, re.DOTALL):
+        if form == "yaml":
+            settings = yaml.safe_load(block)
+        else:
+            found.append(([json.loads(line) for line in block.splitlines()], settings))
+            settings = {}
+    return found
+
+
+def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
+    found = [[read(tmp_path, row, **settings) for row in rows] for rows, settings in documented()]
+
+    def said(*turns: str) -> Conversation:
+        return Conversation(tuple(Message(*turn.split(": ", 1)) for turn in turns), "f:1")
+
+    answered = Conversation((ASKED, GOOD), "f:1")
+    assert found[:2] == [[answered] * 7, [answered] * 3]
+    assert found[2] == [said("user: 2 apples, 2 pears.\n\nHow many?", "assistant: 4")] * 3
+    assert found[3] == [said("user: How many?\n\n2 apples, 2 pears.", "assistant: 4")] * 3
+    talk = ("system: Count.", "user: 2+2?", "assistant: 4", "user: And 3+3?", "assistant: 6")
+    assert found[4] == [said(*talk)] * 3
+    named = "user: Card\n\nIt was eaten."
+    assert found[5] == [said("system: Name the queue.", named, "assistant: support")]
+    assert found[6] == [said("user: Product: Card\nMessage: It was eaten.\nWhich queue?", "assistant: support")]
+    assert found[7] == [PAIR] * 6
+    before = (Message("user", "Hi"), Message("assistant", "Yes?"), ASKED)
+    assert found[8] == [Preference((*before, GOOD), "f:1", rejected=(BAD,), shared=3)] * 2
+    assert found[9] == [Rated((ASKED, GOOD), "f:1", good=True), *[Rated((ASKED, BAD), "f:1", good=False)] * 2]
+    assert found[10] == [Text((), "f:1", text="Once upon a time ...")]
+    openai, factory = found[11]
+    assert [m.role for m in openai.messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
+    assert openai.tools == factory.tools and openai.answer == factory.answer
+    for one, other in zip(openai.messages, factory.messages, strict=True):
+        calls = [[call["function"] for call in m.more.get("tool_calls", ())] for m in (one, other)]
+        assert (one.role, one.content, calls[0]) == (other.role, other.content, calls[1])
+    usable(openai)
+    usable(factory)
+    for rows, kind, names in ((found[12], "image", ["cat.png"] * 5),
+                              (found[13], "audio", ["cat.wav"] * 3 + ["data:audio;base64,UklGRg=="])):  # fmt: skip
+        seen = [Message("user", f"{OBJECT}What is it?", media=(Media(kind, name),)) for name in names]
+        assert rows == [Conversation((one, Message("assistant", "A cat.")), "f:1") for one in seen]
+    assert len(found) == 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 import sqlite3
@@ -238,3 +239,38 @@ def test_databases(tmp_path: Path, prepared: Any, monkeypatch: pytest.MonkeyPatc
         with pytest.raises(DataError, match=told):
             rows_of(tmp_path, **(keys | wrong))
     assert len(rows_of(tmp_path, sql="sqlite:///$TUNESMITH_TEST_DB", query=keys["query"])) == 2  # nothing was deleted
+
+
+def test_a_database_server(tmp_path: Path, prepared: Any, postgres: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PostgreSQL's own types, a password from the environment, many rows through a cursor, and what it refuses."""
+    sa = pytest.importorskip("sqlalchemy")
+    address = postgres.database().replace("postgresql://tunesmith@", "postgresql+psycopg://tunesmith:${DB_PASSWORD}@")
+    monkeypatch.setenv("DB_PASSWORD", "any")  # this server asks for none
+    engine = sa.create_engine(address.replace("${DB_PASSWORD}", "any"))
+    with engine.begin() as base:
+        base.execute(sa.text(
+            "create table t (id int, prompt text, completion text, at timestamptz, sum numeric, more jsonb, raw bytea, "
+            "ok boolean, many text[])"
+        ))  # fmt: skip
+        base.execute(sa.text(
+            "insert into t select i, 'Question ' || i || ' é?', 'a' || i % 7, '2026-11-22 08:00:00+00', 1.50, "
+            "'{\"a\": [1]}', '\\xff00', i % 2 = 0, array['x', 'y'] from generate_series(1, 2500) i"
+        ))  # fmt: skip
+    query = "select prompt, completion from t order by id"
+    made = prepared({"sql": address, "query": query})
+    assert made.counts["train"] == 2500 and made.turns()[1] == [("user", "Question 2 é?"), ("assistant", "a2")]
+    assert "any" not in json.dumps(made.told["sources"])
+    [row] = rows_of(tmp_path, sql=address, query="select at, sum, more, raw, ok, many from t where id = 2")
+    assert row == {"at": row["at"], "sum": "1.50", "more": {"a": [1]}, "raw": "ff00", "ok": True, "many": ["x", "y"]}
+    assert datetime.datetime.fromisoformat(row["at"]).timestamp() == 1795334400
+    for wrong, told in (
+        ({"query": "select absent from t"}, 'refuses the query .*column "absent" does not exist'),
+        ({"query": "delete from t returning prompt"}, "refuses the query"),  # read by a cursor, which can't
+        ({"sql": address.replace("/test", "/none")}, "refuses the query .*does not exist"),
+    ):
+        with pytest.raises(DataError, match=told) as caught:
+            rows_of(tmp_path, **({"sql": address, "query": query} | wrong))
+        assert ":any@" not in str(caught.value)
+    with engine.connect() as base:
+        assert base.execute(sa.text("select count(*) from t")).scalar() == 2500
+    engine.dispose()

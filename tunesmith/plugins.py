@@ -126,6 +126,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
     # A cleaning step: a key of `data.clean`. A Step (tunesmith/data/clean/step.py) with apply(rows, around).
     "clean": {
         "unicode": "tunesmith.data.clean.unicode:Unicode",
+        "markdown": "tunesmith.data.clean.markdown:Markdown",
         "turns": "tunesmith.data.clean.turns:Turns",
         "language": "tunesmith.data.clean.language:Language",
         "length": "tunesmith.data.clean.length:Length",

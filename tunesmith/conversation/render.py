@@ -97,13 +97,14 @@ class Renderer:
         """Token ids [T] and loss weights [T]: every assistant's turn, or the last one only.
 
         An answer's weight covers its text and the token that ends it. A turn whose rendering changes
-        with what follows (a template that rewrites earlier turns) is left as context.
+        with what follows (a template that rewrites earlier turns) is left as context, and so is one that opens the
+        conversation: nothing was asked, and no template is written for that.
         """
         if isinstance(conversation, Text):
             return self.render_text(conversation)
         messages, tools = conversation.messages, conversation.tools
         whole = self._text(messages, tools)
-        turns = [i for i, m in enumerate(messages) if m.role == "assistant"]
+        turns = [i for i, m in enumerate(messages) if i and m.role == "assistant"]
         ids: list[int] = []
         weights: list[float] = []
         at = 0
@@ -141,7 +142,7 @@ class Renderer:
         ids: list[int] = []
         at = 0
         for i, message in enumerate(messages):
-            if message.role != "assistant":
+            if not i or message.role != "assistant":
                 continue
             before, after = self._text(messages[:i], tools, ask=True), self._text(messages[: i + 1], tools)
             if after.startswith(before) and whole.startswith(after) and len(before) >= at:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tunesmith.data.formats import format_of
 from tunesmith.data.labelstudio import judgements as of_label_studio
@@ -28,8 +30,10 @@ def read_judgements(path: Path, item: str, annotator: str, label: str) -> list[J
 
     Args:
         item, annotator, label: columns. Where one row holds several items, `{}` stands for their number: `q{}_uid`
-            and `Answer.q{}` read q1_uid with Answer.q1, q2_uid with Answer.q2, and so on. Of a Label Studio export,
-            `label` is the control's name (`from_name`), and the others are not needed.
+            and `Answer.q{}` read q1_uid with Answer.q1, q2_uid with Answer.q2, and so on. Where a row holds a list of
+            annotators and one of what each said, as JSON or as Python writes them, they go together in order; several
+            labels of one person are one, joined by commas. Of a Label Studio export, `label` is the control's name
+            (`from_name`), and the others are not needed.
 
     Raises:
         DataError: a column is in no row, or no item was judged at all.
@@ -60,7 +64,14 @@ def _of_table(path: Path, item: str, annotator: str, label: str) -> Iterator[Jud
         seen |= dict.fromkeys(row)
         for i, who, said in _columns(row, item, annotator, label):
             if all(row.get(column) not in (None, "") for column in (i, who, said)):
-                yield Judgement(str(row[i]), str(row[who]), str(row[said]))
+                people, labels = _listed(row[who]), _listed(row[said])
+                if len(people) != len(labels):
+                    raise DataError(
+                        f"names {len(people)} annotators in '{who}' and {len(labels)} labels in '{said}'",
+                        where=f"{path}:{number}",
+                        fix="Mend the row, or take it out.",
+                    )
+                yield from (Judgement(str(row[i]), *pair) for pair in zip(people, labels, strict=True) if all(pair))
     for option, column in (("--item", item), ("--annotator", annotator), ("--label", label)):
         if column.replace("{}", "1") not in seen:
             raise DataError(
@@ -68,6 +79,20 @@ def _of_table(path: Path, item: str, annotator: str, label: str) -> Iterator[Jud
                 where=str(path),
                 fix=f"Name it with {option}.",
             )
+
+
+def _listed(value: Any) -> list[str]:
+    """What a cell holds: one text, or each of a list's."""
+    if isinstance(value, str) and value.startswith("["):
+        for read in (json.loads, ast.literal_eval):  # neither runs anything
+            try:
+                value = read(value)
+                break
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                continue
+    if not isinstance(value, list):
+        return [str(value)]
+    return [", ".join(map(str, one)) if isinstance(one, list) else str(one) for one in value]
 
 
 def _columns(row: Row, item: str, annotator: str, label: str) -> Iterator[tuple[str, str, str]]:
