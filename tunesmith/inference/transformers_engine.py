@@ -18,7 +18,7 @@ from tunesmith.models.attention import CannotPack
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward
-from tunesmith.models.packs import packs
+from tunesmith.models.packs import by_prompt, packs
 from tunesmith.models.resolve import ResolvedModel
 
 BATCH_ROWS, BATCH_TOKENS = 64, 32_768  # of a batch that is generated at once
@@ -155,8 +155,10 @@ class TransformersEngine:
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
         sums, counts = [0.0] * len(rows), [0] * len(rows)
         with self._packed(rows) as forward:
-            for group in packs(range(len(rows)), [(row,) for row in rows], SCORE_TOKENS):
-                batch = forward.pack([rows[i] for i in group])
+            groups = by_prompt(rows, SCORE_TOKENS)
+            for chosen in packs(range(len(groups)), [[rows[i] for i in group] for group in groups], SCORE_TOKENS):
+                group = [i for number in chosen for i in groups[number]]
+                batch = forward.pack([rows[i] for i in group], [len(groups[number]) for number in chosen])
                 values = forward.nll(batch).double().tolist()
                 for number, value in zip(batch.owner_N.tolist(), values, strict=True):
                     sums[group[number]] += value
