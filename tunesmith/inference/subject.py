@@ -14,6 +14,8 @@ from tunesmith.inference.engine import Engine, Sampling, Score, Tick
 
 BATCH = 256  # rows asked at once: what a kill can lose at most
 
+EMBEDDED = 512  # tokens of a text that is embedded
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -95,6 +97,11 @@ class Local:
         rendered = [self.rendered(row) for row in rows]
         for part in longest_first([len(r) for r in rendered], by_prompt(rendered, math.inf)):
             yield from zip(part, self.engine.score([rendered[i] for i in part], tick), strict=True)
+
+    def embedded(self, texts: Sequence[str], tick: Tick) -> Any:
+        """Plain texts' embeddings, numpy [n, D], of their first EMBEDDED tokens."""
+        ids = [(self._encoded(text) or self._beginning())[:EMBEDDED] for text in texts]
+        return self.engine.embed(ids, tick)
 
     def likeliest(self, rows: Sequence[Row], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
         """At each token of each row's last answer: ids and log-probabilities of the k likeliest, or of those `at`."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -167,6 +168,11 @@ class TransformersEngine:
         return [Score(s, c) for s, c in zip(sums, counts, strict=True)]
 
     @torch.inference_mode()
+    def embed(self, rows: Sequence[list[int]], tick: Tick) -> Any:
+        with self._packed([Rendered(ids, [0.0] * len(ids)) for ids in rows]) as forward:
+            return embedded(forward, rows, SCORE_TOKENS, tick)
+
+    @torch.inference_mode()
     def likeliest(self, rows: Sequence[Rendered], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
         found = []
         for number, row in enumerate(rows):
@@ -196,6 +202,17 @@ class TransformersEngine:
             yield self._forward
         finally:
             self.model.set_attn_implementation(self._attention)
+
+
+def embedded(forward: PackedForward, rows: Sequence[list[int]], capacity: int, tick: Tick) -> Any:
+    """Rows' embeddings, numpy [R, D]: the mean of their last states."""
+    rendered = [Rendered(ids, [0.0] * len(ids)) for ids in rows]
+    found: dict[int, Any] = {}
+    for group in packs(range(len(rows)), [(row,) for row in rendered], capacity):
+        vectors_RD = forward.means(forward.pack([rendered[i] for i in group])).cpu().numpy()
+        found |= dict(zip(group, vectors_RD, strict=True))
+        tick(len(group))
+    return np.stack([found[i] for i in range(len(rows))])
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
