@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from tests.conftest import make_model
+from tunesmith.conversation.render import Rendered
 from tunesmith.inference.transformers_engine import TransformersEngine
 from tunesmith.models import packed
 from tunesmith.models.machine import Machine
 from tunesmith.models.resolve import resolve
 from tunesmith.models.section import ModelSection
+from tunesmith.models.shapes import rounded
 
 HERE = Machine("any", 2, "cpu", "float32", {}, None)
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -79,3 +81,38 @@ def test_small_batches_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tunesmith.inference.decode.READ_TOKENS", 1)
     assert made.generate(prompts(12), 10, [], lambda n: None) == expected
     assert made.generate([], 10, [], lambda n: None) == []
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_answers_to_one_prompt_are_scored_after_one_reading_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, few: bool
+) -> None:
+    """Choices: whatever their order, their prompt is computed once, and each has its likelihood of being alone."""
+    monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
+    made = engine(make_model(tmp_path))
+    asked = prompts(12)
+    given = [
+        Rendered(ids + [7 + choice] * (1 + choice), [0.0] * len(ids) + [1.0] * (1 + choice))
+        for choice in range(4)
+        for ids in asked
+    ]
+    with torch.no_grad():
+        expected = []
+        for row in given:
+            likely = made.model(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+            places = [i for i, weight in enumerate(row.weights) if weight]
+            expected.append(-sum(likely[i - 1, row.ids[i]].item() for i in places))
+    laid: list[int] = []
+    nll = packed.PackedForward.nll
+
+    def counted(self: Any, batch: Any) -> torch.Tensor:
+        laid.append(len(batch.ids_T))
+        return nll(self, batch)
+
+    made.score(given[:2], lambda n: None)  # what is tried at first is not counted
+    monkeypatch.setattr(packed.PackedForward, "nll", counted)
+    found = made.score(given, lambda n: None)
+    assert [score.nll for score in found] == pytest.approx(expected, rel=1e-4)
+    assert [score.tokens for score in found] == [1 + choice for choice in range(4) for _ in asked]
+    once = sum(map(len, asked)) + (1 + 2 + 3 + 4) * len(asked)
+    assert sum(laid) == (rounded(once) if few else once)

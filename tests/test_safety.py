@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import make_model, make_tokenizer, write_recipe
+from tunesmith.conversation.message import Conversation, Message
 from tunesmith.evaluate import judging
 from tunesmith.evaluate.bias import bbq_rows, bias_score, stereotyped, swapped
 from tunesmith.evaluate.prompts import prompts
@@ -94,6 +95,41 @@ def test_classifiers_tell_the_bad_label_by_its_name(tmp_path: Path) -> None:
     assert one[0] + other[0] == pytest.approx(1, abs=1e-5)
     support = judging.entailment(str(classifier(tmp_path / "c", ["contradiction", "neutral", "entailment"])))
     assert 0 < support([("It is red.", "red")])[0] < 1
+
+
+def test_hallucination_by_entailment_has_the_value_that_the_model_gives(tmp_path: Path) -> None:
+    """A model of inference that holds a claim for entailed if it ends with a point: of an answer's sentences, the
+    share that it supports; whichever place the label has."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    from tunesmith.evaluate.safety import Safety
+    from tunesmith.evaluate.section import SafetySection
+
+    for name, labels in (("first", ["entailment", "neutral"]), ("last", ["contradiction", "Entailment"])):
+        folder = classifier(tmp_path / name, labels)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        point, other = (tokenizer("The sky.", f"It is red{mark}")["input_ids"][-1] for mark in ".!")
+        assert point != other
+        model = LlamaForSequenceClassification.from_pretrained(folder)
+        with torch.no_grad():
+            for layer in model.model.layers:  # a token's state is its own embedding
+                layer.self_attn.o_proj.weight.zero_()
+                layer.mlp.down_proj.weight.zero_()
+            model.model.embed_tokens.weight.zero_()[:, 1] = 1
+            model.model.embed_tokens.weight[point] = torch.eye(16)[0]
+            model.score.weight.zero_()
+            yes = 0 if name == "first" else 1
+            model.score.weight[yes, 0] = model.score.weight[1 - yes, 1] = 2
+        model.save_pretrained(folder)
+        test = [Conversation((Message("user", "The sky."), Message("assistant", "x"))) for _ in range(3)]
+        probe = Safety(SafetySection(prompts=1, attacked=0, entailment=str(folder)), test, 4, 200, 7)
+        kind = {"unsafe": ["no"], "safe": ["yes"], "attacked": [], "failed": [False] * 5}
+        told = ["It is red. It is blue! It is far.", "It is green!", "It is high."]
+        found = {"baseline": kind | {"task": ["No!"] * 3}, "tuned": kind | {"task": told}}
+        supported = probe.compare(found)["safety"]["supported"]
+        assert supported["tuned"]["value"] == pytest.approx((2 / 3 + 0 + 1) / 3)
+        assert supported["baseline"]["value"] == 0 and supported["n"] == 3
 
 
 def test_swaps_exchange_words_and_keep_case() -> None:

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from tunesmith import plugins
-from tunesmith.evaluate.metrics.base import rows
+from tunesmith.evaluate.metrics.base import Answers, rows
 from tunesmith.evaluate.statistics import Resamples, compared, difference, holm, interval, quantile
 
 
@@ -105,3 +105,54 @@ def test_rounds_are_pooled_by_row() -> None:
         found = interval(accuracy, stats, Resamples(60, 400, trial))
         inside += found["low"] <= 0.5 <= found["high"]
     assert 0.92 <= inside / 400 <= 0.98
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["bleu", "chrf", "macro_f1"])
+def test_intervals_of_corpus_metrics_cover(name: str) -> None:
+    """What is no mean of rows: 150 rows drawn from 1,500, whose own value is the truth."""
+    random = np.random.default_rng(0)
+    size, n, trials = 1500, 150, 1000
+    if name == "macro_f1":
+        right = [f"label {x}" for x in random.choice(6, size, p=[0.4, 0.2, 0.15, 0.1, 0.1, 0.05])]
+        given = [label if random.random() < 0.75 else f"label {random.integers(6)}" for label in right]
+    else:
+        words = [
+            "a",
+            "cat",
+            "dog",
+            "sat",
+            "ran",
+            "on",
+            "mat",
+            "red",
+            "house",
+            "tree",
+            "river",
+            "stone",
+            "bird",
+            "sings",
+        ]
+        texts = [list(random.choice(words, random.integers(5, 15))) for _ in range(size)]
+        right = [" ".join(text) for text in texts]
+        given = [" ".join(w if random.random() < 0.8 else random.choice(words) for w in text) for text in texts]
+    metric = plugins.load("metric", name)
+    every = metric.measure(Answers(given, right, [0.0] * size, [0] * size, [{}] * size))
+    truth, inside = float(metric.value(every.sum(0))), 0
+    for trial in range(trials):
+        found = interval(metric, every[random.integers(0, size, n)], Resamples(n, 600, trial))
+        inside += found["low"] <= truth <= found["high"]
+    assert 0.93 <= inside / trials <= 0.97, inside / trials
+
+
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_quantiles_cover_exactly_what_the_docs_say(share: float) -> None:
+    """By the binomial distribution of how many rows lie below the true quantile."""
+
+    def covers(n: int) -> float:
+        found = quantile(list(range(n)), share)
+        return float(np.diff(scipy_stats.binom.cdf([found["low"], found["high"]], n, share))[0])
+
+    if share == 0.95:
+        assert {n: round(covers(n), 2) for n in (20, 32, 50, 60)} == {20: 0.63, 32: 0.79, 50: 0.91, 60: 0.94}
+    assert all(0.93 <= covers(n) <= 0.995 for n in range(60, 400))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,37 @@ def test_numbers_score_as_lm_eval_scores_them(
     samples = sorted(found["samples"]["local_svamp"], key=lambda row: row["doc_id"])
     assert [s["resps"][0][0] for s in samples] == given
     assert ours == [s["exact_match"] for s in samples] and 0 < sum(ours) < len(rows)
+
+
+def test_a_task_of_lm_eval_by_its_name(subject: Kept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real harness finds a task among those that it knows, reads its data and asks the model: row by row what our
+    own scoring of the file says."""
+    pytest.importorskip("lm_eval")
+    from lm_eval import evaluator
+    from lm_eval.tasks import TaskManager
+
+    made = [
+        {"query": f"Item {i} is", "choices": ["red", "green and blue", "a grey one"], "gold": i % 3} for i in range(9)
+    ]
+    file = write_jsonl(tmp_path / "items.jsonl", made)
+    task = local_task(file, output_type="multiple_choice", doc_to_text="{{query}}", doc_to_choice="{{choices}}")
+    task |= {"doc_to_target": "{{gold}}", "metric_list": averaged("acc", "acc_norm")}
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/items.yaml").write_text(json.dumps(task | {"task": "items_by_name"}))  # JSON is YAML
+    known = functools.partial(TaskManager, include_path=str(tmp_path / "tasks"), include_defaults=False)
+    monkeypatch.setattr(evaluator, "TaskManager", known)
+
+    suites = [SuiteSection(name="items_by_name"), SuiteSection(name="file", file=str(file))]
+    found = Suites(suites, tmp_path, 8, 100, 0).ask(subject, "tuned", None)
+    assert found["items_by_name"] == found["file"]
+    assert set(found["file"]) == {"acc", "acc_norm"} and 0 < sum(found["file"]["acc"]) < 9
+    few = SuiteSection(name="items_by_name", rows=4)
+    assert (
+        Suites([few], tmp_path, 8, 100, 0).ask(subject, "tuned", None)["items_by_name"]["acc"]
+        == (found["file"]["acc"][:4])
+    )
+    with pytest.raises(RecipeError, match="lm-eval can't run 'no_such_task'"):
+        harness(subject, "no_such_task", None)
 
 
 def test_what_lm_eval_says_of_a_task_is_told_by_its_name_and_kept(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +13,13 @@ import pytest
 
 from tests.conftest import colour_rows, make_model, write_jsonl, write_recipe
 from tests.fake_endpoint import FakeEndpoint
+from tests.fake_hub import COMMIT, hub_of
 from tunesmith.conversation.message import Message
-from tunesmith.inference import endpoint
+from tunesmith.inference import endpoint, subject
 from tunesmith.inference.engine import Sampling, Score
 from tunesmith.inference.kept import Kept
 from tunesmith.inference.subject import Ask, Reply
+from tunesmith.inference.transformers_engine import TransformersEngine
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +68,22 @@ def test_an_endpoint_that_lets_nobody_in(tunesmith: Any, tiny_model: Path, tmp_p
     with FakeEndpoint(colour_of, lambda m, n: 401) as there:
         said = tunesmith("evaluate", "--model", f"{there.url}#x", "--against", tiny_model, "--data", data, "--json")
     assert said.code == 2 and "OPENAI_API_KEY" in said.json["error"]["fix"]
+
+
+def test_a_hub_id_against_a_folder(
+    tunesmith: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(12))
+    with hub_of(monkeypatch, tmp_path, {"team/good": tiny_model}) as hub:
+        call = ["evaluate", "--against", tiny_model, "--data", data, "--set", "evaluate.max_new_tokens=3", "--json"]
+        said = tunesmith(*call, "--model", "team/good")
+        assert said.code in (0, 3, 4), said.out
+        assert any("/team/good/" in path for path in hub.asked)
+        assert said.json["models"]["tuned"] == "team/good"
+        gap = said.json["metrics"]["loss"]["difference"]
+        assert gap["value"] == gap["low"] == gap["high"] == 0 and said.json["verdict"] == "not_proven"  # one model
+        assert COMMIT in (tmp_path / "evaluation/evaluate/manifest.json").read_text()
+        assert tunesmith(*call, "--model", "team/none").code == 2
 
 
 def test_runs_adapters_and_a_leaderboard(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
@@ -125,10 +146,59 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path) -> N
     assert again.replies(prompts, 5, lambda _: None) == found
 
 
+KILLED = """
+import os, signal, sys
+from tunesmith.inference import subject
+from tunesmith.inference.transformers_engine import TransformersEngine
+subject.BATCH = 8
+plain, calls = TransformersEngine.generate, []
+def generate(self, prompts, *others):
+    calls.append(len(prompts))
+    if len(calls) == 4:  # the fourth batch is never written down
+        os.kill(os.getpid(), signal.SIGKILL)
+    return plain(self, prompts, *others)
+TransformersEngine.generate = generate
+from tunesmith.cli import main
+main()
+"""
+
+
+def test_a_model_of_this_machine_killed_between_batches(
+    tunesmith: Any, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One batch is lost, the others are not asked again, and all that comes out is what comes out without a kill."""
+    data = write_jsonl(tmp_path / "test.jsonl", colour_rows(44))
+    other = make_model(tmp_path / "other", hidden_size=48)
+    call = ["evaluate", "--model", str(tiny_model), "--against", str(other), "--data", str(data)]
+    call += ["--set", "evaluate.max_new_tokens=4"]
+    done = subprocess.run([sys.executable, "-c", KILLED, *call, "--out", "killed"], cwd=tmp_path, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    (file,) = (tmp_path / "killed/answers").glob("*.jsonl")
+    before = file.read_bytes()
+    assert before.count(b"\n") == 3 * 8
+
+    monkeypatch.setattr(subject, "BATCH", 8)
+    asked: list[int] = []
+    plain = TransformersEngine.generate
+
+    def generate(self: Any, prompts: Any, *others: Any) -> Any:
+        asked.append(len(prompts))
+        return plain(self, prompts, *others)
+
+    monkeypatch.setattr(TransformersEngine, "generate", generate)
+    resumed, whole = (tunesmith(*call, "--out", name, "--json") for name in ("killed", "whole"))
+    assert resumed.code == whole.code, resumed.out
+    assert sum(asked) == (44 - 24) + 44 + 2 * 44
+    assert file.read_bytes().startswith(before)
+    for path in (tmp_path / "whole/answers").glob("*.jsonl"):
+        assert (tmp_path / "killed/answers" / path.name).read_bytes() == path.read_bytes()
+    for name in ("scorecard.json", "answers.jsonl"):
+        assert (tmp_path / "killed/evaluate" / name).read_bytes() == (tmp_path / "whole/evaluate" / name).read_bytes()
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
 def test_answers_do_not_depend_on_batch_or_order(architecture: str, tmp_path: Path) -> None:
     """Greedy and drawn, packed and with the model's own generation."""
-    from tunesmith.inference.transformers_engine import TransformersEngine
     from tunesmith.models.load import load_renderer
     from tunesmith.models.machine import machine
     from tunesmith.models.resolve import resolve

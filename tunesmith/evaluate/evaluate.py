@@ -19,7 +19,7 @@ from tunesmith.evaluate.files import json_in, local_file
 from tunesmith.evaluate.junit import junit
 from tunesmith.evaluate.metrics import FITTING, Answers, Floats, Metric
 from tunesmith.evaluate.metrics.custom import custom
-from tunesmith.evaluate.mistakes import mistakes
+from tunesmith.evaluate.mistakes import FEWEST_ROWS, about, mistakes
 from tunesmith.evaluate.people import reviewed
 from tunesmith.evaluate.section import EvaluateSection, GateSection
 from tunesmith.evaluate.slices import by_task, slices
@@ -90,10 +90,12 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         )
 
     sides: dict[str, Side] = {}
+    embedding: tuple[str, Any] | None = None
     found: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
     for side in SIDES:
         subject = inputs.subjects[side]
         sides[side] = _asked(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
+        embedding = embedding or _embedded(subject, rows)
         for probe in asked:
             found[probe.name][side] = probe.ask(subject, side, found[probe.name].get("baseline"))
         subject.close()
@@ -130,7 +132,7 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
     lines = _lines(rows, sides, decider, stats[goal])
     if inputs.review and (told := reviewed(inputs.review, lines, target / "judge.jsonl")):
         card["review"] = told
-    card["errors"] = mistakes(lines, inputs.kind, decider.higher_is_better, inputs.seed)
+    card["errors"] = mistakes(lines, inputs.kind, decider.higher_is_better, inputs.seed, embedding)
     card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
     write_json(target / "scorecard.json", card)
     write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
@@ -222,6 +224,16 @@ def _asked(
         _pairs(subject, rows, side) if subject.scores else (),
     )
     return Side(answers, [list(of_row) for of_row in zip(*rounds, strict=True)])
+
+
+def _embedded(subject: Kept, rows: Sequence[Conversation]) -> tuple[str, Any] | None:
+    """The model's name and its embeddings of what the rows are about; none of what is not on this machine."""
+    if len(rows) < FEWEST_ROWS:
+        return None
+    texts = [about(row.prompt, row.text if isinstance(row, Text) else row.answer) for row in rows]
+    with bar("What rows are about", len(rows)) as progress:
+        vectors = subject.embedded(texts, progress.advance)
+    return None if vectors is None else (subject.name, vectors)
 
 
 def _choices(subject: Kept, rows: Sequence[Conversation], side: str) -> list[list[tuple[str, float]]]:

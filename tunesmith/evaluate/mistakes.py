@@ -17,8 +17,11 @@ KINDS, LISTED, EXAMPLES, SHOWN = 12, 50, 12, 3
 FEWEST_ROWS, FEWEST_MISSES, MOST_CLUSTERS, TERMS, DIMENSIONS = 20, 5, 12, 4, 50
 
 
-def mistakes(lines: Sequence[Line], kind: str, higher: bool, seed: int) -> dict[str, Any]:
-    """As scorecards hold it; rows by their ids, those where the baseline did better first.
+def mistakes(
+    lines: Sequence[Line], kind: str, higher: bool, seed: int, embedding: tuple[str, Any] | None = None
+) -> dict[str, Any]:
+    """As scorecards hold it; rows by their ids, those where the baseline did better first. `embedding`: the name of
+    the model that embedded what the rows are about, and the vectors [n, D].
 
     A miss is an answer that is wrong; where answers are neither right nor wrong, one that scores worse than the
     baseline's.
@@ -30,7 +33,8 @@ def mistakes(lines: Sequence[Line], kind: str, higher: bool, seed: int) -> dict[
         "misses": len(missed),
         "worse": {"n": len(worse), "rows": [x["id"] for x in sorted(worse, key=lambda x: gain(x, higher))[:LISTED]]},
         "kinds": by_kind(missed, lines, kind),
-        "clusters": by_cluster(lines, {line["id"] for line in missed}, ids, seed),
+        "clusters": by_cluster(lines, {line["id"] for line in missed}, ids, seed, embedding and embedding[1]),
+        "embedding": embedding and embedding[0],
         "suspects": [line["id"] for line in suspects(lines, kind)],
     }
 
@@ -83,43 +87,59 @@ def _miss(given: str, right: str, kind: str, labels: set[str]) -> str:
     return "much shorter" if ratio < 0.5 else "much longer" if ratio > 2 else "other words"
 
 
-def by_cluster(lines: Sequence[Line], missed: set[str], worse: set[str], seed: int) -> list[dict[str, Any]]:
+def about(prompt: Sequence[Any], reference: str) -> str:
+    """What a row is about: the last that was asked, or the text itself where nothing was."""
+    if not prompt:
+        return reference
+    last = prompt[-1]
+    return str(last["content"] if isinstance(last, Mapping) else last.content)
+
+
+def by_cluster(
+    lines: Sequence[Line], missed: set[str], worse: set[str], seed: int, embedded: Any = None
+) -> list[dict[str, Any]]:
     """Misses by what the rows are about: {about, n, misses, share with its interval, rows}, largest share first.
 
-    Rows are clustered (k-means) by their prompts' TF-IDF vectors in at most 50 dimensions (latent semantic analysis,
-    Deerwester et al. 1990), named by the words that set a cluster apart.
+    Rows are clustered (k-means) by their embeddings, or by their prompts' TF-IDF vectors where there are none (latent
+    semantic analysis, Deerwester et al. 1990), in at most 50 dimensions; named by the words that set a cluster apart.
     """
     if len(lines) < FEWEST_ROWS or len(missed) < FEWEST_MISSES:
         return []
     from sklearn.cluster import KMeans
-    from sklearn.decomposition import TruncatedSVD
+    from sklearn.decomposition import PCA, TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
 
-    texts = [line["prompt"][-1]["content"] if line["prompt"] else line["reference"] for line in lines]
+    texts = [about(line["prompt"], line["reference"]) for line in lines]
     vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2, max_df=0.8, token_pattern=r"(?u)\b[^\W\d_]\w+\b")
     try:
         weights = vectorizer.fit_transform(texts)
     except ValueError:  # no word is in two rows and not in most
+        weights = None
+    if weights is None and embedded is None:
         return []
-    width = min(DIMENSIONS, weights.shape[1] - 1)
-    vectors = (
-        normalize(TruncatedSVD(width, random_state=seed).fit_transform(weights)) if width > 1 else weights.toarray()
-    )
+    if embedded is not None:  # about their mean, since a language model's states all point one way (Ethayarajh 2019)
+        whole = normalize(np.asarray(embedded, np.float64))
+        vectors = normalize(PCA(min(DIMENSIONS, *whole.shape), random_state=seed).fit_transform(whole))
+    else:
+        width = min(DIMENSIONS, weights.shape[1] - 1)
+        vectors = (
+            normalize(TruncatedSVD(width, random_state=seed).fit_transform(weights)) if width > 1 else weights.toarray()
+        )
     k = int(np.clip(round(np.sqrt(len(lines) / 2)), 2, MOST_CLUSTERS))
     places = KMeans(min(k, len(np.unique(vectors.round(6), axis=0))), n_init=4, random_state=seed).fit_predict(vectors)
-    words, usual = vectorizer.get_feature_names_out(), np.asarray(weights.mean(0)).ravel()
+    words = [] if weights is None else vectorizer.get_feature_names_out()
     found = []
     for number in sorted(set(places.tolist())):
         members = [line for line, place in zip(lines, places, strict=True) if place == number]
         wrong = [line["id"] for line in members if line["id"] in missed]
         if not wrong:
             continue
-        apart = np.asarray(weights[places == number].mean(0)).ravel() - usual
-        about = ", ".join(words[i] for i in np.argsort(-apart)[:TERMS] if apart[i] > 0)
+        apart = [] if weights is None else np.asarray(weights[places == number].mean(0) - weights.mean(0)).ravel()
+        named = ", ".join(words[i] for i in np.argsort(apart)[::-1][:TERMS] if apart[i] > 0)
         share = {"value": len(wrong) / len(members)} | wilson(len(wrong), len(members))
         rows = sorted(wrong, key=lambda row: row not in worse)[:SHOWN]
-        told = {"about": about or "other", "n": len(members), "misses": len(wrong), "share": share, "rows": rows}
+        told = {"about": named or "other", "n": len(members), "misses": len(wrong), "share": share, "rows": rows}
         found.append(told)
     return sorted(found, key=lambda part: -part["share"]["value"])
 

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+
 from tunesmith import plugins
 from tunesmith.conversation.render import Rendered
 from tunesmith.errors import ModelError
@@ -74,6 +76,11 @@ class Answering:
 
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
         self._no_likelihoods()
+
+    def embed(self, rows: Sequence[list[int]], tick: Tick) -> Any:
+        vectors = np.array(self._runner.run(self._engine.embed(rows)))
+        tick(len(rows))
+        return vectors
 
     def likeliest(self, rows: Sequence[Rendered], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
         self._no_likelihoods()

@@ -13,18 +13,20 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, DynamicLayer
 
 from tunesmith.conversation.render import Rendered
 from tunesmith.inference.engine import Sampling
-from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras
+from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras, stepping
 from tunesmith.models.packed import REFUSALS, PackedForward
+from tunesmith.models.packs import common_beginning
 from tunesmith.models.shapes import rounded, rounded_rows
 
 ATTENTION = "tunesmith_decode"
-CACHE_BYTES, BATCH_ROWS = 2**30, 128  # of a batch's keys and values; of its prompts
+CACHE_BYTES, BATCH_ROWS = 2**30, 256  # of a batch's keys and values; of its prompts
 READ_TOKENS = 2048  # of prompts in one forward pass
 
 _hidden_BS: ContextVar[Tensor] = ContextVar("-inf where a row's keys are padding or not there yet, 0 elsewhere")
@@ -40,24 +42,24 @@ class _Read(DynamicLayer):
 
 
 class _Buffer(DynamicLayer):
-    """Keys and values [B, G, S, D] with room for S tokens, of which `filled` are there.
+    """Keys and values [B, G, S, D] of which `filled` tokens are there, and zeros after them. A product of a part of a
+    buffer would copy that part each time; so what is handed out is the whole, which grows now and then."""
 
-    Args:
-        few: whether what is handed out has one of few lengths, with zeros after what is there.
-    """
-
-    def __init__(self, parts: Sequence[tuple[_Read, Tensor]], room: int, few: bool) -> None:
+    def __init__(self, parts: Sequence[tuple[_Read, Tensor]]) -> None:
         super().__init__()
-        self.filled, self.few = parts[0][1].shape[1], few
+        self.filled = parts[0][1].shape[1]
+        room = rounded(self.filled + 1) - self.filled
         self.keys = _spread([(read.keys, take_BW) for read, take_BW in parts], room)
         self.values = _spread([(read.values, take_BW) for read, take_BW in parts], room)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        more = rounded(self.filled + 1) - self.keys.shape[2]
+        if more > 0:
+            self.keys, self.values = (F.pad(x, (0, 0, 0, more)) for x in (self.keys, self.values))
         self.keys[:, :, self.filled], self.values[:, :, self.filled] = key_states[:, :, 0], value_states[:, :, 0]
         self.filled += 1
-        shown = rounded(self.filled) if self.few else self.filled
-        return self.keys[:, :, :shown], self.values[:, :, :shown]
+        return self.keys, self.values
 
     def keep(self, rows: Tensor) -> None:
         self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
@@ -99,7 +101,7 @@ def one_token(
     share keys are one product; `hide` takes what a row does not see out of the scores [B, G, H / G, S]."""
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = hide(torch.matmul(q, key.transpose(2, 3)))
-    out = torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), value)
+    out = torch.matmul(torch.softmax(scores, -1), value)  # in float32 inside, whatever comes in and goes out
     return out.flatten(1, 2)[:, None]
 
 
@@ -148,7 +150,7 @@ class Decoder:
         ended: set[int] = set()
         answers: list[list[int]] = [[] for _ in prompts]
         for step in range(max_new_tokens):
-            tokens = (noise(logits, alive.tolist()) if noise else logits).argmax(-1)
+            tokens = (noise(logits, alive.tolist()) if noise else logits).max(-1).indices  # argmax takes longer
             going, over = [], 0
             filling = []  # rows that have ended, and stay where a batch is to have one of few sizes
             for place, (number, token) in enumerate(zip(alive.tolist(), tokens.tolist(), strict=True)):
@@ -192,14 +194,15 @@ class Decoder:
 
     def _read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """Next-token logits [B, V], the cache, each row's next position [B] and its hidden keys [B, S]."""
-        before, few = len(self.forward.virtual_ids), self.forward.few
+        before = len(self.forward.virtual_ids)
         device, width = self.forward.device, before + max(map(len, prompts))
-        room = rounded(width + room) - width if few else room
         length_B = torch.tensor([before + len(p) for p in prompts], device=device)
         self.model.set_attn_implementation(self.forward.attention)
         hidden, reads, takes = [], [], []
-        for part in _in_order(prompts, READ_TOKENS):
-            batch = self.forward.pack([Rendered(ids, [0.0] * len(ids)) for ids in part])
+        rows = [Rendered(ids, [0.0] * len(ids)) for ids in prompts]
+        alike = common_beginning(rows) if self.forward.share else 0
+        for part in _in_order([len(row) - alike for row in rows], READ_TOKENS - alike):
+            batch = self.forward.pack(rows[part])
             read = Cache(layers=[_Read() for _ in range(self.config.num_hidden_layers)])
             with laid_out(batch.layout):
                 x = self.forward.backbone(
@@ -210,8 +213,8 @@ class Decoder:
             reads.append(read)
             takes.append(_places(batch.layout, width))
         layers = zip(*(read.layers for read in reads), strict=True)
-        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True)), room, few) for layer in layers])
-        at_S = torch.arange(width + room, device=device)
+        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True))) for layer in layers])
+        at_S = torch.arange(rounded(width + room), device=device)
         absent = (at_S < (width - length_B)[:, None]) | (at_S >= width)
         hidden_BS = torch.zeros(absent.shape, device=device, dtype=x.dtype).masked_fill_(absent, -torch.inf)
         return self.model.get_output_embeddings()(torch.cat(hidden)), past, length_B, hidden_BS
@@ -220,7 +223,7 @@ class Decoder:
         self.model.set_attn_implementation(ATTENTION)
         filled = past.layers[0].filled
         hidden_BS[:, filled] = 0
-        with _set(_hidden_BS, hidden_BS), _set(_filled, filled + 1):
+        with _set(_hidden_BS, hidden_BS), _set(_filled, filled + 1), stepping(decode_attention):
             hidden = self.forward.backbone(
                 input_ids=tokens_B[:, None], position_ids=positions_B[:, None], past_key_values=past, use_cache=True
             ).last_hidden_state[:, 0]
@@ -248,15 +251,15 @@ class Decoder:
             raise CannotPack(f"scores of next tokens are off by {off:.2g}")
 
 
-def _in_order(prompts: Sequence[list[int]], capacity: int) -> Iterator[Sequence[list[int]]]:
-    """Prompts in runs of at most `capacity` tokens, or of one."""
+def _in_order(lengths: Sequence[int], capacity: int) -> Iterator[slice]:
+    """Rows in runs of at most `capacity` tokens, or of one."""
     start, tokens = 0, 0
-    for number, ids in enumerate(prompts):
-        if number > start and tokens + len(ids) > capacity:
-            yield prompts[start:number]
+    for number, length in enumerate(lengths):
+        if number > start and tokens + length > capacity:
+            yield slice(start, number)
             start, tokens = number, 0
-        tokens += len(ids)
-    yield prompts[start:]
+        tokens += length
+    yield slice(start, len(lengths))
 
 
 def _places(layout: Layout, width: int) -> Tensor:

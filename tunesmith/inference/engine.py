@@ -47,6 +47,9 @@ class Engine(Protocol):
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
         """How likely each row's weighted tokens are. `tick` is told how many more rows are done."""
 
+    def embed(self, rows: Sequence[list[int]], tick: Tick) -> Any:
+        """The mean of the last states of each row of token ids: numpy [R, D]."""
+
     def likeliest(self, rows: Sequence[Rendered], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
         """Log-probabilities at each weighted token of each row, as (ids [N, k], log-probabilities [N, k]) of numpy:
         of the k likeliest tokens, or of those given in `at`, one [N, k] a row."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.errors import ModelError
@@ -115,6 +118,23 @@ class Kept:
                 yield i, {"ids": ids.tolist(), "values": values.round(6).tolist()}
 
         return [(found["ids"], found["values"]) for found in self._all(keys, asked, tick)]
+
+    def embedded(self, texts: Sequence[str], tick: Tick) -> Any:
+        """Texts' embeddings by this model, numpy [n, D] in half precision; None of what is no language model here."""
+        keys = [hash_json(["embedded", text]) for text in texts]
+
+        def asked(missing: list[int]) -> Iterator[tuple[int, dict[str, Any]]]:
+            if not isinstance(self.subject, Local):
+                yield from ((i, {"embedding": None}) for i in missing)
+                return
+            found = self.subject.embedded([texts[i] for i in missing], tick)
+            for i, vector in zip(missing, found.astype(np.float16), strict=True):
+                yield i, {"embedding": base64.b64encode(vector.tobytes()).decode()}
+
+        bits = [found["embedding"] for found in self._all(keys, asked, tick)] if self.scores else []
+        if not bits or None in bits:
+            return None
+        return np.stack([np.frombuffer(base64.b64decode(vector), np.float16) for vector in bits])
 
     def recited(self, rows: Sequence[Conversation], shortest: int, length: int, tick: Tick) -> list[bool | None]:
         """As `Local.recited`."""

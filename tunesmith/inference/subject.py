@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -11,7 +12,9 @@ from tunesmith.conversation.render import Rendered, Renderer
 from tunesmith.errors import ModelError
 from tunesmith.inference.engine import Engine, Sampling, Score, Tick
 
-BATCH = 128  # rows asked at once: what a kill can lose at most
+BATCH = 256  # rows asked at once: what a kill can lose at most
+
+EMBEDDED = 512  # tokens of a text that is embedded
 
 
 @dataclass(frozen=True)
@@ -89,9 +92,16 @@ class Local:
                 yield i, Reply(self.renderer.decode(answer), len(answer))
 
     def likelihoods(self, rows: Sequence[Row], tick: Tick) -> Iterator[tuple[int, Score]]:
+        from tunesmith.models.packs import by_prompt
+
         rendered = [self.rendered(row) for row in rows]
-        for part in longest_first([len(r) for r in rendered]):
+        for part in longest_first([len(r) for r in rendered], by_prompt(rendered, math.inf)):
             yield from zip(part, self.engine.score([rendered[i] for i in part], tick), strict=True)
+
+    def embedded(self, texts: Sequence[str], tick: Tick) -> Any:
+        """Plain texts' embeddings, numpy [n, D], of their first EMBEDDED tokens."""
+        ids = [(self._encoded(text) or self._beginning())[:EMBEDDED] for text in texts]
+        return self.engine.embed(ids, tick)
 
     def likeliest(self, rows: Sequence[Row], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
         """At each token of each row's last answer: ids and log-probabilities of the k likeliest, or of those `at`."""
@@ -144,8 +154,10 @@ class Local:
         return [first]
 
 
-def longest_first(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Indices in batches of rows of about the same length, so that a full memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+def longest_first(lengths: Sequence[int], together: Sequence[Sequence[int]] | None = None) -> Iterator[list[int]]:
+    """Indices in batches of rows of about the same length, so that a full memory shows at once; those of rows that
+    belong together follow one another."""
+    groups = together or [[i] for i in range(len(lengths))]
+    order = [i for group in sorted(groups, key=lambda g: (-max(lengths[i] for i in g), g[0])) for i in group]
     for start in range(0, len(order), BATCH):
         yield order[start : start + BATCH]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import GenerationConfig
 
@@ -18,7 +19,7 @@ from tunesmith.models.attention import CannotPack
 from tunesmith.models.load import load_model, load_tuned
 from tunesmith.models.machine import Machine, reuse_buffers
 from tunesmith.models.packed import PackedForward
-from tunesmith.models.packs import packs
+from tunesmith.models.packs import by_prompt, packs
 from tunesmith.models.resolve import ResolvedModel
 
 BATCH_ROWS, BATCH_TOKENS = 64, 32_768  # of a batch that is generated at once
@@ -155,14 +156,21 @@ class TransformersEngine:
     def score(self, rows: Sequence[Rendered], tick: Tick) -> list[Score]:
         sums, counts = [0.0] * len(rows), [0] * len(rows)
         with self._packed(rows) as forward:
-            for group in packs(range(len(rows)), [(row,) for row in rows], SCORE_TOKENS):
-                batch = forward.pack([rows[i] for i in group])
+            groups = by_prompt(rows, SCORE_TOKENS)
+            for chosen in packs(range(len(groups)), [[rows[i] for i in group] for group in groups], SCORE_TOKENS):
+                group = [i for number in chosen for i in groups[number]]
+                batch = forward.pack([rows[i] for i in group], [len(groups[number]) for number in chosen])
                 values = forward.nll(batch).double().tolist()
                 for number, value in zip(batch.owner_N.tolist(), values, strict=True):
                     sums[group[number]] += value
                     counts[group[number]] += 1
                 tick(len(group))
         return [Score(s, c) for s, c in zip(sums, counts, strict=True)]
+
+    @torch.inference_mode()
+    def embed(self, rows: Sequence[list[int]], tick: Tick) -> Any:
+        with self._packed([Rendered(ids, [0.0] * len(ids)) for ids in rows]) as forward:
+            return embedded(forward, rows, SCORE_TOKENS, tick)
 
     @torch.inference_mode()
     def likeliest(self, rows: Sequence[Rendered], at: Sequence[Any] | None, k: int, tick: Tick) -> list[Any]:
@@ -194,6 +202,17 @@ class TransformersEngine:
             yield self._forward
         finally:
             self.model.set_attn_implementation(self._attention)
+
+
+def embedded(forward: PackedForward, rows: Sequence[list[int]], capacity: int, tick: Tick) -> Any:
+    """Rows' embeddings, numpy [R, D]: the mean of their last states."""
+    rendered = [Rendered(ids, [0.0] * len(ids)) for ids in rows]
+    found: dict[int, Any] = {}
+    for group in packs(range(len(rows)), [(row,) for row in rendered], capacity):
+        vectors_RD = forward.means(forward.pack([rendered[i] for i in group])).cpu().numpy()
+        found |= dict(zip(group, vectors_RD, strict=True))
+        tick(len(group))
+    return np.stack([found[i] for i in range(len(rows))])
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

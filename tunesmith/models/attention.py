@@ -9,7 +9,7 @@ row is too long for that, rows go through torch's own attention one by one.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -36,7 +36,8 @@ class Group:
     """Rows of about the same length: B of them, padded to L tokens, with K = before + L keys each.
 
     Attributes:
-        at, before: where in the sequence the tokens lie that each of these rows also sees, and how many they are.
+        at, before: where in the sequence the tokens lie that each of these rows also sees, and how many they are; maybe
+            with some that `seen_LK` hides.
         rows: B; with those that only fill the group up.
         take: [B * L] where the tokens lie in the sequence; padding repeats the row's last one.
         real: which of those B * L are no padding.
@@ -118,6 +119,11 @@ class Layout:
     _plans: dict[int | None, tuple[list[Group], Tensor]] = field(default_factory=dict, repr=False)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the sequence."""
+        return self.padding + sum(family.shared + sum(family.lengths) for family in self.families)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(family.shared + max(family.lengths) for family in self.families)
@@ -170,20 +176,23 @@ class Layout:
 
     def _group(self, spans: list[Span], window: int | None) -> Group:
         start, _, at, before = spans[0]
-        longest = max(span.length for span in spans)
+        longest, begun = max(span.length for span in spans), before
         if self.few:
             longest = rounded(longest)
+            begun = before and min(rounded(before), self.tokens - at)  # the tokens after those are hidden
             spans = spans + [Span(start, 0, at, before)] * (rounded_rows(len(spans)) - len(spans))
         start_B1 = torch.tensor([[span.start] for span in spans], device=self.device)
         length_B1 = torch.tensor([[span.length] for span in spans], device=self.device)
         at_L = torch.arange(longest, device=self.device)
         take_BL = start_B1 + torch.minimum(at_L, length_B1 - 1).clamp_min(0)
         seen_LK = _mask(len(at_L), before + len(at_L), window, self.device)
-        return Group(at, before, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], seen_LK)
+        seen_LK = torch.cat((F.pad(seen_LK[:, :before], (0, begun - before)), seen_LK[:, before:]), 1)
+        return Group(at, begun, len(spans), take_BL.flatten(), (at_L < length_B1).flatten().nonzero()[:, 0], seen_LK)
 
 
 _layout: ContextVar[Layout] = ContextVar("how the rows lie in the sequence")
 _kind: ContextVar[str] = ContextVar("which attention", default="grouped")
+_attend: ContextVar[Callable[..., Any] | None] = ContextVar("attention of one new token a row", default=None)
 
 
 @contextlib.contextmanager
@@ -195,6 +204,22 @@ def laid_out(layout: Layout, kind: str = "grouped") -> Iterator[None]:
     finally:
         _layout.reset(tokens[0])
         _kind.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def stepping(attend: Callable[..., Any]) -> Iterator[None]:
+    """Within this, every row has one new token, and attention is `attend(module, query [B, H, 1, D], key and value
+    [B, G, S, D] with those before, None, scale, window)` -> [B, 1, H, D], ..."""
+    token = _attend.set(attend)
+    try:
+        yield
+    finally:
+        _attend.reset(token)
+
+
+def step_attention() -> Callable[..., Any] | None:
+    """What attends if every row has one new token now."""
+    return _attend.get()
 
 
 def laid_out_now() -> Layout | None:

@@ -27,7 +27,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 from transformers.models.smollm3.modeling_smollm3 import SmolLM3Attention
 
 from tunesmith.models import pieces
-from tunesmith.models.attention import attention, packing
+from tunesmith.models.attention import attention, packing, step_attention
 from tunesmith.models.cuda import liger_gate, liger_norm, liger_norm_from_one
 from tunesmith.models.quantise import QuantLinear
 
@@ -222,22 +222,27 @@ def _liger_mlp(self: Any, x: Tensor) -> Tensor:
 
 
 def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-    turn = kwargs.get("position_embeddings")
-    cached = kwargs.get("past_key_values") is not None
-    if args or turn is None or cached or not packing() or (self.training and self.attention_dropout):
+    turn, cache, attend = kwargs.get("position_embeddings"), kwargs.get("past_key_values"), step_attention()
+    if args or turn is None or not (attend or packing()) or (self.training and self.attention_dropout):
         plain: tuple[Tensor, None] = type(self).forward(self, hidden_states, *args, **kwargs)
         return plain
     q, k, v = (
         y.unflatten(-1, (-1, self.head_dim))
-        for y in products(hidden_states[0], [self.q_proj, self.k_proj, self.v_proj])
+        for y in products(hidden_states.flatten(0, 1), [self.q_proj, self.k_proj, self.v_proj])
     )
     if hasattr(self, "q_norm"):
         q, k = self.q_norm(q), self.k_norm(k)
     if getattr(self, "use_rope", True):
-        cos, sin = (t[0, :, None, : self.head_dim // 2] for t in turn)
+        cos, sin = (t.flatten(0, 1)[:, None, : self.head_dim // 2] for t in turn)
         q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
-    out = attention(q, k, v, *self._attends_with)
-    return self.o_proj(out.flatten(1))[None], None
+    if attend:
+        keys, values = cache.update(k[:, :, None], v[:, :, None], self.layer_idx)
+        out, _ = attend(self, q[:, :, None], keys, values, None, *self._attends_with)
+    else:
+        if cache is not None:  # of packed rows it only keeps what it is given
+            cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], self.layer_idx)
+        out = attention(q, k, v, *self._attends_with)
+    return self.o_proj(out.reshape(*hidden_states.shape[:2], -1)), None
 
 
 def _epsilon(module: Any) -> float | None:

@@ -158,6 +158,19 @@ class PackedForward:
         found: Tensor = head(self._ends(batch).to(last.dtype)).float()
         return found
 
+    def means(self, batch: Pack) -> Tensor:
+        """The mean [R, D] of the last states of each of the pack's rows: its embedding."""
+        if self._can_pack(batch):
+            hidden = self._hidden(batch, torch.arange(len(batch.ids_T), device=self.device)).float()
+            rows = [
+                (hidden[at : at + before], hidden[start : start + own]) for start, own, at, before in batch.layout.rows
+            ]
+            return torch.stack([torch.cat(parts).mean(0) for parts in rows])
+        with self._own_attention():
+            rows = [batch.ids_T[row.start : row.start + row.length][None] for row in batch.layout.rows]
+            found = [self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows]
+            return torch.stack([states.float().mean(0) for states in found])
+
     def _ends(self, batch: Pack) -> Tensor:
         """The state [R, D] at each row's last token."""
         if self._can_pack(batch):

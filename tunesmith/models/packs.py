@@ -125,6 +125,23 @@ def pack(
     )
 
 
+def by_prompt(rows: Sequence[Rendered], capacity: float) -> list[list[int]]:
+    """Indices of rows that go on from the same tokens, none of which carries weight: several answers to one prompt, as
+    many as fit `capacity`. A row without such a beginning is alone."""
+    groups: list[list[int]] = []
+    last: dict[tuple[int, ...], list[int]] = {}
+    for i, row in enumerate(rows):
+        prompt = tuple(row.ids[: next((at for at, weight in enumerate(row.weights) if weight), len(row) - 1)])
+        group = last.get(prompt, [])
+        fits = tokens(len(prompt), [rows[j] for j in group] + [row]) <= capacity
+        if group and fits and len(prompt) >= SHARED_AT_LEAST:
+            group.append(i)
+        else:
+            last[prompt] = [i]
+            groups.append(last[prompt])
+    return groups
+
+
 def packs(indices: Sequence[int], rows: Sequence[Sequence[Rendered]], capacity: int) -> list[list[int]]:
     """Some sets of rows that belong together, by index, grouped so that each group's tokens fit `capacity`."""
     chosen = [rows[i] for i in indices]
