@@ -107,12 +107,18 @@ def test_every_kind_of_target_has_one_template_and_one_answer(
             told = ask(url, name, TALK, tools=[TOOL], logit_bias=bias)
             engine = state.serving.models.get(name).engine  # type: ignore[union-attr]
             text = told["choices"][0]["message"]["content"]
+            if name in ("twin", "mine"):
+                assert engine is state.serving.models.get(names[0]).engine  # type: ignore[union-attr]
             found[name] = engine.kind, told["usage"]["prompt_tokens"], text
         return found
 
     with hub_of(monkeypatch, tmp_path, {"team/good": folder}):
         for kind, targets, names in (
-            ("llamacpp", [folder, f"small={tmp_path}/small.gguf"], ["talker", "small", "mine"]),
+            (
+                "llamacpp",
+                [folder, f"twin={folder}", f"small={tmp_path}/small.gguf"],
+                ["talker", "twin", "small", "mine"],
+            ),
             ("transformers", ["team/good"], ["team/good", "mine"]),
         ):
             adapter = ("--adapter", f"mine={tmp_path}/lora", "--set", f"engine={kind}", *EXACT)
@@ -142,10 +148,12 @@ def test_a_run_says_the_same_by_chat_evaluation_and_server(
 
     def work(url: str, state: State) -> list[str]:
         said = [{"role": "user", "content": user} for user in users]
+        assert len(state.serving.models.engines) == 1  # type: ignore[union-attr]
+        assert whole(ask(url, "again", said[:1], max_tokens=8)["choices"][0]["message"]["content"]) == evaluated[0]
         return [whole(ask(url, "tiny", [one], max_tokens=8)["choices"][0]["message"]["content"]) for one in said]
 
     for kind in ("llamacpp", "transformers"):
-        assert serve("tiny", "--force", "--set", f"engine={kind}", *EXACT, work=work) == evaluated, kind
+        assert serve("tiny", "again=tiny", "--force", "--set", f"engine={kind}", *EXACT, work=work) == evaluated, kind
 
 
 def test_pickled_adapters_are_refused(
