@@ -9,6 +9,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,6 +264,32 @@ def test_figures_go_to_wandb_where_a_job_asks_for_it(walk: Walk, noted: Path) ->
     assert begun["config"]["epochs"] == 4 and end == {"finish": 0}
     assert {step["step"] for step in steps} == set(range(1, 9)) and any("loss" in str(s["values"]) for s in steps)
     assert walk.done.integrations[0].wandb.project == "colours"
+
+
+SYNC = """
+import sys
+from openai import OpenAI
+from wandb.integration.openai.fine_tuning import WandbLogger
+for lookup in ("_get_wandb_run", "_get_wandb_artifact"):  # of what W&B's own server has
+    setattr(WandbLogger, lookup, classmethod(lambda *_: None))
+client = OpenAI(base_url=sys.argv[1], api_key=sys.argv[2])
+assert "completed successfully" in WandbLogger.sync(sys.argv[3], openai_client=client, mode="disabled")
+print(WandbLogger._run.summary["fine_tuned_model"], WandbLogger._run.summary["status"])
+"""
+
+
+def test_wandbs_own_reader_of_openais_jobs(walk: Walk, api: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """`WandbLogger.sync`, as it is: the job, its figures and both files are fetched and understood."""
+    pytest.importorskip("wandb")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"WANDB_MODE": "disabled"}
+    words = [sys.executable, "-c", SYNC, f"{api.url}/v1", api.secret, walk.done.id]
+    with caplog.at_level("INFO", "tunesmith.access"):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == [walk.done.fine_tuned_model, "succeeded"]
+    paths = [json.loads(r.getMessage())["path"] for r in caplog.records if r.name == "tunesmith.access"]
+    read = [f"/v1/files/{id}/content" for id in (*walk.done.result_files, *walk.files)]
+    assert paths == [f"/v1/fine_tuning/jobs/{walk.done.id}", *read]
 
 
 def test_webhooks_tell_of_jobs_that_fail_and_that_are_cancelled(api: Running) -> None:
