@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test test-all lint bench clean
+.PHONY: install quickstart test proof test-all lint bench clean
 .DEFAULT_GOAL := quickstart
 
 install: $(VENV)/.installed
@@ -30,7 +30,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@touch $@
 
 # Ray is large, and only long tests ask for it.
-$(VENV)/.installed-test-all: $(VENV)/.installed-test-all
+$(VENV)/.installed-test-all: $(VENV)/.installed-test
 	@echo "Installing Ray"
 	@$(PIP) -e '.[ray]'
 	@touch $@
@@ -39,8 +39,20 @@ $(VENV)/.installed-test-all: $(VENV)/.installed-test-all
 test: $(VENV)/.installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-all: $(VENV)/.installed-test-all
-	$(BIN)/python -m pytest -m ''
+# Clients as others install them, which want other versions than we do.
+CLIENTS := .venv-clients
+$(CLIENTS)/.installed: tests/clients.txt
+	@echo "Installing other clients into $(CLIENTS)"
+	@test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	@$(CLIENTS)/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps -r $<
+	@touch $@
+
+# The service and its API: other people's clients, 2,000 odd requests to each, what is killed in the middle.
+proof: $(VENV)/.installed-test $(CLIENTS)/.installed
+	OMP_NUM_THREADS=1 TUNESMITH_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -n 2 -m proof -rs --durations=10
+
+test-all: $(VENV)/.installed-test-all $(CLIENTS)/.installed
+	TUNESMITH_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest -m ''
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -51,4 +63,4 @@ bench: install
 	$(BIN)/python benchmarks/training.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist *.egg-info

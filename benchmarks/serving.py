@@ -1,10 +1,11 @@
 """Serving: tokens per second alone and at 8 and 32 at once, and the time to the first token, of each engine beside
-llama.cpp's own server and transformers' generate, with the same model on the same cores; ten adapters beside one.
+llama.cpp's own server, `transformers serve` (in an environment of its own; transformers-serve-cb has it batch
+continuously) and transformers' generate, with the same model on the same cores; ten adapters beside one.
 
-    python benchmarks/serving.py [--engines llamacpp,transformers,llama-server,generate] [--at-once 1,8,32]
-        [--precision q8_0] [--adapters 10] [--json FILE]
+    python benchmarks/serving.py [--engines llamacpp,transformers,llama-server,transformers-serve,generate]
+        [--at-once 1,8,32] [--precision q8_0] [--adapters 10] [--json FILE]
 
-NEW_TOKENS (64) and QUESTIONS (32) in the environment make it shorter.
+NEW_TOKENS (64) and QUESTIONS (32) in the environment make it shorter; --adapters 0 leaves adapters out.
 
 A contender is a context manager that gives `ask(prompt, adapter) -> (seconds to the first token, tokens)`.
 """
@@ -16,6 +17,7 @@ import asyncio
 import contextlib
 import json
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -23,6 +25,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
+
+from environments import peers_environment, python_of
 
 from tunesmith.conversation.message import Message
 from tunesmith.inference.engines import LlamaCpp, Transformers
@@ -33,6 +37,13 @@ from tunesmith.models.section import ModelSection
 MODEL, CONTEXT = "smollm2-135m-instruct", 512
 NEW_TOKENS = int(os.environ.get("NEW_TOKENS", "64"))
 QUESTIONS = int(os.environ.get("QUESTIONS", "32"))
+SERVE_PINS = (
+    "transformers[serving]==5.23.0",
+    "accelerate==1.15.0",
+    "fastapi==0.165.0",
+    "uvicorn==0.54.0",
+    "openai==3.54.0",
+)
 Ask = Callable[[list[int], str | None], Awaitable[tuple[float, int]]]
 OWN_SERVER = """
 import sys, xllamacpp
@@ -91,9 +102,9 @@ async def llama_server(model: ResolvedModel, slots: int, precision: str) -> Asyn
 
     file = model_gguf(model.path, precision)
     with tempfile.TemporaryDirectory() as folder:
-        socket = f"{folder}/own.sock"
+        place = f"{folder}/own.sock"
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", OWN_SERVER, str(file), str(slots), socket, str(CONTEXT), str(os.cpu_count())),
+            *(sys.executable, "-c", OWN_SERVER, str(file), str(slots), place, str(CONTEXT), str(os.cpu_count())),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
@@ -101,7 +112,7 @@ async def llama_server(model: ResolvedModel, slots: int, precision: str) -> Asyn
         assert process.stdout
         while b"ready" not in await process.stdout.readline():
             pass
-        connector = aiohttp.UnixConnector(socket, limit=0, force_close=True)
+        connector = aiohttp.UnixConnector(place, limit=0, force_close=True)
         async with aiohttp.ClientSession("http://x", connector=connector) as session:
 
             async def ask(prompt: list[int], adapter: str | None) -> tuple[float, int]:
@@ -118,6 +129,61 @@ async def llama_server(model: ResolvedModel, slots: int, precision: str) -> Asyn
             finally:
                 process.kill()
                 await process.wait()
+
+
+@contextlib.asynccontextmanager
+async def transformers_serve(model: ResolvedModel, batching: bool) -> AsyncIterator[Ask]:
+    """`transformers serve`, streaming completions of the same texts, in the precision that is quicker here."""
+    import aiohttp
+    from transformers import AutoTokenizer
+
+    from tunesmith.inference.sse import events
+    from tunesmith.models.machine import machine
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tokenizer = AutoTokenizer.from_pretrained(model.path)
+    told = ["--device", "cpu", "--dtype", machine().precision, "--host", "127.0.0.1", "--port", str(port)]
+    told += ["--continuous-batching"] if batching else []
+    process = await asyncio.create_subprocess_exec(
+        *(python_of("transformers-serve", SERVE_PINS).parent / "transformers", "serve", str(model.path), *told),
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
+        env=peers_environment(),
+    )
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    patience = aiohttp.ClientTimeout(total=None)
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", connector=connector, timeout=patience) as session:
+
+            async def is_there() -> bool:
+                assert process.returncode is None, f"transformers serve ended with {process.returncode}"
+                with contextlib.suppress(aiohttp.ClientError):
+                    async with session.get("/health") as response:
+                        return response.status == 200
+                return False
+
+            while not await is_there():
+                await asyncio.sleep(0.2)
+
+            async def ask(prompt: list[int], adapter: str | None) -> tuple[float, int]:
+                began, first, count = time.perf_counter(), 0.0, 0
+                body = {"model": str(model.path), "prompt": tokenizer.decode(prompt), "stream": True}
+                body |= {"max_tokens": NEW_TOKENS, "temperature": 0}
+                async with session.post("/v1/completions", json=body) as response:
+                    assert response.status == 200, await response.text()
+                    async for event in events(response):
+                        first = first or time.perf_counter() - began
+                        count = (event.get("usage") or {}).get("completion_tokens", count)
+                assert count, "it ended without telling how many tokens there were"
+                return first, count
+
+            yield ask
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await process.wait()
 
 
 @contextlib.asynccontextmanager
@@ -191,6 +257,8 @@ def make_adapters(model: ResolvedModel, folder: Path, count: int) -> dict[str, P
 def contender(name: str, model: ResolvedModel, slots: int, adapters: dict[str, Path], precision: str) -> Any:
     if name == "llama-server":
         return llama_server(model, slots, precision)
+    if name.startswith("transformers-serve"):
+        return transformers_serve(model, name.endswith("-cb"))
     return generate(model) if name == "generate" else engine(name, model, slots, adapters, precision)
 
 
@@ -211,6 +279,8 @@ async def engines(names: Sequence[str], at_once: Sequence[int], count: int, prec
             async with contender(name, model, many, {}, precision) as ask:
                 await measure(ask, asked[:many], many)  # warm
                 told(engine=name, at_once=many, **await measure(ask, some, many))
+    if not count:
+        return rows
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(model, Path(folder), count)
         for name in [n for n in names if n in ("llamacpp", "transformers")]:
@@ -225,7 +295,7 @@ async def engines(names: Sequence[str], at_once: Sequence[int], count: int, prec
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--engines", default="llamacpp,llama-server,transformers,generate")
+    parser.add_argument("--engines", default="llamacpp,llama-server,transformers,transformers-serve,generate")
     parser.add_argument("--at-once", default="1,8,32")
     parser.add_argument("--adapters", type=int, default=10)
     parser.add_argument("--precision", default="q8_0")

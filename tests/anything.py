@@ -16,9 +16,10 @@ def operations(url: str) -> list[Any]:
 
 
 def ask_anything(
-    operations: list[Any], each: int, more_keys: bool = False, headers: dict[str, str] | None = None
+    operations: list[Any], cases: int, more_keys: bool = False, headers: dict[str, str] | None = None
 ) -> tuple[int, list[str]]:
-    """Up to `each` different requests to each operation, the same ones every time.
+    """At least `cases` different requests, the same ones every time: as many to each operation, and more to the others
+    where some take few.
 
     Returns how many there were, and those whose answer was a server error, an error with other keys than the four (it
     may have `more_keys`), or one that shows a traceback: how to ask so again, and the answer.
@@ -27,13 +28,14 @@ def ask_anything(
     from hypothesis import HealthCheck, Phase, given, settings
 
     asked, failures = 0, []
-    for operation in operations:
+    for number, operation in enumerate(sorted(operations, key=_kinds)):
+        share = -(-(cases - asked) // (len(operations) - number))
         strategy = operation.as_strategy(generation_mode=schemathesis.GenerationMode.POSITIVE)
-        if list(operation.body) or list(operation.path_parameters) or list(operation.query):
+        if _kinds(operation):
             strategy |= operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)
 
         @settings(
-            max_examples=each,
+            max_examples=max(1, share),
             deadline=None,
             database=None,
             derandomize=True,
@@ -50,6 +52,11 @@ def ask_anything(
 
         check()
     return asked, failures
+
+
+def _kinds(operation: Any) -> int:
+    """How different its requests can be: by nothing, by an address, by a body too."""
+    return bool(list(operation.path_parameters) or list(operation.query)) + 2 * bool(list(operation.body))
 
 
 def is_well(response: Any, more_keys: bool) -> bool:

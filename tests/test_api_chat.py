@@ -385,9 +385,9 @@ async def _read(http: httpx2.AsyncClient, url: str, body: Any) -> None:
             pass
 
 
-@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.proof)])
 def test_many_requests_of_which_a_third_is_cancelled(count: int) -> None:
-    """Nothing is lost and nothing leaks: slots, file handles and tasks are back where they were."""
+    """Nothing is lost and nothing leaks: slots, file handles and memory are back where they were."""
     engine = scripted("word " * 20, slots=8, queue=count, pause=0.001)
     dice = random.Random(5)
     process = psutil.Process()
@@ -411,13 +411,14 @@ def test_many_requests_of_which_a_third_is_cancelled(count: int) -> None:
 
     with running(state_of(engine)) as url:
         asyncio.run(many(url))
-        before = process.num_fds()
+        before, memory = process.num_fds(), process.memory_info().rss
         assert all(asyncio.run(many(url)))
         end = time.monotonic() + 60
         while (engine.running or engine.waiting or process.num_fds() > before + 2) and time.monotonic() < end:
             time.sleep(0.05)
         assert engine.running == engine.waiting == 0
         assert process.num_fds() <= before + 2
+        assert process.memory_info().rss <= memory + 16 * 2**20
         figures = httpx2.get(f"{url}/metrics").text
     assert 'tunesmith_running{model="scripted",route="chat"} 0.0' in figures
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests import service
 from tests.anything import ask_anything, operations
 from tests.scripted import HERMES, running, scripted, state_of
 from tunesmith.inference.served import Request
@@ -27,6 +27,16 @@ assert openai.__version__.startswith("2."), openai.__version__
 hi = [{"role": "user", "content": "What colour is it?"}]
 tool = {"type": "function", "function": {"name": "weather", "description": "-", "parameters": {
     "type": "object", "properties": {"place": {"type": "string"}}, "required": ["place"]}}}
+
+service = openai.OpenAI(base_url=sys.argv[2], api_key=sys.argv[3], max_retries=0)
+rows = "".join(json.dumps({"messages": [*hi, {"role": "assistant", "content": "Blue."}]}) + "\\n" for _ in range(12))
+file = service.files.create(file=("rows.jsonl", rows.encode()), purpose="fine-tune")
+job = service.fine_tuning.jobs.create(model="tiny", training_file=file.id, hyperparameters={"n_epochs": 2})
+assert service.fine_tuning.jobs.retrieve(job.id).status == "validating_files"
+assert [j.id for j in service.fine_tuning.jobs.list()] == [job.id]
+assert service.fine_tuning.jobs.list_events(job.id).data[-1].message.startswith("Created")
+assert service.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+assert service.files.delete(file.id).deleted
 
 client = openai.OpenAI(base_url=url, api_key="sk-a")
 assert client.chat.completions.create(model="scripted", messages=hi).choices[0].message.content == "Blue it is."
@@ -78,25 +88,21 @@ def answers(request: Request) -> str:
     return '{"name": "weather", "arguments": {"place": "Rome"}}'
 
 
-@pytest.mark.long
-@pytest.mark.skipif(
-    CLIENTS is None, reason="TUNESMITH_CLIENTS names no Python with openai 2.x, litellm, langchain-openai"
-)
-def test_clients_that_others_wrote(tmp_path: Path) -> None:
+@pytest.mark.proof
+@pytest.mark.skipif(CLIENTS is None, reason="TUNESMITH_CLIENTS names no Python with tests/clients.txt (make proof)")
+def test_clients_that_others_wrote(tiny_model: Path, tmp_path: Path) -> None:
     script = tmp_path / "others.py"
     script.write_text(OTHERS)
-    with running(state_of(scripted(answers, HERMES), keys=("sk-a",))) as url:
+    state = state_of(scripted(answers, HERMES), keys=("sk-a",))
+    with running(state) as url, service.running(service.settings(tmp_path, tiny_model)) as api:
         assert CLIENTS is not None
-        done = subprocess.run([CLIENTS, script, f"{url}/v1"], capture_output=True, text=True, check=False)
+        words = [CLIENTS, script, f"{url}/v1", f"{api.url}/v1", api.secret]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "all of them" in done.stdout, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.proof)])
 def test_schemathesis_finds_no_server_error(cases: int) -> None:
     with running(state_of(scripted(answers))) as url:
-        asked, failures = ask_anything(operations(url), each=-(-cases // 6))
+        asked, failures = ask_anything(operations(url), cases)
     assert failures == [] and asked >= cases
-
-
-if __name__ == "__main__":
-    test_schemathesis_finds_no_server_error(int(sys.argv[1]))

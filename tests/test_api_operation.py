@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
 import signal
@@ -19,7 +21,8 @@ import httpx2
 import pytest
 from starlette.testclient import TestClient
 
-from tests.scripted import HI, ask, running, scripted, state_of, streamed
+from tests.scripted import HI, ask, running, said, scripted, state_of, streamed
+from tunesmith.api import frame
 from tunesmith.api.app import State, build
 from tunesmith.errors import ModelError, RecipeError, RunError
 
@@ -225,6 +228,43 @@ def test_chat_talks_with_a_server(tunesmith: Any) -> None:
     silent = tunesmith("chat", "--url", "http://127.0.0.1:9", "--say", "Hello")
     assert silent.code == 2 and "does not answer" in silent.err
     assert "with which run?" in tunesmith("chat", "--say", "Hello").err
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_log_has_texts_only_where_asked_for(asked: bool, caplog: pytest.LogCaptureFixture) -> None:
+    state = state_of(scripted(), **({"log_text": True} if asked else {}))
+    with TestClient(build(state)) as http, caplog.at_level("INFO", "tunesmith.access"):
+        said(ask(http, "my own words"))
+        streamed(http)
+        http.post("/v1/completions", json={"model": "scripted", "prompt": "my own words"})
+        http.post("/v1/embeddings", json={"model": "scripted", "input": "my own words"})
+    lines = [json.loads(r.getMessage()) for r in caplog.records if r.name == "tunesmith.access"]
+    assert len(lines) == 4
+    if not asked:
+        assert "my own words" not in caplog.text and "Blue it is" not in caplog.text
+        return
+    assert lines[0]["asked"]["messages"] == [{"role": "user", "content": "my own words"}]
+    assert [line["answered"]["choices"][0]["content"] for line in lines[:3]] == ["Blue it is."] * 3
+    assert lines[2]["asked"]["prompt"] == lines[3]["asked"]["input"] == "my own words"
+
+
+def test_whoever_sends_slowly_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte of a body now and then ends in a 408; others are answered meanwhile."""
+    monkeypatch.setattr(frame, "PATIENCE", 1.0)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with running(state_of(scripted())) as url, socket.socket() as slow:
+        slow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
+        slow.sendall(head + b"Content-Length: 1000\r\n\r\n")
+        began = time.monotonic()
+        slow.settimeout(0.1)
+        answer = b""
+        while not answer.endswith(b"}") and time.monotonic() < began + 60:
+            with contextlib.suppress(TimeoutError):
+                slow.sendall(b"{")
+                answer += slow.recv(4096)
+        assert answer.startswith(b"HTTP/1.1 408") and b'"request_timeout"' in answer
+        assert time.monotonic() >= began + 0.9
+        assert httpx2.get(f"{url}/health").status_code == 200
 
 
 def test_a_stop_lets_answers_finish() -> None:

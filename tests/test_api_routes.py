@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +199,49 @@ def test_adapters_come_and_go_while_others_answer(tmp_path: Path) -> None:
         with pytest.raises(openai.NotFoundError):
             client.chat.completions.create(model="mine", messages=HI)  # type: ignore[arg-type]
         assert engine.loaded == {}
+
+
+def test_many_promote_at_once_and_nobody_sees_half_of_it(tmp_path: Path) -> None:
+    file, stop, seen = tmp_path / "routes.yaml", threading.Event(), []
+
+    def look() -> None:
+        while not stop.is_set():
+            seen.append(len(routes.read(file)))  # raises where it is no whole file
+
+    def promote(number: int) -> None:
+        for step in range(4):
+            routes.promote(file, f"route{number}", f"v{step}")
+
+    with ThreadPoolExecutor(9) as pool:
+        looking = pool.submit(look)
+        for done in [pool.submit(promote, number) for number in range(8)]:
+            done.result()
+        stop.set()
+        looking.result()
+    assert {name: list(r.versions) for name, r in routes.read(file).items()} == {f"route{i}": ["v3"] for i in range(8)}
+    assert seen == sorted(seen) and seen[-1] == 8
+    for _ in range(3):
+        routes.rollback(file, "route3")
+    assert list(routes.read(file)["route3"].versions) == ["v0"]
+
+
+def test_a_promotion_that_is_killed_while_it_writes_changes_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "routes.yaml"
+    routes.promote(file, "support", "one")
+    before = file.read_bytes()
+    code = f"""
+import pathlib, time
+from tunesmith.serve import routes
+def wait(self, target):
+    print(self.stat().st_size, flush=True)
+    time.sleep(600)
+pathlib.Path.replace = wait
+routes.promote(pathlib.Path({str(file)!r}), "support", "two")
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert process.stdout and int(process.stdout.readline()) > len(before)  # it has written, and not renamed
+    process.kill()
+    process.wait()
+    assert file.read_bytes() == before and list(routes.read(file)["support"].versions) == ["one"]
+    routes.promote(file, "support", "three")  # its lock went with it
+    assert list(routes.read(file)["support"].versions) == ["three"]

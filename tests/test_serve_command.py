@@ -151,7 +151,52 @@ def test_what_serve_refuses(words: list[str], says: str, tiny_model: Path, tunes
     assert said.code == 2 and says in said.err and "Traceback" not in said.err
 
 
-@pytest.mark.long
+@pytest.mark.proof
+def test_killed_in_the_middle_of_a_stream(tiny_model: Path, tmp_path: Path) -> None:
+    """kill -9: the stream breaks off, no engine is left behind, and the same command answers again and has kept what
+    was answered before."""
+    import psutil
+
+    from tunesmith import store
+
+    def kept() -> set[str]:
+        opened = store.open(f"sqlite:///{tmp_path}/traffic.db")
+        found = {t.id for t in opened.traffic.export()}
+        opened.close()
+        return found
+
+    words: tuple[object, ...] = (tiny_model, "--set", ENGINE, "--key", "sk-test", "--database", "sqlite:///traffic.db")
+    headers = {"authorization": "Bearer sk-test"}
+    bias = dict.fromkeys(map(str, (0, 1, 2)), -100)  # which would end it
+    body = {"model": "tiny-llama", "messages": [{"role": "user", "content": "Hi"}], "logit_bias": bias}
+    answered = []
+    for stop in ("kill", "terminate"):
+        with served(*words, cwd=tmp_path) as (url, process):
+            ask = {"url": f"{url}/v1/chat/completions", "headers": headers, "timeout": 120}
+            answered.append(httpx2.post(json=body | {"max_tokens": 4}, **ask).json()["id"])
+            end = time.monotonic() + 60
+            while answered[-1] not in kept() and time.monotonic() < end:
+                time.sleep(0.2)  # it is written behind the answer's back
+            engines = psutil.Process(process.pid).children(recursive=True)
+            assert engines
+            with httpx2.stream("POST", json=body | {"stream": True, "max_tokens": 400}, **ask) as response:
+                lines = response.iter_lines()
+                assert next(lines).startswith("data: {")
+                getattr(process, stop)()
+                if stop == "kill":
+                    with pytest.raises(httpx2.TransportError):
+                        list(lines)
+                else:
+                    assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert process.wait(120) == (-signal.SIGKILL if stop == "kill" else 0)
+            end = time.monotonic() + 60
+            while any(map(_alive, engines)) and time.monotonic() < end:
+                time.sleep(0.05)
+            assert not any(map(_alive, engines))
+    assert set(answered) < kept() and len(kept()) == 3
+
+
+@pytest.mark.proof
 def test_an_engine_that_is_killed_comes_back_and_the_server_stays(tiny_model: Path, tmp_path: Path) -> None:
     with served(tiny_model, "--set", ENGINE, cwd=tmp_path) as (url, process):
         body: dict[str, Any] = {"model": "tiny-llama", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
@@ -168,6 +213,14 @@ def test_an_engine_that_is_killed_comes_back_and_the_server_stays(tiny_model: Pa
             assert response.status_code == 503 and int(response.headers["retry-after"]) >= 1
             time.sleep(0.3)
         assert found[-1] == 200 and process.poll() is None
+
+
+def _alive(process: Any) -> bool:
+    import psutil
+
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    return False
 
 
 def _children(pid: int) -> list[int]:

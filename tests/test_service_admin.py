@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -120,6 +122,58 @@ def test_a_webhook_that_turns_inside_later_is_not_called_either() -> None:
         assert send(f"http://{host}:1/", new_secret(), "evt_1", {}) == "InvalidIPAddress"
 
 
+def test_a_webhook_is_never_sent_on() -> None:
+    """A receiver that answers with an address inside: nobody goes there."""
+    from tunesmith.jobs.webhooks import new_secret, send
+
+    asked: list[str] = []
+
+    class Receiver(Quiet):
+        def do_POST(self) -> None:
+            asked.append(self.path)
+            self.read()
+            self.send(status=int(self.path[1:]), Location=f"{server.url}/200")
+
+        do_GET = do_POST
+
+    server = Listening(Receiver)
+    statuses = (301, 302, 303, 307, 308)
+    found = [send(f"{server.url}/{status}", new_secret(), "evt_1", {}, private=True) for status in statuses]
+    assert found == [f"answered {status}" for status in statuses]
+    assert asked == [f"/{status}" for status in statuses]
+    server.close()
+
+
+def test_a_name_that_changes_its_address_is_called_where_it_was_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DNS rebinding: the name leads outside when it is looked at, and inside ever after."""
+    from urllib3.util import connection
+
+    from tunesmith.jobs.webhooks import check_url, new_secret, send
+
+    found, called = [], []
+
+    def resolve(host: str, port: Any, *_: Any, **__: Any) -> Any:
+        if host != "rebind.example":
+            return real(host, port, *_, **__)
+        found.append(host)
+        address = "93.184.216.34" if len(found) == 1 else "127.0.0.1"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    def connect(address: tuple[str, int], *_: Any, **__: Any) -> Any:
+        called.append(address)
+        raise ConnectionRefusedError
+
+    real = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(connection, "create_connection", connect)
+    check_url("http://rebind.example:81/x")
+    found.clear()
+    assert send("http://rebind.example:81/x", new_secret(), "evt_1", {}) == "ConnectionError"
+    assert called == [("93.184.216.34", 81)]
+    assert send("http://rebind.example:81/x", new_secret(), "evt_1", {}) == "InvalidIPAddress"
+    assert len(called) == 1
+
+
 def test_a_webhook_that_never_answers_delays_no_other(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from tunesmith import store
     from tunesmith.jobs import webhooks
@@ -201,3 +255,86 @@ def test_deleting_a_model_deletes_its_weights(api: Running, client: Any) -> None
     assert gone.deleted and not api.service.artifacts.path("models/gone").exists()
     refused(lambda: client.models.delete("ft:tiny:default::gone"), openai.NotFoundError)
     assert not any(b"weights" in p.read_bytes() for p in api.service.settings.folder.rglob("*") if p.is_file())
+
+
+def test_every_change_is_in_the_audit_log(api: Running) -> None:
+    """Who did it, to what; in the order of the changes."""
+    import sqlalchemy as sa
+
+    from tunesmith.store.tables import Job, Model
+
+    keys = api.service.store.keys
+    project = keys.create_project("audited").id
+    made, secret = keys.create("hers", role="admin", project=project)
+    client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=secret, max_retries=0)
+    file = api.upload(client=client)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=file)
+    with api.service.store.write() as session:
+        session.execute(sa.update(Job).where(Job.id == job.id).values(status="running"))  # as a worker does
+    client.fine_tuning.jobs.pause(job.id)
+    client.fine_tuning.jobs.resume(job.id)
+    client.fine_tuning.jobs.cancel(job.id)
+    upload = client.uploads.create(filename="a.txt", purpose="user_data", mime_type="text/plain", bytes=5)
+    client.uploads.cancel(upload.id)
+    name, about = "ft:tiny:default::audited", {"base": "tiny", "job": job.id, "step": 3, "artifact": "models/y"}
+    with api.service.store.write() as session:
+        session.add(Model(id=name, project=project, created_at=1, **about))
+    of = client.fine_tuning.checkpoints.permissions
+    allowed = of.create(name, project_ids=[project]).data[0].id
+    of.delete(allowed, fine_tuned_model_checkpoint=name)
+    client.models.delete(name)
+    client.files.delete(file)
+    hook = client.post("/webhooks", cast_to=object, body={"url": "http://93.184.216.34/x"})["id"]
+    client.delete(f"/webhooks/{hook}", cast_to=object)
+    theirs = client.post(f"/organization/projects/{project}/api_keys", cast_to=object, body={"name": "x"})["id"]
+    client.delete(f"/organization/projects/{project}/api_keys/{theirs}", cast_to=object)
+    told = [t for t in api.service.store.audit.export(project) if t["key"] == made.id]
+    assert [(t["action"], t["target"]) for t in told] == [
+        ("file.create", file), ("job.create", job.id), ("job.pause", job.id), ("job.resume", job.id), ("job.cancel", job.id),
+        ("upload.create", upload.id), ("upload.cancel", upload.id), ("permission.create", name), ("permission.delete", name),
+        ("model.delete", name), ("file.delete", file), ("webhook.create", hook), ("webhook.delete", hook),
+        ("key.create", theirs), ("key.delete", theirs),
+    ]  # fmt: skip
+
+
+def test_keys_and_the_audit_log_from_the_command_line(tunesmith: Any, tmp_path: Path) -> None:
+    from tunesmith import store
+
+    at = ("--database", f"sqlite:///{tmp_path}/keys.db")
+    words = (
+        "keys",
+        "create",
+        "ci",
+        "--role",
+        "viewer",
+        "--project",
+        "new",
+        "--scope",
+        "files",
+        "--days",
+        "3",
+        "--rpm",
+        "9",
+    )
+    made = tunesmith(*words, *at, "--json").json
+    opened = store.open(at[1])
+    caller = opened.keys.caller(made["key"])
+    assert (caller.key, caller.role, caller.project, caller.rpm) == (made["id"], "viewer", made["project"], 9)
+    shown = tunesmith("keys", "create", "mine", *at).out
+    assert shown.startswith("sk-") and "shown this once" in shown
+    listed = tunesmith("keys", "list", *at, "--json").json
+    assert [(k["name"], k["project"], k["role"]) for k in listed] == [
+        ("ci", "new", "viewer"),
+        ("mine", "default", "runner"),
+    ]
+    assert abs(listed[0]["expires"] - time.time() - 3 * 86400) < 600 and made["key"] not in json.dumps(listed)
+    assert "ci" in tunesmith("keys", "list", *at).out
+    assert tunesmith("keys", "revoke", made["id"], *at).out == f"Revoked {made['id']}\n"
+    assert opened.keys.caller(made["key"]) is None
+    assert tunesmith("keys", "revoke", made["id"], *at).code == 2
+    told = [json.loads(line) for line in tunesmith("audit", *at).out.splitlines()]
+    assert [(t["action"], t["target"]) for t in told if t["action"].startswith("key")] == [
+        ("key.create", made["id"]), ("key.create", listed[1]["id"]), ("key.delete", made["id"]),
+    ]  # fmt: skip
+    assert made["key"] not in json.dumps(told)
+    opened.close()

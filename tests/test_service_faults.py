@@ -86,7 +86,7 @@ with running(settings(Path({str(tmp_path)!r}), Path({str(tiny_model)!r}))) as fo
         server.wait(timeout=PATIENCE)
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
     with running(settings(tmp_path, tiny_model, lease=3.0)) as api:
         client = api.client()
@@ -177,10 +177,10 @@ def test_artifacts_that_lie_elsewhere(elsewhere: str, tmp_path: Path) -> None:
     assert not [p for folder in ("shared", "cache") for p in (tmp_path / folder).rglob("*") if p.is_file()]
 
 
-@pytest.mark.long
-def test_another_machine_goes_on(elsewhere: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Two homes, one database and one place for artifacts: the second goes on where the first was killed."""
-    shared = {"database": f"sqlite:///{tmp_path}/shared.db", "artifacts": elsewhere, "lease": 3.0}
+@pytest.mark.proof
+def test_another_machine_goes_on(elsewhere: str, postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """Two homes, one PostgreSQL and one place for artifacts: the second goes on where the first was killed."""
+    shared = {"database": postgres.database(), "artifacts": elsewhere, "lease": 3.0}
     with running(settings(tmp_path / "first", tiny_model, **shared)) as api:
         client = api.client()
         job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": api.upload(chat(64))})
@@ -196,7 +196,7 @@ def test_another_machine_goes_on(elsewhere: str, tiny_model: Path, tmp_path: Pat
         assert not (tmp_path / f"second/service/runs/{job.id}").exists()
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_the_database_restarts_under_a_running_job(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
     with running(settings(tmp_path, tiny_model, lease=5.0, database=postgres.database())) as api:
         client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=10, timeout=PATIENCE)
@@ -231,9 +231,10 @@ def launched(home: Path, model: Path, port: int, **limits: Any) -> tuple[subproc
     return process, json.loads(process.stdout.readline() or "{}")
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Path) -> None:
-    """One command, a job, kill -9 in the middle, the same command again: the job ends and its model answers."""
+    """One command, a job, kill -9 in the middle, the same command again: the job is paused, and its snapshot answers;
+    it ends, and its model and checkpoints answer."""
     port = free_port()
     process, told = launched(tmp_path / "home", tiny_model, port)
     try:
@@ -248,12 +249,24 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
         process.wait()
         process, told = launched(tmp_path / "home", tiny_model, port)
         assert "admin_key" not in told
+        asked = [{"role": "user", "content": "Item 3 is red. What colour is it?"}]
+
+        def answers(name: str) -> bool:
+            made = client.chat.completions.create(model=name, messages=asked, max_tokens=4)
+            return bool(made.choices[0].message.content)
+
+        steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
+        stepping(client, job.id, max(steps) + 1)  # it goes on
+        client.fine_tuning.jobs.pause(job.id)
+        wait(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "the paused job's snapshot")
+        snapshot = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
+        assert 0 < snapshot.step_number < 800 and answers(snapshot.fine_tuned_model_checkpoint)
+        assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
+        client.fine_tuning.jobs.resume(job.id)
         done = finished(client, job.id)
         assert done.status == "succeeded", done
         marks = client.fine_tuning.jobs.checkpoints.list(job.id).data
-        for name in (done.fine_tuned_model, marks[0].fine_tuned_model_checkpoint):
-            asked = [{"role": "user", "content": "Item 3 is red. What colour is it?"}]
-            assert client.chat.completions.create(model=name, messages=asked, max_tokens=4).choices[0].message.content
+        assert all(map(answers, (done.fine_tuned_model, marks[0].fine_tuned_model_checkpoint)))
         assert {done.fine_tuned_model, "tiny"} <= {m.id for m in client.models.list()}
         client.models.delete(done.fine_tuned_model)
         with pytest.raises(openai.NotFoundError):
@@ -263,7 +276,7 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
         assert process.wait(timeout=PATIENCE) == 0
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_the_example_goes_all_the_way(tiny_model: Path) -> None:
     settings = {"EXAMPLE_MODEL": str(tiny_model), "EXAMPLE_ROWS": "24", "EXAMPLE_PORT": str(free_port())}
     example = Path(__file__).parents[1] / "examples/openai_client.py"
@@ -273,3 +286,38 @@ def test_the_example_goes_all_the_way(tiny_model: Path) -> None:
         "The job has successfully completed" in done.stdout
         and "ft:smollm2-135m-instruct:default:triage:" in done.stdout
     )
+
+
+@pytest.mark.proof
+def test_the_api_and_the_workers_apart(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
+    """`--role api` and `--role worker` share a PostgreSQL and a place for artifacts, and say what they do in words."""
+    port, shared = free_port(), {"database": postgres.database(), "artifacts": f"{tmp_path}/artifacts"}
+    options = [word for name, where in shared.items() for word in (f"--{name}", where)]
+    processes, said = [], {}
+    try:
+        for role, more in (("api", ["--port", str(port), "--model", f"tiny={tiny_model}"]), ("worker", [])):
+            settings = tmp_path / "settings.yaml"
+            settings.write_text(f"service: {{models: {{tiny: {tiny_model}}}}}")
+            words = ["up", str(settings), "--role", role, "--home", str(tmp_path / role), *options, *more]
+            log = (tmp_path / f"{role}.log").open("w")
+            command = [sys.executable, "-u", "-m", "tunesmith", *words]
+            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True))
+            lines = 2 if role == "api" else 1
+            said[role] = [processes[-1].stdout.readline() for _ in range(lines)]  # type: ignore[union-attr]
+        url = f"http://127.0.0.1:{port}"
+        assert said["api"][0] == f"Tunesmith answers at {url}  (OpenAI's clients: base_url={url}/v1)\n"
+        key = said["api"][1].removeprefix("An admin's key, shown this once: ").strip()
+        assert said["worker"] == ["1 workers wait for jobs\n"]
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=5, timeout=PATIENCE)
+        file = client.files.create(file=jsonl(chat(12)), purpose="fine-tune").id
+        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters={"n_epochs": 1})
+        done = finished(client, job.id)
+        assert done.status == "succeeded", done
+        assert not list((tmp_path / "api").rglob("checkpoint*"))  # nothing was trained there
+        messages: Any = [{"role": "user", "content": "Item 3 is red. What colour is it?"}]
+        made = client.chat.completions.create(model=done.fine_tuned_model, messages=messages, max_tokens=4)
+        assert made.choices[0].message.content
+    finally:
+        for process in processes[::-1]:
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=PATIENCE) for process in processes] == [0] * len(processes)

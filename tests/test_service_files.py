@@ -13,7 +13,8 @@ import pytest
 import sqlalchemy as sa
 
 from tests import service
-from tests.service import Running, chat, jsonl, openai, pairs, refused
+from tests.service import Running, chat, jsonl, openai, pairs, refused, wait
+from tunesmith.store import tables
 
 api, client = service.api, service.client
 
@@ -233,3 +234,28 @@ def test_a_body_is_only_read_of_those_who_have_a_key(api: Running, monkeypatch: 
         answer = httpx2.post(f"{api.url}/v1/files", headers=headers, files=parts, data={"purpose": "user_data"})
         assert answer.status_code == status
         assert bool(read) == (status == 200)
+
+
+def test_what_is_over_is_deleted_with_its_bytes(api: Running, client: Any) -> None:
+    """Files and unfinished uploads whose time is over; a file that a job still needs stays until the job has ended."""
+    ends = {"anchor": "created_at", "seconds": 3600}
+    gone, needed = (client.files.create(file=jsonl(chat()), purpose="fine-tune", expires_after=ends) for _ in range(2))
+    kept = client.files.create(file=b"x", purpose="user_data", expires_after=ends)
+    job = client.fine_tuning.jobs.create(model="tiny", training_file=needed.id)
+    upload = client.uploads.create(filename="a.txt", purpose="user_data", mime_type="text/plain", bytes=10)
+    client.uploads.parts.create(upload.id, data=b"12345")
+    folder = api.service.artifacts.path
+    parts = api.service.settings.folder / "artifacts/uploads" / upload.id
+    assert any(p.is_file() for p in parts.rglob("*"))
+    with api.service.store.write() as session:
+        for table, ids in ((tables.File, [gone.id, needed.id]), (tables.Upload, [upload.id])):
+            session.execute(sa.update(table).where(table.id.in_(ids)).values(expires_at=1))
+    wait(lambda: not folder(f"files/{gone.id}").exists() and not parts.exists(), "the end of a file and an upload")
+    refused(lambda: client.files.retrieve(gone.id), openai.NotFoundError)
+    assert client.files.retrieve(kept.id).id == kept.id and folder(f"files/{needed.id}").exists()
+    wrong = refused(lambda: client.uploads.parts.create(upload.id, data=b"67890"))
+    assert "expired" in wrong["message"]
+    client.fine_tuning.jobs.cancel(job.id)
+    wait(lambda: not folder(f"files/{needed.id}").exists(), "the end of the job's file")
+    log = [(line["action"], line["target"], line["key"]) for line in api.service.store.audit.export()]
+    assert {("file.expire", gone.id, None), ("file.expire", needed.id, None)} <= set(log)

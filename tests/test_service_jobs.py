@@ -7,7 +7,10 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +28,35 @@ from tunesmith.jobs.recipe import recipe_of, stages
 from tunesmith.runs import read_jsonl
 from tunesmith.store import tables
 
+WANDB = """
+import json, os
+def note(**told):
+    with open(os.environ["NOTED"], "a") as file:
+        file.write(json.dumps(told, default=str) + chr(10))
+class Run:
+    def log(self, values, step): note(step=step, values=sorted(values))
+    def finish(self, exit_code): note(finish=exit_code)
+def init(**told):
+    note(**told)
+    return Run()
+def Settings(**told): return told
+def Html(text): return text
+"""
+
 
 @pytest.fixture(scope="module")
-def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def noted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the workers' jobs tell W&B, whose library notes it here."""
+    folder = tmp_path_factory.mktemp("wandb")
+    (folder / "wandb.py").write_text(WANDB)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+        patch.setenv("NOTED", str(folder / "noted.jsonl"))
+        yield folder / "noted.jsonl"
+
+
+@pytest.fixture(scope="module")
+def api(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, noted: Path) -> Iterator[Running]:
     with running(settings(tmp_path_factory.mktemp("jobs"), tiny_model, private_webhooks=True)) as found, team(found):
         yield found
 
@@ -41,16 +70,16 @@ def files_of(api: Running, name: str) -> dict[str, str]:
 
 
 class Hook:
-    """A webhook's receiver, which refuses the first delivery."""
+    """A webhook's receiver, which refuses the first deliveries."""
 
-    def __init__(self) -> None:
+    def __init__(self, refuses: int = 1) -> None:
         self.got: list[tuple[dict[str, str], bytes]] = []
         hook = self
 
         class Handler(Quiet):
             def do_POST(self) -> None:
                 hook.got.append(({k.lower(): v for k, v in self.headers.items()}, self.read()))
-                self.send(status=500 if len(hook.got) == 1 else 200)
+                self.send(status=500 if len(hook.got) <= refuses else 200)
 
         self.server = Listening(Handler)
         self.url = f"{self.server.url}/hook"
@@ -82,6 +111,7 @@ def walk(api: Running) -> Walk:
         validation_file=validation,
         suffix="My team's!",
         hyperparameters={"n_epochs": 4, "batch_size": 16, "learning_rate_multiplier": 2.5},
+        integrations=[{"type": "wandb", "wandb": {"project": "colours", "name": "first", "tags": ["a", "b"]}}],
         extra_body=LORA,
     )
     done = finished(client, job.id)
@@ -217,10 +247,70 @@ def test_a_tuned_model_is_trained_further_and_deleted(api: Running, walk: Walk) 
         model=name, training_file=walk.files[0], hyperparameters={"n_epochs": 1}, extra_body=LORA
     )
     assert refused(lambda: client.models.delete(name))["code"] == "model_in_use"
+    assert again.hyperparameters.to_dict() == {"n_epochs": 1, "batch_size": "auto", "learning_rate_multiplier": "auto"}
     further = finished(client, again.id)
+    chosen = further.hyperparameters  # "auto" has become what was taken
+    assert chosen.n_epochs == 1 and 1 <= chosen.batch_size <= 32 and chosen.learning_rate_multiplier == 1
+    assert row_of(api, again.id).recipe["train"]["batch_size"] == chosen.batch_size
+    assert further.method.supervised.hyperparameters.to_dict() == chosen.to_dict()
     assert further.status == "succeeded" and further.fine_tuned_model.startswith("ft:tiny:default::"), further
     assert client.models.delete(name).to_dict()["dependents"] == {"jobs": [again.id]}
     assert not api.service.artifacts.path(f"models/{walk.done.id}/final").exists()
+
+
+def test_figures_go_to_wandb_where_a_job_asks_for_it(walk: Walk, noted: Path) -> None:
+    begun, *steps, end = read_jsonl(noted)
+    assert (begun["project"], begun["name"], begun["tags"]) == ("colours", "first", ["a", "b"])
+    assert begun["config"]["epochs"] == 4 and end == {"finish": 0}
+    assert {step["step"] for step in steps} == set(range(1, 9)) and any("loss" in str(s["values"]) for s in steps)
+    assert walk.done.integrations[0].wandb.project == "colours"
+
+
+SYNC = """
+import sys
+from openai import OpenAI
+from wandb.integration.openai.fine_tuning import WandbLogger
+for lookup in ("_get_wandb_run", "_get_wandb_artifact"):  # of what W&B's own server has
+    setattr(WandbLogger, lookup, classmethod(lambda *_: None))
+client = OpenAI(base_url=sys.argv[1], api_key=sys.argv[2])
+assert "completed successfully" in WandbLogger.sync(sys.argv[3], openai_client=client, mode="disabled")
+print(WandbLogger._run.summary["fine_tuned_model"], WandbLogger._run.summary["status"])
+"""
+
+
+def test_wandbs_own_reader_of_openais_jobs(walk: Walk, api: Running, caplog: pytest.LogCaptureFixture) -> None:
+    """`WandbLogger.sync`, as it is: the job, its figures and both files are fetched and understood."""
+    pytest.importorskip("wandb")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"WANDB_MODE": "disabled"}
+    words = [sys.executable, "-c", SYNC, f"{api.url}/v1", api.secret, walk.done.id]
+    with caplog.at_level("INFO", "tunesmith.access"):
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split()[-2:] == [walk.done.fine_tuned_model, "succeeded"]
+    paths = [json.loads(r.getMessage())["path"] for r in caplog.records if r.name == "tunesmith.access"]
+    read = [f"/v1/files/{id}/content" for id in (*walk.done.result_files, *walk.files)]
+    assert paths == [f"/v1/fine_tuning/jobs/{walk.done.id}", *read]
+
+
+def test_webhooks_tell_of_jobs_that_fail_and_that_are_cancelled(api: Running) -> None:
+    client = api.client(role="admin", project=api.service.store.keys.create_project("told").id)
+    every, some = Hook(refuses=0), Hook(refuses=0)
+    client.post("/webhooks", cast_to=object, body={"url": every.url})
+    one = client.post("/webhooks", cast_to=object, body={"url": some.url, "events": ["fine_tuning.job.cancelled"]})
+    ask = {"model": "tiny", "training_file": api.upload(client=client)}
+    failed = client.fine_tuning.jobs.create(**ask, extra_body={"resources": {"memory_gib": 0.01}})
+    assert finished(client, failed.id).status == "failed"
+    cancelled = client.fine_tuning.jobs.create(**ask)
+    client.fine_tuning.jobs.cancel(cancelled.id)
+    wait(lambda: len(every.got) >= 2 and some.got, "both webhooks")
+    told = [json.loads(body) for _, body in every.got]
+    assert {(t["type"], t["data"]["id"]) for t in told} == {
+        ("fine_tuning.job.failed", failed.id),
+        ("fine_tuning.job.cancelled", cancelled.id),
+    }
+    headers, body = some.got[0]
+    event = client.webhooks.unwrap(body, headers, secret=one["secret"])
+    assert (event.type, event.data.id, len(some.got)) == ("fine_tuning.job.cancelled", cancelled.id, 1)
 
 
 def test_a_job_that_can_not_be_done_says_why(api: Running) -> None:

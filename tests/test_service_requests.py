@@ -247,7 +247,7 @@ def test_what_is_sent_wrong_never_shows_our_inside(api: Running) -> None:
     assert long.status_code in (400, 404) and re.search("error", long.text)
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_litellm_drives_files_and_jobs(api: Running) -> None:
     litellm = pytest.importorskip("litellm")
     at: dict[str, Any] = {"custom_llm_provider": "openai", "api_base": f"{api.url}/v1", "api_key": api.secret}

@@ -29,6 +29,39 @@ def test_migrations_make_the_tables_that_the_code_has(database: str) -> None:
     opened.close()
 
 
+def test_an_older_database_keeps_its_rows(database: str) -> None:
+    """From every version that there was: rows that were there stay, and what is new has no value in them."""
+    from alembic import command
+    from alembic.config import Config
+
+    from tunesmith.store.database import MIGRATIONS
+    from tunesmith.store.tables import Upload
+
+    opened = store.open(database)
+    project = opened.keys.create_project("p").id
+    opened.close()
+    engine = sa.create_engine(database.replace("postgresql:", "postgresql+psycopg:"))
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    row = {"id": "upload_old", "filename": "rows.jsonl", "purpose": "fine-tune", "mime_type": "text/plain", "bytes": 5}
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.downgrade(config, "0001")
+        old = sa.Table("uploads", sa.MetaData(), autoload_with=connection)
+        assert "keep_for" not in old.c
+        connection.execute(sa.insert(old).values(**row, project=project, status="pending", created_at=1, expires_at=2))
+        connection.commit()
+    engine.dispose()
+    opened = store.open(database)
+    with opened.write() as session:
+        found = session.scalars(sa.select(Upload)).one()
+        assert {k: getattr(found, k) for k in row} == row and (found.project, found.keep_for) == (project, None)
+        found.keep_for = 60
+    with opened.read() as session:
+        assert session.scalars(sa.select(Upload.keep_for)).one() == 60
+    opened.close()
+
+
 def test_many_that_begin_together_migrate_once(database: str) -> None:
     failed: list[Exception] = []
 

@@ -176,15 +176,16 @@ class Reply:
             prompt_tokens=self.started.prompt_tokens,
             completion_tokens=self.tokens,
         )
+        said = {
+            "choices": [{"content": "".join(c.text), "finish_reason": c.finish} | _calls(c) for c in self._in_order()]
+        }
+        if state.settings.log_text:
+            self.request.state.about.update(asked=self.wrote, answered=said)
         spend(state, self.who.key, total)
         if state.traffic is not None:
             state.traffic.add(
                 self.wrote,
-                {
-                    "choices": [
-                        {"content": "".join(c.text), "finish_reason": c.finish} | _calls(c) for c in self._in_order()
-                    ]
-                },
+                said,
                 id=self.id,
                 endpoint=self.kind,
                 model=self.asked.model,

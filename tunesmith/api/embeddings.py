@@ -30,6 +30,8 @@ async def embeddings(body: EmbeddingBody, request: Request, who: Any = needs("ru
     vectors, tokens, flags = await until_gone(request, asked)
     spend(state, who.key, tokens)
     request.state.about.update(model=body.model[:200], prompt_tokens=tokens)
+    if state.settings.log_text:
+        request.state.about["asked"] = {"input": body.input}
     if state.traffic is not None:
         state.traffic.add(
             {},

@@ -73,6 +73,7 @@ class ApiError(Exception):
 
 
 TOO_LARGE = ApiError(413, "The request is larger than this server takes.", code="request_too_large")
+TOO_SLOW = ApiError(408, "The request's body came too slowly.", code="request_timeout", headers={"connection": "close"})
 PACKED = ApiError(
     415, "A body is read as it is: send it without Content-Encoding.", param="content-encoding", code="unsupported"
 )
@@ -87,6 +88,8 @@ def told(error: Exception) -> ApiError:
     if (away := _outside(error.__cause__ if isinstance(error, HTTPException) else error)) is not None:
         return away
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, ApiError):  # which came up while the body was read
+            return error.__cause__
         return _unread(error.__cause__) if isinstance(error.__cause__, UNREAD) else _of_status(error)
     if isinstance(error, Refused):
         return ApiError(error.status, error.what, param=error.param, code=error.code, headers=_again(error.retry_after))

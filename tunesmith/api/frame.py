@@ -13,10 +13,12 @@ from typing import Any
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tunesmith.api.errors import PACKED, TOO_LARGE, told
+from tunesmith.api.errors import PACKED, TOO_LARGE, TOO_SLOW, told
 
 access = logging.getLogger("tunesmith.access")
 GIVEN = re.compile(r"[\w.-]{1,64}")
+PATIENCE = 30.0  # seconds for a body to come, and one more for each RATE bytes of it
+RATE = 1024
 
 
 class Frame:
@@ -54,7 +56,7 @@ class Frame:
         try:
             if any(name == b"content-encoding" and value != b"identity" for name, value in scope["headers"]):
                 raise PACKED
-            await self.app(scope, receive, framed)
+            await self.app(scope, _in_time(receive), framed)
         except (asyncio.CancelledError, ClientDisconnect):  # the client has gone, or the server goes
             status = status or 499
             raise
@@ -73,6 +75,26 @@ class Frame:
                 "client": (scope.get("client") or ("",))[0],
             }
             access.info(json.dumps(line | about))
+
+
+def _in_time(receive: Receive) -> Receive:
+    """What is received, as long as the body comes at a fair pace: whoever sends a byte now and then holds nothing."""
+    began, size, whole = asyncio.get_running_loop().time(), 0, False
+
+    async def received() -> Message:
+        nonlocal size, whole
+        if whole:
+            return await receive()
+        try:
+            async with asyncio.timeout_at(began + PATIENCE + size / RATE):
+                message = await receive()
+        except TimeoutError:
+            raise TOO_SLOW from None
+        size += len(message.get("body", b""))
+        whole = not message.get("more_body", False)
+        return message
+
+    return received
 
 
 def _plain(message: Message) -> bool:

@@ -52,7 +52,8 @@ class Opening:
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             return self.adapter(name or folder.name, folder)
-        return self._base(resolved(given), name or _short(given)).name
+        served = self._base(resolved(given), name or _short(given))
+        return self._also(served, name).name if name else served.name
 
     async def fetch(self, name: str, force: bool = False) -> None:
         """Open a target while others answer; `force` as of the class, for this one alone.
@@ -104,9 +105,17 @@ class Opening:
                 where=str(run.path),
                 fix="Package it first: tunesmith package RECIPE",
             )
-        served = self._base(resolved(str(run.model)), name, identity)
+        served = self._also(self._base(resolved(str(run.model)), name, identity), name)
         self.models.soon(replace(served, system=system, root=str(run.model)))
         return name
+
+    def _also(self, served: Served, name: str) -> Served:
+        """A model that is there already under another name, under this one too."""
+        if served.name == name:
+            return served
+        self._free(name)
+        self.models.soon(replace(served, name=name))
+        return replace(served, name=name)
 
     def _free(self, name: str) -> None:
         if self.models.taken(name):

@@ -13,7 +13,7 @@ from tunesmith.conversation.render import Renderer
 from tunesmith.errors import ModelError, first_line
 from tunesmith.models.arrays import adapter_config
 from tunesmith.models.machine import give_back
-from tunesmith.models.resolve import ResolvedModel
+from tunesmith.models.resolve import ResolvedModel, only_pickles
 from tunesmith.models.words import grow, load_tokenizer
 from tunesmith.progress import clock
 from tunesmith.runs import read_json, write_json
@@ -264,7 +264,13 @@ def mark_base(adapter: Path, model: ResolvedModel) -> None:
 
 
 def refuse_anothers(model: ResolvedModel, adapter: Path) -> None:
-    """Raise if an adapter says that it was made for another base."""
+    """Raise if an adapter says that it was made for another base, or lies there as a pickle, which is never loaded."""
+    if adapter.is_dir() and (pickles := only_pickles({p.name for p in adapter.iterdir()})):
+        raise ModelError(
+            f"only has pickle weights ({', '.join(pickles[:3])}), which are never loaded",
+            where=str(adapter),
+            fix="Where you trust it, load it with PEFT and save it again: save_pretrained writes safetensors.",
+        )
     told = read_json(adapter / BASE) if (adapter / BASE).is_file() else {}
     identity = told.get("identity") if isinstance(told, dict) else None
     if identity and identity != model.identity:

@@ -113,11 +113,17 @@ def resolve(section: ModelSection) -> ResolvedModel:
     )
 
 
+def only_pickles(files: set[str]) -> list[str]:
+    """The pickle files among names, where no weights lie beside them that can be loaded."""
+    if any(f.endswith(".safetensors") for f in files):
+        return []
+    return sorted(f for f in files if any(Path(f).match(pattern) for pattern in PICKLES))
+
+
 def _refuse_pickles(files: set[str], where: str) -> None:
     if any(f.endswith(".safetensors") for f in files):
         return
-    pickles = sorted(f for f in files if any(Path(f).match(pattern) for pattern in PICKLES))
-    if pickles:
+    if pickles := only_pickles(files):
         raise ModelError(
             f"only has pickle weights ({', '.join(pickles[:3])}), which are never loaded",
             where=where,

@@ -105,6 +105,8 @@ class ServeSection(Section):
     """Origins whose pages may call from a browser; none, if not given."""
     open_metrics: bool = False
     """Show /metrics to whoever asks, also where the server has keys."""
+    log_text: bool = False
+    """Write what is asked and answered into the log's line of each request, as it is."""
     limits: LimitsSection = LimitsSection()
     """How much each key may ask."""
     cache: CacheSection | None = None
