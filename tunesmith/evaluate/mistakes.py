@@ -135,7 +135,7 @@ def by_cluster(
         wrong = [line["id"] for line in members if line["id"] in missed]
         if not wrong:
             continue
-        apart = [] if weights is None else np.asarray(weights[places == number].mean(0) - weights.mean(0)).ravel()
+        apart: Any = [] if weights is None else np.asarray(weights[places == number].mean(0) - weights.mean(0)).ravel()
         named = ", ".join(words[i] for i in np.argsort(apart)[::-1][:TERMS] if apart[i] > 0)
         share = {"value": len(wrong) / len(members)} | wilson(len(wrong), len(members))
         rows = sorted(wrong, key=lambda row: row not in worse)[:SHOWN]

@@ -329,9 +329,9 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, scale: float, dropout
         plain = q.shape[2] == k.shape[2] and (window is None or k.shape[2] <= window)
         mask = None if plain else _mask(q.shape[2], k.shape[2], window, q.device)
         out.append(
-            F.scaled_dot_product_attention(
-                q, k, v, mask, dropout, is_causal=plain, scale=scale, enable_gqa=grouped
-            )[:, :, :length]
+            F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=plain, scale=scale, enable_gqa=grouped)[
+                :, :, :length
+            ]
         )
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 

@@ -236,6 +236,7 @@ def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> t
         cos, sin = (t.flatten(0, 1)[:, None, : self.head_dim // 2] for t in turn)
         q, k = Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
     if attend:
+        assert cache is not None, "whoever steps keeps keys and values"
         keys, values = cache.update(k[:, :, None], v[:, :, None], self.layer_idx)
         out, _ = attend(self, q[:, :, None], keys, values, None, *self._attends_with)
     else:

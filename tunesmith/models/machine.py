@@ -157,8 +157,8 @@ def give_back() -> None:
 
 
 def give_back_above(most: float) -> None:
-    """`give_back`, where this process has more than `most` bytes. Buffers of ever new sizes leave holes that the next do
-    not fit into, so what is kept grows step by step; pages that come anew cost a little time."""
+    """`give_back`, where this process has more than `most` bytes. Buffers of ever new sizes leave holes that the next
+    do not fit into, so what is kept grows step by step; pages that come anew cost a little time."""
     if psutil.Process().memory_info().rss > most:
         give_back()
 

@@ -167,9 +167,9 @@ class PackedForward:
             ]
             return torch.stack([torch.cat(parts).mean(0) for parts in rows])
         with self._own_attention():
-            rows = [batch.ids_T[row.start : row.start + row.length][None] for row in batch.layout.rows]
-            found = [self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in rows]
-            return torch.stack([states.float().mean(0) for states in found])
+            alone = (batch.ids_T[row.start : row.start + row.length][None] for row in batch.layout.rows)
+            states = (self.backbone(input_ids=ids, use_cache=False).last_hidden_state[0] for ids in alone)
+            return torch.stack([row.float().mean(0) for row in states])
 
     def _ends(self, batch: Pack) -> Tensor:
         """The state [R, D] at each row's last token."""

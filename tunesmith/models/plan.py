@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from tunesmith.errors import ModelError
+from tunesmith.models.attention import LONGEST_KEPT
 from tunesmith.models.head import tokens_at_once
 from tunesmith.models.machine import Machine
 from tunesmith.models.quantise import FORMATS, parameter_count
@@ -20,11 +21,17 @@ if TYPE_CHECKING:
 BYTES = {"float32": 4, "bfloat16": 2}
 # What a step does besides products, in units of the time that its products take in float32. It hardly gets faster with
 # them: steps in bfloat16 took 0.6 of those in float32 where products took an eighth to a third (benchmarks/LOG.md).
-BESIDES = 0.9
+BESIDES = 1.0
+ATTENTION = 18  # operations a query, key and channel of every layer, at float32's rate (benchmarks/growth.py)
 STEP_SECONDS = 0.02  # what a step takes besides, however small the model
 # Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
 KEPT_HIDDEN, KEPT_INTERMEDIATE = 9, 3
-PROCESS = 450 * 2**20  # Python, torch and transformers before any weight
+# What a step has in memory by what its layers keep: the backward pass's own, and holes that its buffers leave on the
+# heap. Rows that are too long to be computed together take more. Measured, as the next three (benchmarks/plan.py).
+BY_KEPT, BY_KEPT_LONG = 1.5, 2.3
+LOGITS = 3.5  # times the logits that are there at once: their softmax, their gradient
+GRADIENTS = 8  # bytes of a weight that computes rounded: its own gradient, the sum in float32, and holes
+PROCESS = 510 * 2**20  # Python, torch and transformers before any weight, and what they load at first use
 LORA_RANK = 16  # of the adapter that is advised instead of training every weight
 
 
@@ -199,6 +206,7 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     changed = min(job.trained - job.added, products)
     work = computed * (4 * products + 6 * job.added + 2 * changed)
     work += 4 * round(job.loss_tokens * job.epochs) * shape.head
+    looked = sum(n * n for n in job.lengths) / 2 * job.epochs * shape.hidden * shape.layers
     rate, plain = (max(machine.gflops.get(name, 0.0), 1.0) * 1e9 for name in (job.precision, "float32"))
     memory = peak_memory(job)
     return Plan(
@@ -210,7 +218,7 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
         precision=job.precision,
         memory=memory,
         flops=float(work),
-        seconds=round(work / rate + BESIDES * work / plain + job.steps * STEP_SECONDS, 1),
+        seconds=round(work / rate + (BESIDES * work + ATTENTION * looked) / plain + job.steps * STEP_SECONDS, 1),
         available_bytes=free,
         changes=[] if sum(memory.values()) <= free else advise(job, free),
     )
@@ -228,16 +236,19 @@ def peak_memory(job: Job) -> dict[str, int]:
     inputs = shape.hidden * shape.layers if job.activations == "recompute" else 0
     masters = 4 * (job.trained - job.added) if job.precision != "float32" else 0
     kept = round(job.trained * job.kept_bytes)
+    by_kept = BY_KEPT if max(job.lengths) <= LONGEST_KEPT else BY_KEPT_LONG
     return {
         "process": PROCESS,
         "weights": _held(shape, size, job.quantise),
         "adapter": job.added * 4,
-        "gradients": job.trained * 4,
+        "gradients": GRADIENTS * (job.trained - job.added) + job.added * 4 if masters else job.trained * 4,
         "optimizer": round(job.trained * job.state_bytes),
         **({"masters": masters} if masters else {}),
         **({"start": kept} if kept else {}),
-        "activations": in_pack * size * (layer * shape.layers if job.activations == "keep" else inputs + layer),
-        "logits": 2 * min(tokens_at_once(shape.vocabulary), in_pack) * shape.vocabulary * 4,
+        "activations": round(
+            in_pack * size * (layer * shape.layers if job.activations == "keep" else inputs + layer) * by_kept
+        ),
+        "logits": round(LOGITS * min(tokens_at_once(shape.vocabulary), in_pack) * shape.vocabulary * 4),
     }
 
 
