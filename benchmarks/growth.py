@@ -19,7 +19,7 @@ from pathlib import Path
 from environments import own_environment, run
 
 LENGTHS = (128, 256, 512, 1024, 2048, 4096)
-RANKS = (4, 16, 64, 256)
+RANKS = (4, 16, 64, 192)
 # hidden, intermediate, layers, heads, key heads
 SIZES = {"30M": (320, 896, 8, 5, 5), "135M": (576, 1536, 30, 9, 3), "360M": (960, 2560, 32, 15, 5)}
 ONE = """

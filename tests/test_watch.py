@@ -189,3 +189,27 @@ def test_an_evaluation_is_tried_before_the_first_step(
     assert happened[0][1] == happened[-1][1]  # the longest row of all was among those tried
     told = json.loads((tmp_path / "runs/tiny/train/manifest.json").read_text())["summary"]["measured"]
     assert told["validation_seconds"] > 0
+
+
+def test_memory_that_steps_leave_behind_goes_back_above_what_the_longest_took(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After each step that leaves more, and the weights are the same; a few steps of like rows leave no more."""
+    from tunesmith.models import machine
+    from tunesmith.train import train as loop
+
+    given: list[str] = []
+    back = machine.give_back
+    ends = []
+    for name, slack, expected in (("tiny", 0.0, 3), ("other", 4.0, 0)):
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "SLACK", slack)
+            patch.setattr(machine, "give_back", lambda: (given.append(""), back()))
+            before = len(given)
+            recipe |= {"name": name}
+            recipe["train"] |= {"max_steps": 3}
+            assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+        after_steps = len(given) - before
+        ends.append((after_steps, (tmp_path / f"runs/{name}/train/adapter/adapter_model.safetensors").read_bytes()))
+        assert after_steps - expected in (0, 1, 2)  # stages give back at their ends as well
+    assert ends[0][1] == ends[1][1] and ends[0][0] > ends[1][0]
