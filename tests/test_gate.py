@@ -11,6 +11,7 @@ import pytest
 
 from tests.conftest import colour_rows, write_jsonl, write_recipe
 from tunesmith.evaluate.conditions import Condition, decide
+from tunesmith.evaluate.statistics import quantile
 
 
 def score(low: float, value: float, high: float) -> dict[str, float]:
@@ -64,6 +65,19 @@ def test_conditions_are_on_intervals(text: str, state: str) -> None:
     assert found["state"] == state and found["met"] == (state == "met"), found["why"]
 
 
+@pytest.mark.parametrize(("rows", "state"), [(20, "not_proven"), (71, "not_proven"), (72, "met"), (300, "met")])
+def test_a_latency_of_too_few_rows_proves_nothing(rows: int, state: str) -> None:
+    """The chance that all of n rows lie below the 95th percentile is 0.95^n, which is above 2.5% up to 71 rows."""
+    seconds = [0.5 + 0.001 * (i % 17) for i in range(rows)]
+    sides = {side: quantile(seconds, 0.95) for side in ("tuned", "baseline")}
+    card = CARD | {"latency": {"p95": sides | {"difference": score(0.0, 0.0, 0.0)}}}
+    found = Condition.read("latency.p95 <= 2.0").judge(card)
+    assert found["state"] == state, found["why"]
+    assert ("it takes 72" in found["why"]) == (state == "not_proven")
+    assert Condition.read("latency.p95.value <= 2.0").judge(card)["met"]  # whoever asks for the figure gets it
+    assert Condition.read("latency.p95 <= 0.1").judge(card)["state"] == "broken"
+
+
 def test_decisions() -> None:
     assert decide(["accuracy.low >= 0.8"], CARD, True)["decision"] == "ship"
     assert decide(["accuracy.low >= 0.8", "accuracy.low >= 0.85"], CARD, True)["decision"] == "not_proven"
@@ -89,7 +103,7 @@ def test_a_condition_that_is_none_is_an_error(tunesmith: Any, recipe: dict[str, 
         ("accuracy.lwo >= 0.8", "accuracy has no 'lwo'; did you mean 'low'?"),
         ("accuracy.low.tuned >= 0.8", "accuracy has no 'low.tuned'"),
         ("goal.differences > 0", "did you mean 'difference'?"),
-        ("latency.p95 <= 2.0", "latency is not measured; ask for it: evaluate: {alone: 20}"),
+        ("latency.p95 <= 2.0", "latency is not measured; ask for it: evaluate: {alone: 80}"),
         ("forgetting.kl <= 0.1", "ask for it: evaluate: {forgetting: true}"),
         ("suites.arc.acc >= 0.3", "suites is not measured"),
         ("checks >= 0.5", "no score is called 'checks'"),

@@ -92,6 +92,9 @@ class Condition:
         pessimist, optimist = (low, high) if upwards else (high, low)
         value = span[bound] if bound else span["value"]
         if compare(span[bound] if bound else pessimist, self.number):
+            if "needs" in span and bound != "value" and not upwards:
+                few = f"{shown}: of so few rows the slowest does not bound it; it takes {span['needs']}"
+                return self._told(value, "not_proven", few)
             return self._told(value, "met", shown)
         if (optimist < self.number) if upwards else (optimist > self.number):
             return self._told(value, "broken", f"{shown}: none of it is {self.operator} {self.number:g}")

@@ -96,7 +96,8 @@ class Alone:
             gap = spans["tuned"]["value"] - spans["baseline"]["value"]
             low = spans["tuned"]["low"] - spans["baseline"]["high"]
             high = spans["tuned"]["high"] - spans["baseline"]["low"]
-            told[name] = spans | {"difference": {"value": gap, "low": low, "high": high}, "n": len(self.rows)}
+            needs = {key: n for key, n in spans["tuned"].items() if key == "needs"}
+            told[name] = spans | {"difference": {"value": gap, "low": low, "high": high} | needs, "n": len(self.rows)}
         speed = Metric("tokens_per_second", lambda _: np.zeros((0, 2)), mean)
         stats = {side: np.array([f["tokens"], f["seconds"]], dtype=float).T for side, f in found.items()}
         told["tokens_per_second"] = compared(speed, stats, self.bootstrap, self.seed)

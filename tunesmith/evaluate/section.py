@@ -265,7 +265,7 @@ class GateSection(Section):
 
 # Sections of a scorecard that are measured where the recipe asks for them, and how it does.
 ASKED = {
-    "latency": ("alone", "evaluate: {alone: 20}"),
+    "latency": ("alone", "evaluate: {alone: 80}"),
     **{name: (name, f"evaluate: {{{name}: true}}") for name in ("forgetting", "memory", "safety", "bias")},
     "suites": ("suites", "evaluate: {suites: [...]}"),
     "judge": ("judge", "evaluate: {judge: ...}"),

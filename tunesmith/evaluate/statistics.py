@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,14 +123,19 @@ def holm(scores: Mapping[str, dict[str, Any]]) -> None:
 
 
 def quantile(values: Sequence[float], share: float) -> dict[str, float]:
-    """A quantile with its 95% interval from order statistics (binomial; David and Nagaraja 2003, section 7.1)."""
+    """A quantile with its 95% interval from order statistics (binomial; David and Nagaraja 2003, section 7.1).
+
+    Where there are so few values that none of them bounds it from above, the greatest stands there, and `needs` says
+    how many it takes.
+    """
     from scipy.stats import binom
 
     ordered, n = np.sort(np.asarray(values, dtype=np.float64)), len(values)
     low, high = int(binom.ppf(0.025, n, share)) - 1, int(binom.ppf(0.975, n, share))
     value = float(np.quantile(ordered, share))
     bounds = float(ordered[max(low, 0)]), float(ordered[min(high, n - 1)])
-    return {"value": value, "low": min(bounds[0], value), "high": max(bounds[1], value)}
+    found = {"value": value, "low": min(bounds[0], value), "high": max(bounds[1], value)}
+    return found if high < n else found | {"needs": math.ceil(math.log(0.025) / math.log(share))}
 
 
 def verdict(metric: Metric, gap: dict[str, float]) -> str:
