@@ -179,7 +179,7 @@ LAST: uvicorn.Server  # the server that was started last
 @contextlib.contextmanager
 def running(state: State, **server: Any) -> Iterator[str]:
     """The real server over a state; gives its address."""
-    config = uvicorn.Config(build(state), port=0, log_level="warning", lifespan="on", **server)
+    config = uvicorn.Config(build(state), port=0, log_level="warning", lifespan="on", log_config=None, **server)
     global LAST
     LAST = instance = uvicorn.Server(config)
     thread = threading.Thread(target=instance.run, daemon=True)

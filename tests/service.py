@@ -87,7 +87,7 @@ def running(settings: ServiceSection) -> Iterator[Running]:
     state.parts.append(Chores(service))
     port = free_port()
     app = build(state, MANAGING)
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", access_log=False, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     wait(lambda: server.started, "the API")

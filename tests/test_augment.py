@@ -85,7 +85,7 @@ def test_nothing_made_is_like_a_held_out_row(prepared: Any, tmp_path: Path) -> N
         tmp_path / "a.jsonl", [{"prompt": f"Where is card {i}, dear bank?", "completion": "x"} for i in range(20)]
     )
     write_jsonl(tmp_path / "t.jsonl", [{"prompt": f"where is card {i} dear bank", "completion": "x"} for i in range(5)])
-    split = {"validation": 0, "test": "t.jsonl"}
+    split = {"validation": 0, "test": "t.jsonl", "near": None}
     made = prepared("a.jsonl", augment=[{"kind": "case", "share": 1.0}], split=split)
     assert made.told["augment"] == [{"kind": "case", "asked": 20, "made": 15, "filtered": {"held out": 5}}]
     held = Seen(row.question for row in made.parts["test"])
