@@ -152,7 +152,8 @@ def test_the_first_minute_measures_and_changes_nothing(
     def nothing(*given: Any) -> Any:
         steps.append(given)
         given[-1]()  # the checkpoint that the loop goes back to
-        return type("Measured", (), {"seconds": 1.0, "correct": lambda *_: "", "as_dict": lambda _: {}})()
+        told = {"seconds": 1.0, "peak_bytes": 2**40, "correct": lambda *_: "", "as_dict": lambda _: {}}
+        return type("Measured", (), told)()
 
     monkeypatch.setattr(loop, "calibrate", nothing)
     assert tunesmith("train", path, "--set", "name=untried").code == 0 and steps
