@@ -5,16 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean.step import RowStep, Verdict
-from tunesmith.data.clean.texts import map_texts
+from tunesmith.data.clean.step import MendStep
 
 FENCE = re.compile(r" {0,3}(`{3,}(?=[^`]*$)|~{3,})(.*)$")
 CELLS = re.compile(r"(?<!\\)\|")
 RULE = re.compile(r"\s*:?-+:?\s*")
 
 
-class Markdown(RowStep):
+class Markdown(MendStep):
     """Mend Markdown that shows wrongly: code blocks that are never closed, and tables (lines that begin and end with |)
     whose second line is missing or has another number of columns."""
 
@@ -22,10 +20,6 @@ class Markdown(RowStep):
     """Close a code block that is open where its message ends."""
     tables: bool = True
     """Give a table the line below its head, with as many columns; nothing inside of code blocks."""
-
-    def look(self, row: Conversation) -> Verdict:
-        mended = map_texts(row, self.mend)
-        return Verdict(row) if mended is row else Verdict(mended, "mended", {"mended": 1})
 
     def mend(self, text: str) -> str:
         """A text, mended."""

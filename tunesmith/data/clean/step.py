@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.data.clean.texts import map_texts
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.screen import library
@@ -89,6 +90,18 @@ class RowStep(Step):
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
         return map(self.look, rows)
+
+
+class MendStep(RowStep):
+    """A step that mends each text of a row by itself."""
+
+    @abstractmethod
+    def mend(self, text: str) -> str:
+        """A text, mended; the text itself where nothing is wrong."""
+
+    def look(self, row: Conversation) -> Verdict:
+        mended = map_texts(row, self.mend)
+        return Verdict(row) if mended is row else Verdict(mended, "mended", {"mended": 1})
 
 
 def need(module: str, step: str, extra: str = "data") -> Any:

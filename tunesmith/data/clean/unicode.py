@@ -5,9 +5,7 @@ from __future__ import annotations
 import html
 import re
 
-from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean.step import RowStep, Verdict
-from tunesmith.data.clean.texts import map_texts
+from tunesmith.data.clean.step import MendStep
 
 # Control and format characters that say nothing in a text. Kept: tab, line end, and the joiners that scripts and emoji
 # need (U+200C, U+200D).
@@ -24,7 +22,7 @@ ENTITY = re.compile(r"&(?:[a-zA-Z][a-zA-Z0-9]{1,31}|#\d{1,7}|#[xX][0-9a-fA-F]{1,
 FENCED = re.compile(r"(```.*?```|`[^`\n]*`)", re.DOTALL)
 
 
-class Unicode(RowStep):
+class Unicode(MendStep):
     """Mend text that was broken on its way: wrongly decoded characters (ftfy), control characters, line ends and
     spaces, remnants of HTML. Code between backticks keeps its tags and entities, and every line its indentation."""
 
@@ -36,10 +34,6 @@ class Unicode(RowStep):
     """One kind of line end and space; none at line ends; at most one blank line."""
     html: bool = True
     """Leave out tags of formatting, comments, scripts and styles, and write entities as their characters."""
-
-    def look(self, row: Conversation) -> Verdict:
-        mended = map_texts(row, self.mend)
-        return Verdict(row) if mended is row else Verdict(mended, "mended", {"mended": 1})
 
     def mend(self, text: str) -> str:
         """A text, mended."""
