@@ -170,81 +170,61 @@ def _looked(step: Step, rows: Rows, around: Around, named: bool) -> dict[str, An
     return {"rows": touched, "looked at": len(rows), "found": dict(counted.most_common()), "such as": such}
 
 
+Advice = tuple[float, str, str]  # its weight, what is wrong, what to do about it
+
+
 def fix_first(found: Mapping[str, Any]) -> list[dict[str, str]]:
     """What is worth a person's time, worst first: what is wrong, and what to do about it."""
+    advice = [*_of_rows(found), *_of_parts(found)]
+    return [{"what": what, "do": do} for _, what, do in sorted(advice, key=lambda a: -a[0])]
+
+
+def _of_rows(found: Mapping[str, Any]) -> Iterator[Advice]:
     look, counts = found["checks"], found["counts"]
-    advice: list[tuple[float, str, str]] = []
-
-    def say(weight: float, what: str, do: str) -> None:
-        advice.append((weight, what, do))
-
     share = {name: check["rows"] / max(check["looked at"], 1) for name, check in look.items()}
-    if look["secrets"]["rows"]:
-        say(10, f"{look['secrets']['rows']} rows hold keys or passwords", "clean: {secrets: drop}, and revoke them")
-    if look["contamination"]["rows"]:
-        n = look["contamination"]["rows"]
-        say(
-            9,
-            f"{n} training rows are asked again by the test: its scores will flatter",
-            "clean: {contamination: [test]}",
-        )
+    if n := look["secrets"]["rows"]:
+        yield 10, f"{n} rows hold keys or passwords", "clean: {secrets: drop}, and revoke them"
+    if n := look["contamination"]["rows"]:
+        flatter = f"{n} training rows are asked again by the test: its scores will flatter"
+        yield 9, flatter, "clean: {contamination: [test]}"
     if look["personal data"]["rows"]:
         kinds = ", ".join(look["personal data"]["found"])
-        say(8, f"{share['personal data']:.1%} of rows hold personal data ({kinds})", "clean: {personal: mask}")
-    if counts["rejected"]:
-        reason = next(iter(found["rejected"]))
-        say(
-            7 + counts["rejected"] / max(counts["read"], 1),
-            f"{counts['rejected']} rows can't be used, most of all: {reason}",
-            "mend them: rejected.jsonl",
-        )
-    for part, short in found["split"].get("short", {}).items():
-        if 2 * short["rows"] < short["asked for"]:
-            say(
-                9,
-                f"{part} has {short['rows']} rows where {short['asked for']} were asked for: rows that go together are "
-                "too many",
-                "give another data.split.by, or near: null",
-            )
+        yield 8, f"{share['personal data']:.1%} of rows hold personal data ({kinds})", "clean: {personal: mask}"
+    if n := counts["rejected"]:
+        unusable = f"{n} rows can't be used, most of all: {next(iter(found['rejected']))}"
+        yield 7 + n / max(counts["read"], 1), unusable, "mend them: rejected.jsonl"
     conflicts = look["same prompt"]["rows"] - look["exact duplicates"]["rows"]
     if conflicts > 0 and found["answers"] == "label":
-        say(6, f"{conflicts} rows ask what another asks and are answered otherwise", "clean: {conflicts: true}")
-    if share["near duplicates"] > 0.01:
-        say(
-            4 + share["near duplicates"],
-            f"{share['near duplicates']:.1%} of rows nearly repeat another",
-            "clean: {duplicates: near}",
-        )
+        yield 6, f"{conflicts} rows ask what another asks and are answered otherwise", "clean: {conflicts: true}"
+    if (near := share["near duplicates"]) > 0.01:
+        yield 4 + near, f"{near:.1%} of rows nearly repeat another", "clean: {duplicates: near}"
     languages = {k: v for k, v in look["language"]["found"].items() if k != "not judged"}
     if len(languages) > 1:
-        first = next(iter(languages))
-        others = sum(languages.values()) - languages[first]
-        if others / sum(languages.values()) > 0.01:
-            say(
-                3,
-                f"{others} of {sum(languages.values())} rows looked at are not in '{first}'",
-                f"clean: {{language: [{first}]}}",
+        first, known = next(iter(languages)), sum(languages.values())
+        others = known - languages[first]
+        if others / known > 0.01:
+            yield 3, f"{others} of {known} rows looked at are not in '{first}'", f"clean: {{language: [{first}]}}"
+    if found["flagged"]:
+        yield 2, f"{counts.get('flagged', 0)} rows are listed for a person to look at", "read flagged.jsonl"
+    for name, check in look.items():
+        if "not done" in check:
+            yield 1, f"{name} was not looked for: {check['not done']}", "pip install 'tunesmith[data]'"
+
+
+def _of_parts(found: Mapping[str, Any]) -> Iterator[Advice]:
+    for part, short in found["split"].get("short", {}).items():
+        if 2 * short["rows"] < short["asked for"]:
+            few = (
+                f"{part} has {short['rows']} rows where {short['asked for']} were asked for: rows that go together are "
             )
+            yield 9, few + "too many", "give another data.split.by, or near: null"
     labels = found["labels"].get("train", {})
     if labels and max(labels.values()) > 20 * min(labels.values()):
         rare = min(labels, key=lambda k: labels[k])
-        say(
-            3,
-            f"label '{rare}' has {labels[rare]} rows, the most frequent {max(labels.values())}",
-            "collect more of the rare ones",
-        )
-    missing = set(found["labels"].get("test", {})) - set(labels)
-    if missing:
-        say(
-            5,
-            f"{len(missing)} labels are tested and never taught, such as '{sorted(missing)[0]}'",
-            "add training rows of them",
-        )
-    if found["flagged"]:
-        say(2, f"{counts.get('flagged', 0)} rows are listed for a person to look at", "read flagged.jsonl")
-    for name, check in look.items():
-        if "not done" in check:
-            say(1, f"{name} was not looked for: {check['not done']}", "pip install 'tunesmith[data]'")
-    if counts["train"] < 50:
-        say(2, f"{counts['train']} training rows are few", "a few hundred are a good start")
-    return [{"what": what, "do": do} for _, what, do in sorted(advice, key=lambda a: -a[0])]
+        seldom = f"label '{rare}' has {labels[rare]} rows, the most frequent {max(labels.values())}"
+        yield 3, seldom, "collect more of the rare ones"
+    if missing := set(found["labels"].get("test", {})) - set(labels):
+        untaught = f"{len(missing)} labels are tested and never taught, such as '{min(missing)}'"
+        yield 5, untaught, "add training rows of them"
+    if (rows := found["counts"]["train"]) < 50:
+        yield 2, f"{rows} training rows are few", "a few hundred are a good start"
