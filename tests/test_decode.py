@@ -21,6 +21,7 @@ HERE = Machine("any", 2, "cpu", "float32", {}, None)
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"sliding_window": 6},
+    "mistral, wider": {"sliding_window": 64},  # than any row: what all begin with lies apart
     "qwen3": {"head_dim": 8},
     "smollm3": {"no_rope_layer_interval": 2},
     "gemma": {"head_dim": 8},
@@ -61,7 +62,7 @@ def test_answers_are_those_of_transformers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, shared: int, few: bool
 ) -> None:
     monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
-    made = engine(make_model(tmp_path, architecture=architecture, **FAMILIES[architecture]))
+    made = engine(make_model(tmp_path, architecture=architecture.split(",")[0], **FAMILIES[architecture]))
     given = prompts(shared)
     free = [alone(made.model, ids, 10, []) for ids in given]
     stops = sorted({free[0][4], free[2][7]})  # some end early, in the middle of the batch
@@ -81,6 +82,23 @@ def test_small_batches_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("tunesmith.inference.decode.READ_TOKENS", 1)
     assert made.generate(prompts(12), 10, [], lambda n: None) == expected
     assert made.generate([], 10, [], lambda n: None) == []
+
+
+def test_what_all_prompts_begin_with_is_kept_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys and values of a long common beginning: once for all rows, and not counted for each of them."""
+    made = engine(make_model(tmp_path))
+    made.generate(prompts(40), 1, [], lambda n: None)
+    decoder = made._decoder
+    assert decoder is not None
+    with torch.inference_mode():
+        _, past, _, _ = decoder._read(prompts(40), 4)
+    for layer in past.layers:
+        assert layer.begun[0].shape[1] == 40
+        assert layer.keys.shape[2] < 40
+    own = 14 + 4  # of the longest row
+    monkeypatch.setattr("tunesmith.inference.decode.CACHE_BYTES", 7 * own * decoder.token_bytes)
+    assert len(decoder.batches(prompts(40), 4)) == 1
+    assert len(decoder.batches(prompts(40)[:1] * 2 + [[7] * 49], 4)) == 2  # begins otherwise: each with all its own
 
 
 @pytest.mark.parametrize("few", [False, True])

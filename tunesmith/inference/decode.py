@@ -1,7 +1,8 @@
 """Greedy answers to many prompts at once.
 
-The prompts are read packed, what they all begin with once; their keys and values then lie in buffers of the
-final size, aligned at the right, and each step appends to them in place. Answers that have ended leave the batch.
+The prompts are read packed, what they all begin with once, and its keys and values stay there once for all rows: each
+step's new tokens see them by one product (Juravsky et al. 2024, Hydragen). Each row's other keys and values lie in
+buffers, aligned at the right, and each step appends to them in place. Answers that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from tunesmith.conversation.render import Rendered
 from tunesmith.inference.engine import Sampling
-from tunesmith.models.attention import CannotPack, Layout, laid_out, refuse_extras, stepping
+from tunesmith.models.attention import CannotPack, Span, laid_out, refuse_extras, stepping
 from tunesmith.models.packed import REFUSALS, PackedForward
 from tunesmith.models.packs import common_beginning
 from tunesmith.models.shapes import rounded, rounded_rows
@@ -29,8 +30,24 @@ ATTENTION = "tunesmith_decode"
 CACHE_BYTES, BATCH_ROWS = 2**30, 256  # of a batch's keys and values; of its prompts
 READ_TOKENS = 2048  # of prompts in one forward pass
 
-_hidden_BS: ContextVar[Tensor] = ContextVar("-inf where a row's keys are padding or not there yet, 0 elsewhere")
-_filled: ContextVar[int] = ContextVar("how many keys there are")
+Begun = tuple[Tensor, Tensor]  # keys and values [G, P, D] of what all rows begin with
+
+
+class _Now(NamedTuple):
+    """What a step's attention needs to know.
+
+    Attributes:
+        hidden_BS: -inf where a row's keys are padding or not there yet, 0 elsewhere.
+        filled: how many keys of its own a row has, with padding.
+        begun: for each layer, what all rows begin with.
+    """
+
+    hidden_BS: Tensor
+    filled: int
+    begun: list[Begun | None]
+
+
+_now: ContextVar[_Now] = ContextVar("the step at hand")
 
 
 class _Read(DynamicLayer):
@@ -42,11 +59,21 @@ class _Read(DynamicLayer):
 
 
 class _Buffer(DynamicLayer):
-    """Keys and values [B, G, S, D] of which `filled` tokens are there, and zeros after them. A product of a part of a
-    buffer would copy that part each time; so what is handed out is the whole, which grows now and then."""
+    """Keys and values [B, G, S, D] of which `filled` tokens are there, and zeros after them; beside them, what all rows
+    begin with. A product of a part of a buffer would copy that part each time; so what is handed out is the whole,
+    which grows now and then.
 
-    def __init__(self, parts: Sequence[tuple[_Read, Tensor]]) -> None:
+    Args:
+        parts: what was read, each with the places [B, W] of its rows' own tokens.
+        begun: the places [P] in the first of what all rows begin with.
+    """
+
+    def __init__(self, parts: Sequence[tuple[_Read, Tensor]], begun_P: Tensor) -> None:
         super().__init__()
+        first = parts[0][0]
+        self.begun: Begun | None = None
+        if len(begun_P):
+            self.begun = first.keys[0].index_select(1, begun_P), first.values[0].index_select(1, begun_P)
         self.filled = parts[0][1].shape[1]
         room = rounded(self.filled + 1) - self.filled
         self.keys = _spread([(read.keys, take_BW) for read, take_BW in parts], room)
@@ -68,7 +95,8 @@ class _Buffer(DynamicLayer):
 def _spread(parts: Sequence[tuple[Tensor, Tensor]], room: int) -> Tensor:
     """Packed [1, G, T, D], each with the places [B, W] of its rows' tokens -> [all B, G, W + room, D]."""
     like, width = parts[0][0], parts[0][1].shape[1]
-    buffer = like.new_zeros(sum(len(take) for _, take in parts), like.shape[1], width + room, like.shape[3])
+    buffer = like.new_empty(sum(len(take) for _, take in parts), like.shape[1], width + room, like.shape[3])
+    buffer[:, :, width:] = 0
     start = 0
     for x, take_BW in parts:
         found = x[0].index_select(1, take_BW.flatten()).unflatten(1, take_BW.shape)
@@ -89,20 +117,40 @@ def decode_attention(
 ) -> tuple[Tensor, None]:
     """One new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]."""
     refuse_extras(others)
-    first = max(0, _filled.get() - sliding_window) if sliding_window is not None else 0
-    hidden = _hidden_BS.get()[:, None, None, first : key.shape[2]]
-    return one_token(query, key[:, :, first:], value[:, :, first:], scaling, lambda scores: scores.add_(hidden)), None
+    now = _now.get()
+    first = max(0, now.filled - sliding_window) if sliding_window is not None else 0
+    hidden = now.hidden_BS[:, None, None, first : key.shape[2]]
+    key, value, begun = key[:, :, first:], value[:, :, first:], now.begun[module.layer_idx]  # type: ignore[index]
+    return one_token(query, key, value, scaling, lambda scores: scores.add_(hidden), begun), None
 
 
 def one_token(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, hide: Callable[[Tensor], Tensor]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    hide: Callable[[Tensor], Tensor],
+    begun: Begun | None = None,
 ) -> Tensor:
     """Attention of one new token a row: query [B, H, 1, D], key and value [B, G, S, D] -> [B, 1, H, D]. The heads that
-    share keys are one product; `hide` takes what a row does not see out of the scores [B, G, H / G, S]."""
+    share keys are one product; `hide` takes what a row does not see out of the scores [B, G, H / G, S]. All rows see
+    what they have `begun` with, too."""
     q = query.unflatten(1, (key.shape[1], -1))[:, :, :, 0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     scores = hide(torch.matmul(q, key.transpose(2, 3)))
-    out = torch.matmul(torch.softmax(scores, -1), value)  # in float32 inside, whatever comes in and goes out
-    return out.flatten(1, 2)[:, None]
+    if not begun:
+        out = torch.matmul(torch.softmax(scores, -1), value)  # in float32 inside, whatever comes in and goes out
+        return out.flatten(1, 2)[:, None]
+    keys, values = begun
+    before = _by_group(q, keys.transpose(1, 2))
+    shares = torch.softmax(torch.cat((before, scores), -1), -1)
+    out = torch.matmul(shares[..., before.shape[-1] :], value)
+    return out.add_(_by_group(shares[..., : before.shape[-1]], values)).flatten(1, 2)[:, None]
+
+
+def _by_group(x_BGRK: Tensor, y_GKN: Tensor) -> Tensor:
+    """Each row's products [B, G, R, N] with what all rows have, one matrix product a group."""
+    rows = x_BGRK.transpose(0, 1)
+    return torch.bmm(rows.flatten(1, 2), y_GKN).unflatten(1, rows.shape[1:3]).transpose(0, 1)
 
 
 class Noise:
@@ -179,8 +227,10 @@ class Decoder:
             positions = positions + 1
         return answers
 
-    def batches(self, lengths: Sequence[int], max_new_tokens: int) -> list[list[int]]:
+    def batches(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Indices of prompts, grouped by length so that each group's keys and values fit the memory for them."""
+        begun = self._alike(prompts, max_new_tokens)[1]
+        lengths = [len(prompt) - begun for prompt in prompts]
         groups: list[list[int]] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             longest = lengths[groups[-1][0]] if groups else 0
@@ -194,13 +244,12 @@ class Decoder:
 
     def _read(self, prompts: Sequence[list[int]], room: int) -> tuple[Tensor, Cache, Tensor, Tensor]:
         """Next-token logits [B, V], the cache, each row's next position [B] and its hidden keys [B, S]."""
-        before = len(self.forward.virtual_ids)
-        device, width = self.forward.device, before + max(map(len, prompts))
+        before, (alike, begun) = len(self.forward.virtual_ids), self._alike(prompts, room)
+        device, width = self.forward.device, before + max(map(len, prompts)) - begun
         length_B = torch.tensor([before + len(p) for p in prompts], device=device)
         self.model.set_attn_implementation(self.forward.attention)
-        hidden, reads, takes = [], [], []
+        hidden, reads, places = [], [], []
         rows = [Rendered(ids, [0.0] * len(ids)) for ids in prompts]
-        alike = common_beginning(rows) if self.forward.share else 0
         for part in _in_order([len(row) - alike for row in rows], READ_TOKENS - alike):
             batch = self.forward.pack(rows[part])
             read = Cache(layers=[_Read() for _ in range(self.config.num_hidden_layers)])
@@ -211,19 +260,33 @@ class Decoder:
             ends = torch.tensor([row.start + row.length for row in batch.layout.rows], device=device)
             hidden.append(x.index_select(0, ends - 1))
             reads.append(read)
-            takes.append(_places(batch.layout, width))
+            places.append([_places(row) for row in batch.layout.rows])
+        begun_P = torch.tensor(places[0][0][:begun], dtype=torch.long, device=device)
+        takes = [_aligned([row[begun:] for row in rows], width).to(device) for rows in places]
         layers = zip(*(read.layers for read in reads), strict=True)
-        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True))) for layer in layers])
+        past = Cache(layers=[_Buffer(list(zip(layer, takes, strict=True)), begun_P) for layer in layers])
         at_S = torch.arange(rounded(width + room), device=device)
-        absent = (at_S < (width - length_B)[:, None]) | (at_S >= width)
+        absent = (at_S < (width + begun - length_B)[:, None]) | (at_S >= width)
         hidden_BS = torch.zeros(absent.shape, device=device, dtype=x.dtype).masked_fill_(absent, -torch.inf)
         return self.model.get_output_embeddings()(torch.cat(hidden)), past, length_B, hidden_BS
+
+    def _alike(self, prompts: Sequence[list[int]], room: int) -> tuple[int, int]:
+        """How many tokens all prompts begin with, and how many of all rows' keys (virtual tokens' too) lie apart:
+        none where a sliding window would hide some of them from a row."""
+        if not self.forward.share:
+            return 0, 0
+        before = len(self.forward.virtual_ids)
+        alike = common_beginning([Rendered(ids, [0.0] * len(ids)) for ids in prompts])
+        window = getattr(self.config, "sliding_window", None)
+        fits = window is None or before + max(map(len, prompts)) + room <= window
+        return alike, before + alike if fits else 0
 
     def _step(self, tokens_B: Tensor, past: Cache, positions_B: Tensor, hidden_BS: Tensor) -> Tensor:
         self.model.set_attn_implementation(ATTENTION)
         filled = past.layers[0].filled
         hidden_BS[:, filled] = 0
-        with _set(_hidden_BS, hidden_BS), _set(_filled, filled + 1), stepping(decode_attention):
+        now = _Now(hidden_BS, filled + 1, [layer.begun for layer in past.layers])
+        with _set(_now, now), stepping(decode_attention):
             hidden = self.forward.backbone(
                 input_ids=tokens_B[:, None], position_ids=positions_B[:, None], past_key_values=past, use_cache=True
             ).last_hidden_state[:, 0]
@@ -262,13 +325,14 @@ def _in_order(lengths: Sequence[int], capacity: int) -> Iterator[slice]:
     yield slice(start, len(lengths))
 
 
-def _places(layout: Layout, width: int) -> Tensor:
-    """Where each row's tokens lie in the pack, aligned at the right; 0 for padding. [B, W]"""
-    places = []
-    for start, length, at, before in layout.rows:
-        own = [*range(at, at + before), *range(start, start + length)]
-        places.append([0] * (width - len(own)) + own)
-    return torch.tensor(places, device=layout.device)
+def _places(row: Span) -> list[int]:
+    """Where a row's tokens lie in its pack."""
+    return [*range(row.at, row.at + row.before), *range(row.start, row.start + row.length)]
+
+
+def _aligned(rows: Sequence[list[int]], width: int) -> Tensor:
+    """Numbers aligned at the right, 0 for padding. [B, W]"""
+    return torch.tensor([[0] * (width - len(row)) + row for row in rows])
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class TransformersEngine:
         with self._packed([Rendered(ids, [0.0] * len(ids)) for ids in prompts]):
             longest = max(map(len, prompts)) + max_new_tokens
             if self._decoder and longest <= self._decoder.forward.longest:
-                for batch in self._decoder.batches([len(p) for p in prompts], max_new_tokens):
+                for batch in self._decoder.batches(prompts, max_new_tokens):
                     asked = [prompts[i] for i in batch]
                     noise = Noise(sampling, asked) if sampling else None
                     found = self._decoder.greedy(asked, max_new_tokens, stop_ids, tick, noise)
