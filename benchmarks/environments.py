@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+if os.environ.get("GOMP_CPU_AFFINITY") or os.environ.get("OMP_PROC_BIND"):
+    sys.exit("Unset GOMP_CPU_AFFINITY and OMP_PROC_BIND: what a bound process starts would stay on its one core.")
 HERE = Path(__file__).parent
 TORCH = "torch==2.13.0"
 # What torch's installation may bring: it wants CUDA's libraries, and stops transformers.
