@@ -28,10 +28,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "gpt2": {},
     "gpt_neox": {},
-    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},  # its cache is not asked for by the interface
+    "phi": {"qk_layernorm": True},
+    "phi3": {"pad_token_id": 0},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "mamba": {},  # has no attention: transformers' own generation answers
 }
-NOT_HERE = ("mamba", "falcon")
+NOT_HERE = ("mamba",)
 
 
 def engine(folder: Path) -> TransformersEngine:

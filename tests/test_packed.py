@@ -16,10 +16,11 @@ from tests.conftest import make_model
 from tunesmith.conversation.render import Rendered
 from tunesmith.models import packed
 from tunesmith.models.attention import Family, Layout, attention, laid_out
-from tunesmith.models.fused import Norm, Products, Rotate, SwiGlu, products
+from tunesmith.models.linear import products
 from tunesmith.models.packed import PackedForward
 from tunesmith.models.packs import best_fit, common_beginning, pack
 from tunesmith.models.shapes import rounded
+from tunesmith.models.steps import Norm, Products, Rotate, SwiGlu
 
 
 def rows(shared: int = 0) -> list[Rendered]:
@@ -41,21 +42,27 @@ def plain_loss(model: Any, row: Rendered) -> torch.Tensor:
 
 
 LLAMAS = "2 attentions, 2 gated MLPs, 5 norms"
-FAMILIES = {
-    "llama": ({}, LLAMAS),
-    "mistral": ({"sliding_window": 6}, LLAMAS),
-    "qwen2": ({}, LLAMAS),
-    "qwen3": ({"head_dim": 8}, "2 attentions, 2 gated MLPs, 9 norms"),
-    "smollm3": ({"no_rope_layer_interval": 2}, LLAMAS),
-    "gemma": ({"head_dim": 8}, "2 attentions, 5 norms"),
-    "phi3": ({"pad_token_id": 0}, "5 norms"),
-    "mixtral": ({"num_local_experts": 4}, "2 attentions, 5 norms"),
-    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, ""),
-    "falcon of one key head": ({"multi_query": True}, ""),
-    "falcon of plain heads": ({"multi_query": False, "parallel_attn": False, "bias": True}, ""),
-    "gpt2": ({}, ""),
-    "gpt_neox": ({}, ""),
-    "phi": ({}, ""),
+# What each family is made of, what of it is fused, and what besides when LoRA lies on all linear layers.
+FAMILIES: dict[str, tuple[dict[str, Any], str, str]] = {
+    "llama": ({}, LLAMAS, "14 LoRA layers"),
+    "mistral": ({"sliding_window": 6}, LLAMAS, "14 LoRA layers"),
+    "qwen2": ({}, LLAMAS, "14 LoRA layers"),
+    "qwen3": ({"head_dim": 8}, "2 attentions, 2 gated MLPs, 9 norms", "14 LoRA layers"),
+    "smollm3": ({"no_rope_layer_interval": 2}, LLAMAS, "14 LoRA layers"),
+    "gemma": ({"head_dim": 8}, LLAMAS, "14 LoRA layers"),
+    "phi3": ({"pad_token_id": 0}, LLAMAS, "8 LoRA layers"),
+    "mixtral": ({"num_local_experts": 4}, "2 attentions, 5 norms", "2 LoRA experts, 8 LoRA layers"),
+    "falcon": ({"new_decoder_architecture": True, "num_kv_heads": 2}, "2 attentions", "8 LoRA layers"),
+    "falcon of one key head": ({"multi_query": True}, "2 attentions", "8 LoRA layers"),
+    "falcon of plain heads": (
+        {"multi_query": False, "parallel_attn": False, "bias": True},
+        "2 attentions",
+        "8 LoRA layers",
+    ),
+    "gpt2": ({}, "2 gelus", "8 LoRA layers"),
+    "gpt_neox": ({}, "2 attentions", "8 LoRA layers"),
+    "gpt_neox of tanh": ({"hidden_act": "gelu_fast"}, "2 attentions, 2 gelus", "8 LoRA layers"),
+    "phi": ({"qk_layernorm": True}, "2 attentions, 2 gelus", "12 LoRA layers"),
 }
 
 
@@ -65,7 +72,7 @@ def test_packed_equals_one_row_at_a_time_in_loss_and_every_gradient(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, tied: bool, shared: int, few: bool
 ) -> None:
     monkeypatch.setattr(packed, "few_shapes", lambda *_: few)
-    extra, fused = FAMILIES[architecture]
+    extra, fused, _ = FAMILIES[architecture]
     folder = make_model(tmp_path, architecture=architecture.partition(" ")[0], tie_word_embeddings=tied, **extra)
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
     forward = PackedForward(model, rows(shared))
@@ -203,7 +210,9 @@ def test_the_written_out_steps_have_the_right_gradients() -> None:
     torch.testing.assert_close(one, x @ weights[0].T + bias + 0.7 * x @ down.T @ up.T)
     assert check(SwiGlu.apply, (double(3, 4), double(3, 4)))
     angles = torch.rand(5, 1, 3, dtype=torch.float64)
-    assert check(lambda x: Rotate.apply(x, angles.cos(), angles.sin()), (double(5, 2, 6),))
+    for width in (6, 9):  # of nine, three are not turned
+        assert check(lambda x: Rotate.apply(x, angles.cos(), angles.sin()), (double(5, 2, width),))
+    assert torch.equal(Rotate.apply(up_to_9 := double(5, 2, 9), angles.cos(), angles.sin())[..., 6:], up_to_9[..., 6:])
 
 
 def test_the_norms_step_equals_torchs() -> None:
@@ -218,29 +227,66 @@ def test_the_norms_step_equals_torchs() -> None:
         torch.testing.assert_close(mine, theirs)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2", "phi3"])
-def test_fused_lora_equals_pefts(tmp_path: Path, architecture: str) -> None:
+def with_lora(folder: Path, dtype: torch.dtype, targets: list[str] | None = None) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    extra, _ = FAMILIES[architecture]
-    folder = make_model(tmp_path, architecture=architecture, **extra)
-    sides = []
-    for fused in (True, False):
-        torch.manual_seed(3)
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
-        model = get_peft_model(base, config)
-        if fused:
-            forward = PackedForward(model, rows())
-            assert ("LoRA layers" in forward.why) == (architecture != "gpt2")  # its weights are transposed
-            loss = forward.nll(forward.pack(rows())).sum()
-        else:
-            loss = torch.stack([plain_loss(model, row) for row in rows()]).sum()
+    torch.manual_seed(3)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    on = {"target_modules": [], "target_parameters": targets} if targets else {"target_modules": "all-linear"}
+    return get_peft_model(base, LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, **on))
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    return {n: p.grad.float() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def lora_steps(folder: Path, given: list[Rendered], dtype: torch.dtype, targets: list[str] | None = None) -> list[Any]:
+    """What fused packed rows and PEFT's own rows one by one in float32 come to: loss, gradients; what was fused."""
+    fused, plain = with_lora(folder, dtype, targets), with_lora(folder, torch.float32, targets)
+    forward = PackedForward(fused, given)
+    losses = [forward.nll(forward.pack(given)).sum(), torch.stack([plain_loss(plain, row) for row in given]).sum()]
+    for loss in losses:
         loss.backward()
-        sides.append((loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}))
-    torch.testing.assert_close(sides[0][0], sides[1][0], rtol=1e-5, atol=1e-4)
-    for name, gradient in sides[1][1].items():
-        torch.testing.assert_close(sides[0][1][name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+    return [*losses, gradients(fused), gradients(plain), forward.why.partition("fused: ")[2]]
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_fused_lora_equals_pefts(tmp_path: Path, architecture: str) -> None:
+    extra, told, lora = FAMILIES[architecture]
+    folder = make_model(tmp_path, architecture=architecture.partition(" ")[0], **extra)
+    found, expected, mine, theirs, fused = lora_steps(folder, rows(12), torch.float32)
+    assert fused == f"{lora}, {told}"
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+EXPERTS = ["mlp.experts.down_proj", "mlp.experts.gate_up_proj"]
+
+
+@pytest.mark.parametrize("targets", [EXPERTS, EXPERTS[:1], EXPERTS[1:]])
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe"])
+def test_fused_lora_on_experts_equals_pefts(tmp_path: Path, architecture: str, targets: list[str]) -> None:
+    counts = {"mixtral": {"num_local_experts": 4}, "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 3}}
+    folder = make_model(tmp_path, architecture=architecture, moe_intermediate_size=24, **counts[architecture])
+    found, expected, mine, theirs, fused = lora_steps(folder, rows(12), torch.float32, targets)
+    assert fused.startswith("2 LoRA experts, 2 attentions")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(mine[name], gradient, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma", "phi3", "mixtral", "falcon", "gpt2", "gpt_neox", "phi"])
+def test_in_bfloat16_gradients_point_where_those_of_float32_do(tmp_path: Path, architecture: str) -> None:
+    """As far as three digits go; and with experts, whose choice a rounded router may change, on their matrices too."""
+    extra, _, _ = FAMILIES[architecture]
+    folder = make_model(tmp_path, architecture=architecture, initializer_range=0.1, **extra)
+    for targets in [None, EXPERTS] if architecture == "mixtral" else [None]:
+        found, expected, mine, theirs, fused = lora_steps(folder, rows(12), torch.bfloat16, targets)
+        assert "LoRA" in fused
+        torch.testing.assert_close(found, expected, rtol=0.02, atol=0.0)
+        flat = [torch.cat([side[name].flatten() for name in theirs]) for side in (mine, theirs)]
+        assert F.cosine_similarity(*flat, 0) > (0.95 if architecture == "mixtral" else 0.99)
 
 
 def test_small_updates_do_not_vanish_in_bfloat16() -> None:

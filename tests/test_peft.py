@@ -203,6 +203,7 @@ def test_experts_of_a_mixture_are_pefts(tmp_path: Path) -> None:
             parameter += 0.1 * torch.randn_like(parameter)
     theirs.load_state_dict(model.state_dict())
     forward = PackedForward(model, rows())
+    assert "2 LoRA experts" in forward.why
     found = forward.nll(forward.pack(rows())).sum()
     total = torch.stack([plain.nll(theirs, row.ids, plain.labels(row)) for row in rows()]).sum()
     torch.testing.assert_close(found, total, rtol=1e-5, atol=1e-4)

@@ -16,7 +16,7 @@ class Ways(Section):
     shared: bool = True
     """What rows begin with alike is computed once."""
     fused: bool = True
-    """Norms, gated MLPs, rotary attention and LoRA layers as single steps."""
+    """Norms, gated MLPs, rotary attention, LoRA on layers and on experts as single steps; slow gelus as torch's own."""
     liger: bool = True
     """Those steps by Liger's kernels, on CUDA where liger-kernel is installed."""
     attention: Literal["auto", "grouped", "rows", "flash", "flex"] = "auto"
