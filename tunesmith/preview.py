@@ -122,9 +122,10 @@ def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
     schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, kit.recipe.seed)
     shape = shape_of(empty)
     train.optimizer.check(kit.machine.device)
-    weights = {name: p for name, p in train.adapter.attach(empty).named_parameters() if p.requires_grad}
+    model = train.adapter.attach(empty)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     precision = kit.machine.precision if train.precision == "auto" else train.precision
-    found = estimate(job_of(train, shape, weights, precision, examples, schedule), kit.machine)
+    found = estimate(job_of(train, shape, model, weights, precision, examples, schedule), kit.machine)
     return Resolved(found, train, counts)
 
 

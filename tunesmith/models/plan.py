@@ -63,6 +63,7 @@ class Job:
         state_bytes: what the optimizer keeps of each trained weight.
         kept_bytes: what terms against forgetting keep of each trained weight.
         activations: whether those of decoder layers are kept, computed again, or offloaded.
+        reached: decoder layers that gradients go through, the last ones; below them nothing is kept. None: all.
         quantise: the format of the frozen linear layers, if they are in fewer bits than `precision`.
     """
 
@@ -80,6 +81,7 @@ class Job:
     state_bytes: float = 8.0
     kept_bytes: float = 0.0
     activations: str = "keep"
+    reached: int | None = None
     quantise: str | None = None
 
 
@@ -191,8 +193,8 @@ def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     """Memory and time of a job that may take `available` bytes (if None: what is free, and what this process has).
 
-    A token costs two floating-point operations a weight forward and two backward, and two more where a weight is
-    trained; the output layer only counts where a token carries loss.
+    A token costs two floating-point operations a weight forward, two backward in the layers that gradients go through,
+    and two more where a weight is trained; the output layer only counts where a token carries loss.
     Memory is the weights, float32 masters of those that are trained rounded, gradients, the optimizer's state, what
     terms against forgetting keep, what one pack keeps for backward (one layer's and the inputs of all, if activations
     are computed again), and one chunk of logits.
@@ -204,9 +206,10 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     tokens = round(sum(job.lengths) * job.epochs)
     computed = sum(own) * job.epochs * (1 + job.shared / max(_in_pack(job) - job.shared, 1))
     changed = min(job.trained - job.added, products)
-    work = computed * (4 * products + 6 * job.added + 2 * changed)
+    back = _reached(job) / max(shape.layers, 1)
+    work = computed * ((2 + 2 * back) * products + 6 * job.added + 2 * changed)
     work += 4 * round(job.loss_tokens * job.epochs) * shape.head
-    looked = sum(n * n for n in job.lengths) / 2 * job.epochs * shape.hidden * shape.layers
+    looked = sum(n * n for n in job.lengths) / 2 * job.epochs * shape.hidden * shape.layers * (1 + 2 * back) / 3
     rate, plain = (max(machine.gflops.get(name, 0.0), 1.0) * 1e9 for name in (job.precision, "float32"))
     memory = peak_memory(job)
     return Plan(
@@ -233,7 +236,8 @@ def peak_memory(job: Job) -> dict[str, int]:
     """Bytes at the peak of a training step, by part."""
     shape, size, in_pack = job.shape, BYTES[job.precision], _in_pack(job)
     layer = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
-    inputs = shape.hidden * shape.layers if job.activations == "recompute" else 0
+    layers = max(_reached(job), 1)  # whatever is trained, a layer's own are there while it is computed
+    inputs = shape.hidden * layers if job.activations == "recompute" else 0
     masters = 4 * (job.trained - job.added) if job.precision != "float32" else 0
     kept = round(job.trained * job.kept_bytes)
     by_kept = BY_KEPT if max(job.lengths) <= LONGEST_KEPT else BY_KEPT_LONG
@@ -246,10 +250,14 @@ def peak_memory(job: Job) -> dict[str, int]:
         **({"masters": masters} if masters else {}),
         **({"start": kept} if kept else {}),
         "activations": round(
-            in_pack * size * (layer * shape.layers if job.activations == "keep" else inputs + layer) * by_kept
+            in_pack * size * (layer * layers if job.activations == "keep" else inputs + layer) * by_kept
         ),
         "logits": round(LOGITS * min(tokens_at_once(shape.vocabulary), in_pack) * shape.vocabulary * 4),
     }
+
+
+def _reached(job: Job) -> int:
+    return job.shape.layers if job.reached is None else job.reached
 
 
 def _in_pack(job: Job) -> int:
@@ -279,7 +287,7 @@ def advise(job: Job, available: int) -> list[Change]:
         steps.append(({"train.optimizer": "adafactor"}, "other steps than adamw's", {"state_bytes": 0.1}))
     if not job.added:
         added = sum(LORA_RANK * (rows + columns) for rows, columns in job.shape.linear.values())
-        change = {"trained": added, "added": added, "precision": "bfloat16", "state_bytes": 8.0}
+        change = {"trained": added, "added": added, "precision": "bfloat16", "state_bytes": 8.0, "reached": None}
         steps.append(({"train.adapter": "lora"}, "small weights beside the frozen base are trained", change))
     shorter = sorted(job.lengths)[int(0.9 * (len(job.lengths) - 1))]
     if shorter < longest:

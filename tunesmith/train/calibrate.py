@@ -16,6 +16,7 @@ from tunesmith.models.machine import Machine
 from tunesmith.models.packs import common_beginning, tokens
 from tunesmith.models.plan import Job, Plan, Shape, advise, free_memory, peak_memory, told
 from tunesmith.train.batching import Schedule
+from tunesmith.train.layers import reached
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.optimizers.make import grouped
 from tunesmith.train.section import TrainSection
@@ -26,6 +27,7 @@ VALIDATED = 16  # validation rows that are tried
 def job_of(
     section: TrainSection,
     shape: Shape,
+    model: torch.nn.Module,
     weights: dict[str, torch.nn.Parameter],
     precision: str,
     examples: Sequence[Example],
@@ -50,6 +52,7 @@ def job_of(
         state_bytes=state / max(trained, 1),
         kept_bytes=4.0 * sum(term.copies for term in section.keep),
         activations=section.speed.activations,
+        reached=reached([name for name, _ in model.named_parameters()], weights),
         quantise=section.quantise,
     )
 

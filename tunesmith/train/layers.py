@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 
 def layer_of(name: str) -> int | None:
@@ -20,3 +20,13 @@ def depths(names: Iterable[str]) -> dict[str, int]:
         found[name] = last + 1 if layer is None and last else 0 if layer is None else layer + 1
         last = max(last, layer + 1) if layer is not None else last
     return found
+
+
+def reached(names: Iterable[str], trained: Container[str]) -> int:
+    """Through how many decoder layers gradients go: from the lowest that holds one of the `trained` among a model's
+    weights, or follows it, up to the last. `names` come in the model's order; PEFT's virtual tokens, last of all, stand
+    before the first layer."""
+    heights = depths(names)
+    last = max((height for name, height in heights.items() if layer_of(name) is not None), default=0)
+    lowest = min((0 if "prompt_encoder" in name else h for name, h in heights.items() if name in trained), default=0)
+    return min(last, last + 1 - lowest)
