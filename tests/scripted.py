@@ -150,6 +150,11 @@ def state_of(
     return State(section, Serving(section, models, routes), keys=keys, store=store)
 
 
+def served(*engines: Scripted, **settings: Any) -> TestClient:
+    """A client of an application over engines."""
+    return TestClient(build(state_of(*engines, **settings)))
+
+
 def ask(http: TestClient, text: str = "What colour is it?", model: str = "scripted", **more: Any) -> Any:
     """The response to a chat of one message; `more` are further keys of the request."""
     messages = [{"role": "user", "content": text}]
