@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith import plugins
-from tunesmith.conversation.message import Conversation, Message, Preference, Text
+from tunesmith.conversation.message import Conversation, Text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate import probes
 from tunesmith.evaluate.conditions import Condition, decide
@@ -19,15 +19,13 @@ from tunesmith.evaluate.files import json_in, local_file
 from tunesmith.evaluate.junit import junit
 from tunesmith.evaluate.metrics import FITTING, Answers, Floats, Metric
 from tunesmith.evaluate.metrics.custom import custom
-from tunesmith.evaluate.mistakes import FEWEST_ROWS, about, mistakes
+from tunesmith.evaluate.mistakes import mistakes
 from tunesmith.evaluate.people import reviewed
 from tunesmith.evaluate.section import EvaluateSection, GateSection
+from tunesmith.evaluate.sides import Side, answered, embedded
 from tunesmith.evaluate.slices import by_task, slices
 from tunesmith.evaluate.statistics import compared, holm, verdict
-from tunesmith.inference.engine import Sampling
 from tunesmith.inference.kept import Kept
-from tunesmith.inference.subject import Ask, Reply
-from tunesmith.progress import bar
 from tunesmith.runs import json_line, write_json, write_text
 
 SIDES = ("baseline", "tuned")
@@ -55,14 +53,6 @@ class EvaluateInputs:
     review: Path | None = None
 
 
-@dataclass(frozen=True)
-class Side:
-    """One model's answers, and each row's replies over all rounds."""
-
-    answers: Answers
-    replies: list[list[Reply]]
-
-
 def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> dict[str, Any]:
     """Write scorecard.json and answers.jsonl into `target`; returns the scorecard.
 
@@ -70,16 +60,42 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         DataError: there is no test row.
         RecipeError: a metric needs what a model does not give.
     """
-    rows = drawn(inputs.rows, section.rows, inputs.seed)
-    if not rows:
-        raise DataError("no test rows to evaluate on", where="data.split.test", fix="Hold some out: test: 0.1")
-    if section.json_schema:
-        shared = {"schema": json_in(local_file(section.json_schema, inputs.folder))}
-        rows = [replace(row, metadata=shared | row.metadata) for row in rows]
+    rows = _rows(section, inputs)
     goal, metrics = chosen(section, inputs)
     limit = section.max_new_tokens or _limit(rows, inputs.subjects["baseline"])
     asked = probes.asked(section, inputs, rows, limit)
+    metrics = _measurable(metrics, inputs)
 
+    sides, shown, embedding = _both(section, inputs, rows, metrics, limit, asked)
+    stats = {m.name: {side: m.measure(sides[side].answers) for side in SIDES} for m in metrics}
+    card = _scored(section, inputs, rows, metrics, limit, sides, stats)
+    card |= _probed(asked, shown, target)
+    lines = _lines(rows, sides, metrics[0], stats[goal])
+    if inputs.review and (told := reviewed(inputs.review, lines, target / "judge.jsonl")):
+        card["review"] = told
+    card["errors"] = mistakes(lines, inputs.kind, metrics[0].higher_is_better, inputs.seed, embedding)
+    card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
+
+    write_json(target / "scorecard.json", card)
+    write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
+    write_text(target / "answers.jsonl", "".join(map(json_line, lines)))
+    return card
+
+
+def _rows(section: EvaluateSection, inputs: EvaluateInputs) -> list[Conversation]:
+    """The rows that are asked, each with the schema that its answer is to follow, where there is one."""
+    rows = drawn(inputs.rows, section.rows, inputs.seed)
+    if not rows:
+        raise DataError("no test rows to evaluate on", where="data.split.test", fix="Hold some out: test: 0.1")
+    if not section.json_schema:
+        return rows
+    shared = {"schema": json_in(local_file(section.json_schema, inputs.folder))}
+    return [replace(row, metadata=shared | row.metadata) for row in rows]
+
+
+def _measurable(metrics: list[Metric], inputs: EvaluateInputs) -> list[Metric]:
+    """Those of the metrics that both models give what is needed for; the goal's, which is first, must be."""
+    goal = metrics[0].name
     if not all(subject.scores for subject in inputs.subjects.values()):
         metrics = [m for m in metrics if not m.likelihood]
     if goal not in [m.name for m in metrics]:
@@ -88,29 +104,54 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
             where="goal.metric",
             fix="Choose another: accuracy, exact_match, rouge_l, ...",
         )
+    return metrics
 
+
+def _both(
+    section: EvaluateSection,
+    inputs: EvaluateInputs,
+    rows: Sequence[Conversation],
+    metrics: Sequence[Metric],
+    limit: int,
+    asked: Sequence[probes.Probe],
+) -> tuple[dict[str, Side], dict[str, dict[str, Any]], tuple[str, Any] | None]:
+    """What each model answers, what it shows each probe, and what the rows are about by the first that embeds them.
+
+    Each is closed before the next is opened.
+    """
     sides: dict[str, Side] = {}
     embedding: tuple[str, Any] | None = None
-    found: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
+    shown: dict[str, dict[str, Any]] = {probe.name: {} for probe in asked}
     for side in SIDES:
         subject = inputs.subjects[side]
-        sides[side] = _asked(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
-        embedding = embedding or _embedded(subject, rows)
+        sides[side] = answered(section, subject, rows, metrics, limit, side, inputs.seed, inputs.kind)
+        embedding = embedding or embedded(subject, rows)
         for probe in asked:
-            found[probe.name][side] = probe.ask(subject, side, found[probe.name].get("baseline"))
+            shown[probe.name][side] = probe.ask(subject, side, shown[probe.name].get("baseline"))
         subject.close()
+    return sides, shown, embedding
 
-    stats = {m.name: {side: m.measure(sides[side].answers) for side in SIDES} for m in metrics}
+
+def _scored(
+    section: EvaluateSection,
+    inputs: EvaluateInputs,
+    rows: Sequence[Conversation],
+    metrics: Sequence[Metric],
+    limit: int,
+    sides: dict[str, Side],
+    stats: dict[str, dict[str, Floats]],
+) -> dict[str, Any]:
+    """The scorecard as far as the answers to the test rows make it."""
+    decider = metrics[0]
     scores = {
         m.name: compared(m, stats[m.name], section.bootstrap, inputs.seed)
         | ({"details": {s: m.details(sides[s].answers) for s in SIDES}} if m.details else {})
         for m in metrics
     }
     holm(scores)
-    decider = next(m for m in metrics if m.name == goal)
     card: dict[str, Any] = {
-        "verdict": verdict(decider, scores[goal]["difference"]),
-        "goal_metric": goal,
+        "verdict": verdict(decider, scores[decider.name]["difference"]),
+        "goal_metric": decider.name,
         "n": len(rows),
         "answers": inputs.kind,
         "max_new_tokens": limit,
@@ -119,25 +160,24 @@ def evaluate(section: EvaluateSection, inputs: EvaluateInputs, target: Path) -> 
         "metrics": scores,
         "failures": {side: dict(inputs.subjects[side].failures) for side in SIDES},
         "tasks": by_task(rows, metrics, stats, inputs.seed),
-        "slices": slices(rows, inputs.kind, decider, stats[goal], inputs.seed),
+        "slices": slices(rows, inputs.kind, decider, stats[decider.name], inputs.seed),
     }
     if inputs.kind == "label" and not (decider.likelihood or decider.chooses):
-        card["constant"] = _constant(decider, sides["tuned"].answers, stats[goal]["tuned"], section, inputs.seed)
-    for probe in asked:
-        for name, told in probe.compare(found[probe.name]).items():
-            examples = told.pop("examples", [])
-            card[name] = told
-            if examples:  # what was asked and answered, a line each
-                write_text(target / f"{name}.jsonl", "".join(map(json_line, examples)))
-    lines = _lines(rows, sides, decider, stats[goal])
-    if inputs.review and (told := reviewed(inputs.review, lines, target / "judge.jsonl")):
-        card["review"] = told
-    card["errors"] = mistakes(lines, inputs.kind, decider.higher_is_better, inputs.seed, embedding)
-    card["gate"] = decide(inputs.gate.conditions if inputs.gate else None, card, inputs.gate is not None)
-    write_json(target / "scorecard.json", card)
-    write_text(target / "junit.xml", junit(inputs.subjects["tuned"].name, card))
-    write_text(target / "answers.jsonl", "".join(map(json_line, lines)))
+        tuned = stats[decider.name]["tuned"]
+        card["constant"] = _constant(decider, sides["tuned"].answers, tuned, section, inputs.seed)
     return card
+
+
+def _probed(asked: Sequence[probes.Probe], shown: dict[str, dict[str, Any]], target: Path) -> dict[str, Any]:
+    """What the probes add to the scorecard; what was asked and answered for one is written, a line each."""
+    found: dict[str, Any] = {}
+    for probe in asked:
+        for name, told in probe.compare(shown[probe.name]).items():
+            examples = told.pop("examples", [])
+            found[name] = told
+            if examples:
+                write_text(target / f"{name}.jsonl", "".join(map(json_line, examples)))
+    return found
 
 
 def _constant(decider: Metric, answers: Answers, tuned: Floats, section: EvaluateSection, seed: int) -> dict[str, Any]:
@@ -185,77 +225,6 @@ def metric_named(name: str, folder: Path) -> Metric:
 def _limit(rows: Sequence[Conversation], subject: Kept) -> int:
     longest = max(subject.length(row.answer) for row in rows)
     return longest + longest // 4 + 8
-
-
-def _asked(
-    section: EvaluateSection,
-    subject: Kept,
-    rows: Sequence[Conversation],
-    metrics: Sequence[Metric],
-    limit: int,
-    side: str,
-    seed: int,
-    kind: str,
-) -> Side:
-    """One model's answers to the rows, and the likelihoods that the metrics need."""
-    prompts = [Ask.of(row) for row in rows]
-    rounds: list[list[Reply]] = []
-    for number in range(section.seeds if any(not m.likelihood for m in metrics) else 0):
-        sampling = Sampling(section.heat, seed + number) if section.heat else None
-        title = f"Answers, {side}" + (f", round {number + 1}" if section.seeds > 1 else "")
-        with bar(title, len(rows)) as progress:
-            rounds.append(subject.replies(prompts, limit, progress.advance, sampling))
-    nll, tokens = [float("nan")] * len(rows), [0] * len(rows)
-    if subject.scores:
-        with bar(f"Likelihood, {side}", len(rows)) as progress:
-            likely = subject.likelihoods(rows, progress.advance)
-        nll, tokens = [s.nll for s in likely], [s.tokens for s in likely]
-    chooses = any(m.chooses for m in metrics)
-    rounds = rounds or [[Reply("")] * len(rows)]
-    texts = [[r.text for r in given] for given in rounds]
-    answers = Answers(
-        texts[0],
-        [row.text if isinstance(row, Text) else row.answer for row in rows],
-        nll,
-        tokens,
-        [row.metadata for row in rows],
-        texts if len(texts) > 1 else (),
-        _choices(subject, rows, side) if chooses else (),
-        _pairs(subject, rows, side) if subject.scores else (),
-    )
-    return Side(answers, [list(of_row) for of_row in zip(*rounds, strict=True)])
-
-
-def _embedded(subject: Kept, rows: Sequence[Conversation]) -> tuple[str, Any] | None:
-    """The model's name and its embeddings of what the rows are about; none of what is not on this machine."""
-    if len(rows) < FEWEST_ROWS:
-        return None
-    texts = [about(row.prompt, row.text if isinstance(row, Text) else row.answer) for row in rows]
-    with bar("What rows are about", len(rows)) as progress:
-        vectors = subject.embedded(texts, progress.advance)
-    return None if vectors is None else (subject.name, vectors)
-
-
-def _choices(subject: Kept, rows: Sequence[Conversation], side: str) -> list[list[tuple[str, float]]]:
-    """Each row's choices and their negative log-likelihoods; the test rows' labels where a row names none."""
-    labels = sorted({row.answer.strip() for row in rows})
-    choices = [[str(c) for c in row.metadata.get("choices") or labels] for row in rows]
-    made = [_answered(row, text) for row, texts in zip(rows, choices, strict=True) for text in texts]
-    with bar(f"Choices, {side}", len(made)) as progress:
-        scores = iter(subject.likelihoods(made, progress.advance))
-    return [[(text, next(scores).nll) for text in texts] for texts in choices]
-
-
-def _pairs(subject: Kept, rows: Sequence[Conversation], side: str) -> list[tuple[float, float]]:
-    """What the endings of preferences get per token; nothing of other rows."""
-    made = [conversation for row in rows if isinstance(row, Preference) for conversation in row.conversations]
-    with bar(f"Pairs, {side}", len(made)) as progress:
-        found = [s.nll / max(s.tokens, 1) for s in subject.likelihoods(made, progress.advance)]
-    return list(zip(found[::2], found[1::2], strict=True))
-
-
-def _answered(row: Conversation, text: str) -> Conversation:
-    return replace(row, messages=(*row.prompt, Message("assistant", text)))
 
 
 def _lines(
