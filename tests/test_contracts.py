@@ -21,8 +21,8 @@ PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
 VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
-    {"charts", "errors", "scores", "section"},
-    {"plugins", "progress", "store"},
+    {"charts", "errors", "intervals", "scores", "section"},
+    {"agreement", "plugins", "progress", "store"},
     {"runs"},
     {"conversation"},
     {"models"},

@@ -11,7 +11,8 @@ import pytest
 
 from tests.conftest import colour_rows, write_jsonl, write_recipe
 from tunesmith.evaluate.conditions import Condition, decide
-from tunesmith.evaluate.statistics import quantile
+from tunesmith.intervals import between, quantile
+from tunesmith.scores import spanned
 
 
 def score(low: float, value: float, high: float) -> dict[str, float]:
@@ -70,12 +71,29 @@ def test_a_latency_of_too_few_rows_proves_nothing(rows: int, state: str) -> None
     """The chance that all of n rows lie below the 95th percentile is 0.95^n, which is above 2.5% up to 71 rows."""
     seconds = [0.5 + 0.001 * (i % 17) for i in range(rows)]
     sides = {side: quantile(seconds, 0.95) for side in ("tuned", "baseline")}
-    card = CARD | {"latency": {"p95": sides | {"difference": score(0.0, 0.0, 0.0)}}}
+    card = CARD | {"latency": {"p95": sides | {"difference": between(sides["tuned"], sides["baseline"])}}}
     found = Condition.read("latency.p95 <= 2.0").judge(card)
     assert found["state"] == state, found["why"]
     assert ("it takes 72" in found["why"]) == (state == "not_proven")
     assert Condition.read("latency.p95.value <= 2.0").judge(card)["met"]  # whoever asks for the figure gets it
     assert Condition.read("latency.p95 <= 0.1").judge(card)["state"] == "broken"
+    assert Condition.read("latency.p95.rise <= 0.5").judge(card)["state"] == state
+    assert Condition.read("latency.p95.drop <= 0.5").judge(card)["state"] == state
+
+
+def test_an_interval_that_needs_more_rows_is_no_proof() -> None:
+    few = score(0.9, 0.95, 1.0) | {"needs": 1234}
+    f1 = {"baseline": few, "tuned": few, "difference": score(0.1, 0.2, 0.3) | {"needs": 1234}}
+    card = CARD | {"metrics": CARD["metrics"] | {"macro_f1": f1}}
+    for text in ("macro_f1 >= 0.8", "macro_f1.low >= 0.8", "macro_f1.difference > 0", "macro_f1.drop <= 0.1"):
+        found = Condition.read(text).judge(card)
+        assert found["state"] == "not_proven" and "it takes 1,234" in found["why"], text
+    assert Condition.read("macro_f1.value >= 0.9").judge(card)["met"]
+    assert Condition.read("macro_f1 <= 0.8").judge(card)["state"] == "broken"
+    f1["difference"]["p"] = 0.04  # it shows that there is a difference, and no more than that
+    assert Condition.read("macro_f1.difference > 0").judge(card)["met"]
+    assert not Condition.read("macro_f1.difference > 0.05").judge(card)["met"]
+    assert spanned(few) == "0.950 [0.900, 1.000] (no proof: takes 1,234 rows)"
 
 
 def test_decisions() -> None:

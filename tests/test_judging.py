@@ -13,8 +13,8 @@ import pytest
 from tests.conftest import colour_rows, write_jsonl
 from tests.fake_endpoint import FakeEndpoint
 from tests.test_review import fill
+from tunesmith.agreement import alpha, kappa
 from tunesmith.errors import DataError
-from tunesmith.evaluate.agreement import alpha, kappa
 from tunesmith.evaluate.asking import Duel, duel_asks, read
 from tunesmith.evaluate.human import human_labels
 from tunesmith.inference import endpoint
@@ -25,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "WAITS", (0.01,) * 4)
 
 
-def test_kappa_is_scikit_learns_and_its_interval_covers() -> None:
+def test_kappa_is_scikit_learns() -> None:
     from sklearn.metrics import cohen_kappa_score
 
     random = np.random.default_rng(3)
@@ -38,17 +38,6 @@ def test_kappa_is_scikit_learns_and_its_interval_covers() -> None:
         assert found["value"] == pytest.approx(cohen_kappa_score(one, other, labels=labels, weights=weights))
         assert found["low"] < found["value"] < found["high"]
     assert kappa(["a"] * 5, ["a"] * 5, ["a", "b"]) is None  # nothing could have differed
-
-    # 200 draws of 60 items from a population whose kappa is known: 0.5 agree by rule, the rest by chance.
-    covered = 0
-    for seed in range(200):
-        random = np.random.default_rng(seed)
-        one = [str(x) for x in random.integers(0, 2, 60)]
-        other = [a if random.random() < 0.5 else str(random.integers(0, 2)) for a in one]
-        found = kappa(one, other, ["0", "1"], seed=seed)
-        assert found
-        covered += found["low"] <= 0.5 <= found["high"]
-    assert 0.91 <= covered / 200 <= 0.99
 
 
 def test_alpha_is_krippendorffs_own() -> None:

@@ -14,6 +14,7 @@ import pytest
 from tests.conftest import write_jsonl
 from tests.sources import task
 from tests.test_errors import assert_refused
+from tunesmith.agreement import fleiss
 from tunesmith.data.labels.agreement import adjudicate, agreement
 from tunesmith.data.labels.judgements import Judgement, read_judgements
 from tunesmith.runs import read_jsonl
@@ -53,7 +54,20 @@ def test_fleiss_own_example() -> None:
     for i, row in enumerate(counts):
         labels = [str(c) for c, n in enumerate(row) for _ in range(n)]
         judgements += [Judgement(f"i{i}", f"p{j}", label) for j, label in enumerate(labels)]
-    assert agreement(judgements)["fleiss"] == {"kappa": pytest.approx(0.2099, abs=1e-4), "items": 10, "raters": 14}
+    found = agreement(judgements)["fleiss"]
+    assert (found["kappa"], found["items"], found["raters"]) == (pytest.approx(0.2099, abs=1e-4), 10, 14)
+    assert found["interval"][0] < 0.2099 < found["interval"][1]
+
+
+def test_fleiss_is_statsmodels() -> None:
+    from statsmodels.stats.inter_rater import fleiss_kappa
+
+    random = np.random.default_rng(4)
+    for _ in range(5):
+        counts = random.multinomial(5, [0.6, 0.3, 0.1], 40)
+        found = fleiss(counts.astype(float))
+        assert found and found["value"] == pytest.approx(fleiss_kappa(counts)) and found["n"] == 40
+    assert fleiss(np.array([[3.0, 0.0]] * 8)) is None  # nothing could have differed
 
 
 def test_cohen_is_scikit_learns() -> None:
@@ -64,6 +78,7 @@ def test_cohen_is_scikit_learns() -> None:
     said = {who: np.where(random.random(60) < 0.7, truth, random.integers(0, 3, 60)) for who in "ab"}
     judgements = [Judgement(str(i), who, str(said[who][i])) for who in "ab" for i in range(60)]
     [pair] = agreement(judgements)["cohen"]["pairs"]
+    assert pair["interval"][0] < pair["kappa"] < pair["interval"][1] and "needs" not in pair
     assert pair["kappa"] == round(cohen_kappa_score(said["a"], said["b"]), 4) and pair["items"] == 60
 
 

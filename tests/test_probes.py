@@ -70,6 +70,21 @@ def test_tokens_a_second_are_all_tokens_by_all_seconds(tmp_path: Path) -> None:
     assert values(speed["p50"]) == (8.0, 4.0) and values(speed["changed_by_batching"]) == (0, 0)
 
 
+def test_answers_that_batches_change_are_counted(tmp_path: Path) -> None:
+    class Crowded(Scripted):
+        """Answers one of three otherwise where it is not asked alone."""
+
+        def answers(self, prompts: Any, limit: int, sampling: Any, tick: Any) -> Iterator[tuple[int, Reply]]:
+            for i, reply in super().answers(prompts, limit, sampling, tick):
+                yield i, Reply("c, or so") if reply.text == "c" and len(prompts) > 1 else reply
+
+    def said(asked: str) -> Reply:
+        return Reply(asked, 1, 1.0)
+
+    latency = told(Alone([row(x, "x") for x in "abc"], 8, 100, 7), tmp_path, Scripted(said), Crowded(said))
+    assert values(latency["changed_by_batching"]) == (0, pytest.approx(1 / 3))
+
+
 class Rote:
     """An engine that knows texts by heart: it goes on with one that begins as asked, and finds its tokens likely."""
 

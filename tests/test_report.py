@@ -304,6 +304,16 @@ def test_lower_is_better(tmp_path: Path, goal: str) -> None:
     assert "The whole interval is below zero (lower is better)." in text
 
 
+def test_an_interval_that_needs_more_rows_says_so(tmp_path: Path) -> None:
+    run = fake_run(tmp_path)
+    card = runs.read_json(run.scorecard)
+    card["metrics"][card["goal_metric"]]["difference"]["needs"] = 1234
+    runs.write_json(run.scorecard, card | {"verdict": "not_proven"})
+    shown = page(run).text
+    assert "(no proof: takes 1,234 rows)" in shown and "Too few rows bear on the difference" in shown
+    assert "holds zero" not in shown
+
+
 def test_not_proven_is_said(tmp_path: Path) -> None:
     shown = page(fake_run(tmp_path, tuned_right=1))
     assert "Not proven." in shown.text and "The interval holds zero" in shown.text

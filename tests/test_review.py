@@ -15,10 +15,10 @@ from tests.conftest import write_recipe
 from tests.test_report import fake_run
 from tunesmith import review, runs
 from tunesmith.errors import DataError, RunError
-from tunesmith.evaluate.people import Pair, strengths, summed_up
+from tunesmith.evaluate.people import strengths
 
 
-def test_bradley_terry_is_the_likeliest_and_its_interval_covers() -> None:
+def test_bradley_terry_is_the_likeliest() -> None:
     """Against scikit-learn's logistic regression of (one wins) on (one - other), with the same half wins added."""
     from sklearn.linear_model import LogisticRegression
 
@@ -42,16 +42,6 @@ def test_bradley_terry_is_the_likeliest_and_its_interval_covers() -> None:
     fitted = LogisticRegression(C=1e9, fit_intercept=False, tol=1e-10, max_iter=10_000).fit(x, y, sample_weight=w)
     theirs = fitted.coef_[0] - fitted.coef_[0][0]
     assert strengths(wins.ravel(), 4) == pytest.approx(theirs, abs=1e-4)
-
-    covered = 0
-    for seed in range(100):
-        random = np.random.default_rng(seed)
-        pairs = [
-            Pair(f"r{i}", "a", "b", {"jo": "b" if random.random() < 1 / (1 + np.exp(-0.8)) else "a"}) for i in range(60)
-        ]
-        found = summed_up(pairs, ["a", "b"], 400, seed)["strength"]["b"]
-        covered += found["low"] <= 0.8 <= found["high"]
-    assert 0.89 <= covered / 100 <= 1
 
 
 class Sheet(HTMLParser):

@@ -39,4 +39,14 @@ def signed(value: float) -> str:
 
 def spanned(score: Mapping[str, float]) -> str:
     """A figure with its 95% interval."""
-    return f"{number(score['value'])} [{number(score['low'])}, {number(score['high'])}]"
+    return f"{number(score['value'])} {bracketed(score)}"
+
+
+def bracketed(score: Mapping[str, float]) -> str:
+    """A 95% interval; with how many rows it takes, where these are too few for it to be proof."""
+    return f"[{number(score['low'])}, {number(score['high'])}]" + doubt(score)
+
+
+def doubt(score: Mapping[str, float]) -> str:
+    """What follows an interval that so few rows bear on that it is no proof."""
+    return f" (no proof: takes {score['needs']:,} rows)" if "needs" in score else ""

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder
-from tunesmith.scores import number, signed, spanned
+from tunesmith.scores import bracketed, doubt, number, signed, spanned
 
 if TYPE_CHECKING:
     from tunesmith.models.plan import Plan
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SAID = {
     "better": "[bold green]better[/bold green]: the whole interval of the difference is on the good side of zero",
     "worse": "[bold red]worse[/bold red]: the whole interval of the difference is on the bad side of zero",
-    "not_proven": "[bold yellow]not proven[/bold yellow]: the interval of the difference holds zero",
+    "not_proven": "[bold yellow]not proven[/bold yellow]: the difference's interval holds zero, or takes more rows",
 }
 LISTED_AT_MOST = 20
 
@@ -91,7 +91,7 @@ def scores(card: dict[str, Any], title: str, report: Path) -> None:
             number(score["baseline"]["value"]),
             number(score["tuned"]["value"]),
             f"{'+' if gap['value'] >= 0 else ''}{number(gap['value'])}",
-            f"[{number(gap['low'])}, {number(gap['high'])}]",
+            bracketed(gap),
         )
     out.print(table)
     _besides(card)
@@ -123,8 +123,7 @@ def _besides(card: dict[str, Any]) -> None:
         paired = "difference" in score
         one, span = (score["tuned"], score["difference"]) if paired else (score, score)
         before, gap = (number(score["baseline"]["value"]), signed(span["value"])) if paired else ("", "")
-        interval = f"[{number(span['low'])}, {number(span['high'])}]"
-        table.add_row(escape(".".join(path)), before, number(one["value"]), gap, interval)
+        table.add_row(escape(".".join(path)), before, number(one["value"]), gap, bracketed(span))
     if table.row_count:
         _console().print(table)
 
@@ -327,11 +326,19 @@ def labelled(found: Any, written: Path | None) -> None:
 def agreement(found: dict[str, Any], written: Path | None) -> None:
     """Annotators' agreement, as data.labels.agreement tells it."""
     alpha, fleiss, cohen = found["krippendorff"], found["fleiss"], found["cohen"]
-    interval = f", 95% interval {alpha['interval'][0]} to {alpha['interval'][1]}" if alpha["interval"] else ""
+
+    def of(score: dict[str, Any], more: str = "") -> str:
+        span = ", 95% interval {} to {}".format(*score["interval"]) if score["interval"] else ""
+        return f"{score['items']} items{more}{span}{doubt(score)}"
+
     figures = [
-        ("Krippendorff's alpha", alpha["alpha"], f"{alpha['items']} items{interval}"),
-        ("Fleiss' kappa", fleiss["kappa"], f"{fleiss['items']} items, {fleiss['raters']} judgements each"),
+        ("Krippendorff's alpha", alpha["alpha"], of(alpha)),
+        ("Fleiss' kappa", fleiss["kappa"], of(fleiss, f", {fleiss['raters']} judgements each")),
         ("Cohen's kappa, mean", cohen["mean"], f"{len(cohen['pairs'])} pairs of annotators"),
+        *(
+            (f"Cohen's kappa, {' and '.join(pair['annotators'])}", pair["kappa"], of(pair))
+            for pair in cohen["pairs"][:LISTED_AT_MOST]
+        ),
         ("agreeing pairs", found["agreeing pairs"], f"{found['judgements']} judgements"),
     ]
     table([dict(zip(("figure", "value", "of"), line, strict=True)) for line in figures], "")

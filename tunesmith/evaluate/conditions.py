@@ -16,6 +16,7 @@ from tunesmith.scores import within
 OPERATORS = {">=": operator.ge, "<=": operator.le, ">": operator.gt, "<": operator.lt}
 SIDES = ("tuned", "baseline", "difference", "drop", "rise")
 BOUNDS = ("low", "high", "value")
+SHOWN = 0.05  # a p below it shows a difference
 # Sections of a scorecard that hold scores, besides its metrics.
 SECTIONS = ("constant", "latency", "forgetting", "memory", "safety", "bias", "suites", "judge", "review")
 LIMITS = {  # of the default gate, where these were measured
@@ -34,7 +35,8 @@ class Condition:
     """`path operator number`: the path names a score, then optionally a side (tuned if none) and a bound.
 
     With a bound (`low`, `high`, `value`) that number is compared. Without one the whole interval is: a condition
-    is met where all of the interval meets it, broken where none of it does, and not proven between.
+    is met where all of the interval meets it, broken where none of it does, and not proven between. An interval that
+    needs more rows to be proof meets none, but that a difference is not zero can be shown by its p.
     """
 
     text: str
@@ -92,8 +94,9 @@ class Condition:
         pessimist, optimist = (low, high) if upwards else (high, low)
         value = span[bound] if bound else span["value"]
         if compare(span[bound] if bound else pessimist, self.number):
-            if "needs" in span and bound != "value" and not upwards:
-                few = f"{shown}: of so few rows the slowest does not bound it; it takes {span['needs']}"
+            tested = self.number == 0 and span.get("p", 1.0) < SHOWN  # that it is not zero, a test shows by itself
+            if "needs" in span and bound != "value" and not tested:
+                few = f"{shown}: too few rows bear on that for it to be proof; it takes {span['needs']:,}"
                 return self._told(value, "not_proven", few)
             return self._told(value, "met", shown)
         if (optimist < self.number) if upwards else (optimist > self.number):
@@ -124,7 +127,7 @@ class Condition:
             gap = score["difference"]
             sign = -1 if wanted == "drop" else 1
             low, high = sorted((sign * gap["low"] + 0.0, sign * gap["high"] + 0.0))  # and no -0
-            return {"value": sign * gap["value"] + 0.0, "low": low, "high": high}, bound
+            return gap | {"value": sign * gap["value"] + 0.0, "low": low, "high": high}, bound
         return score.get(wanted), bound
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.evaluate.metrics.base import Floats, mean, measured, rows
 from tunesmith.evaluate.prompts import prompts
-from tunesmith.evaluate.statistics import Resamples, compared, interval
+from tunesmith.evaluate.statistics import compared, interval
 from tunesmith.inference.kept import Kept
 from tunesmith.inference.subject import Ask
+from tunesmith.intervals import Resamples
 from tunesmith.progress import bar
 
 LIKELIEST = 20  # tokens whose probability is compared; all others count as one

@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from tunesmith.agreement import kappa
 from tunesmith.conversation.message import Conversation
-from tunesmith.evaluate.agreement import kappa
 from tunesmith.evaluate.asking import Duel, duel_asks, question_of, read, rubric_ask, sentences, support_ask
 from tunesmith.evaluate.chat import Chat
 from tunesmith.evaluate.human import HumanDuel, HumanScore, human_labels
 from tunesmith.evaluate.metrics.base import mean, measured, rows
 from tunesmith.evaluate.section import JudgeSection
-from tunesmith.evaluate.statistics import Resamples, compared, interval
+from tunesmith.evaluate.statistics import compared, preference
 from tunesmith.inference.engine import Sampling
 from tunesmith.inference.kept import Kept
 from tunesmith.inference.subject import Ask
+from tunesmith.intervals import Resamples, share
 from tunesmith.progress import bar
 
 SIDES = ("baseline", "tuned")
@@ -114,7 +115,9 @@ class Judge:
     def _pairwise(
         self, judged: list[tuple[str, bool | None, list[str]]], lines: list[dict[str, Any]], told: dict[str, Any]
     ) -> None:
-        told["preference"] = self._share([WORTH[winner] for winner, _, _ in judged])
+        draws = Resamples(len(judged), self.bootstrap, self.seed)
+        told["preference"] = preference([WORTH[winner] for winner, _, _ in judged], draws)
+        told["preference"] |= {"n": len(judged), "higher_is_better": True}
         for name, wanted in (("won", "tuned"), ("tied", "tie"), ("lost", "baseline")):
             told[name] = self._share([float(winner == wanted) for winner, _, _ in judged], good=wanted != "baseline")
         moved = [float(changed) for _, changed, _ in judged if changed is not None]
@@ -194,9 +197,8 @@ class Judge:
         return {name: score for name, score in found.items() if score is not None}
 
     def _share(self, values: Sequence[float], good: bool = True) -> dict[str, Any]:
-        metric = measured("share", mean, binary=set(values) <= {0.0, 1.0})
-        draws = Resamples(len(values), self.bootstrap, self.seed)
-        return interval(metric, rows(values), draws) | {"n": len(values), "higher_is_better": good}
+        found = {"value": sum(values) / len(values)} | share(round(sum(values)), len(values))
+        return found | {"n": len(values), "higher_is_better": good}
 
     def _asked(self, asks: Sequence[Ask], key: str, known: dict[str, Any], title: str) -> list[tuple[Any, str]]:
         """What the judge says under `key`, as one of the values of `known`, and why; None where that is not known."""

@@ -11,8 +11,9 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.evaluate.metrics.base import Floats, mean, measured, rows
-from tunesmith.evaluate.statistics import Resamples, compared, expansion
+from tunesmith.evaluate.statistics import compared
 from tunesmith.inference.kept import Kept
+from tunesmith.intervals import Resamples, bootstrap, pulls
 from tunesmith.progress import bar
 
 SHORTEST, CONTINUED = 16, 32  # tokens: of an answer that can be recited; of what is compared
@@ -89,18 +90,17 @@ class Memory:
     def _gap(self, found: dict[str, Any]) -> dict[str, Any]:
         """Loss on unseen rows less loss on seen ones, in nats a token; the two sets are resampled apart."""
         told: dict[str, Any] = {"n": len(self.train) + len(self.unseen), "higher_is_better": False}
-        spreads = {}
-        for side, f in found.items():
-            seen, unseen = rows(f["seen"]), rows(f["unseen"])
-            parts = [
-                mean(Resamples(len(x), self.bootstrap, self.seed + i).sums(x)) for i, x in enumerate((unseen, seen))
-            ]
-            spreads[side] = parts[0] - parts[1]
-            told[side] = self._span(float(np.mean(f["unseen"]) - np.mean(f["seen"])), spreads[side])
-        value = told["tuned"]["value"] - told["baseline"]["value"]
-        told["difference"] = self._span(value, spreads["tuned"] - spreads["baseline"])
+        losses = {side: (np.asarray(f["unseen"]), np.asarray(f["seen"])) for side, f in found.items()}
+        for side, (unseen, seen) in losses.items():
+            told[side] = self._span(unseen, seen)
+        (unseen, seen), (unseen_before, seen_before) = losses["tuned"], losses["baseline"]
+        told["difference"] = self._span(unseen - unseen_before, seen - seen_before)
         return told
 
-    def _span(self, value: float, spread: Floats) -> dict[str, float]:
-        low, high = np.percentile(value + (spread - value) * expansion(len(self.unseen)), [2.5, 97.5])
-        return {"value": value, "low": float(low), "high": float(high)}
+    def _span(self, one: Floats, other: Floats) -> dict[str, float]:
+        """The mean of one set less that of the other."""
+        sets = [rows(one.tolist()), rows((-other).tolist())]
+        value = float(np.mean(one) - np.mean(other))
+        spread = sum(mean(Resamples(len(x), self.bootstrap, self.seed + i).sums(x)) for i, x in enumerate(sets))
+        pulled = np.concatenate([pulls(mean, x) for x in sets])
+        return {"value": value} | bootstrap(value, np.asarray(spread), pulled, min(map(len, sets)))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.evaluate.metrics.base import parse, same
-from tunesmith.evaluate.statistics import wilson
+from tunesmith.intervals import share
 
 Line = Mapping[str, Any]
 UNLIKELY = 2.0  # nats a token
@@ -137,9 +137,9 @@ def by_cluster(
             continue
         apart: Any = [] if weights is None else np.asarray(weights[places == number].mean(0) - weights.mean(0)).ravel()
         named = ", ".join(words[i] for i in np.argsort(apart)[::-1][:TERMS] if apart[i] > 0)
-        share = {"value": len(wrong) / len(members)} | wilson(len(wrong), len(members))
+        part = {"value": len(wrong) / len(members)} | share(len(wrong), len(members))
         rows = sorted(wrong, key=lambda row: row not in worse)[:SHOWN]
-        told = {"about": named or "other", "n": len(members), "misses": len(wrong), "share": share, "rows": rows}
+        told = {"about": named or "other", "n": len(members), "misses": len(wrong), "share": part, "rows": rows}
         found.append(told)
     return sorted(found, key=lambda part: -part["share"]["value"])
 

@@ -8,14 +8,15 @@ import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tunesmith.evaluate.agreement import alpha, kappa
-from tunesmith.evaluate.metrics.base import Floats, Metric, mean, measured, rows
-from tunesmith.evaluate.statistics import Resamples, interval
+from tunesmith.agreement import alpha, kappa
+from tunesmith.evaluate.statistics import preference
+from tunesmith.intervals import Floats, Resamples, of_sums
 from tunesmith.runs import hash_json, read_json, read_jsonl
 
 KEY, JUDGEMENTS = "key.json", "judgements.jsonl"
@@ -83,17 +84,18 @@ def summed_up(pairs: Sequence[Pair], models: Sequence[str], count: int = 2000, s
         "same_answers": sum(not pair.said for pair in pairs),
     }
     if k == 2:
-        told["preference"] = interval(measured("share", mean), rows(stats[:, 2].tolist()), draws)
+        told["preference"] = preference(stats[:, 2].tolist(), draws)
         told["preference"] |= {"n": len(stats), "higher_is_better": True}
     told["strength"] = {}
     for i, model in enumerate(models[1:], 1):
-        told["strength"][model] = interval(_strength(i, k), stats, draws) | {"n": len(stats), "higher_is_better": True}
+        told["strength"][model] = of_sums(partial(_strength, i, k), stats, draws)
+        told["strength"][model] |= {"n": len(stats), "higher_is_better": True}
     told["agreement"] = _agreement([pair for pair in pairs if pair.said], seed)
     return told
 
 
-def _strength(place: int, k: int) -> Metric:
-    return measured("strength", lambda sums: strengths(sums, k)[..., place])
+def _strength(place: int, k: int, wins: Floats) -> Floats:
+    return strengths(wins, k)[..., place]
 
 
 def _agreement(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:

@@ -16,11 +16,12 @@ from tunesmith.evaluate.judge import Judge
 from tunesmith.evaluate.memory import Memory
 from tunesmith.evaluate.metrics.base import Metric, mean, rows
 from tunesmith.evaluate.safety import Safety
-from tunesmith.evaluate.statistics import compared, quantile
+from tunesmith.evaluate.statistics import compared
 from tunesmith.evaluate.suites import Suites, task_rows
 from tunesmith.inference.engine import Sampling
 from tunesmith.inference.kept import Kept
 from tunesmith.inference.subject import Ask
+from tunesmith.intervals import between, quantile
 from tunesmith.progress import bar
 
 if TYPE_CHECKING:
@@ -93,11 +94,7 @@ class Alone:
         told: dict[str, Any] = {"n": len(self.rows), "unit": "seconds"}
         for name, share in (("p50", 0.5), ("p95", 0.95)):
             spans = {side: quantile(f["seconds"], share) for side, f in found.items()}
-            gap = spans["tuned"]["value"] - spans["baseline"]["value"]
-            low = spans["tuned"]["low"] - spans["baseline"]["high"]
-            high = spans["tuned"]["high"] - spans["baseline"]["low"]
-            needs = {key: n for key, n in spans["tuned"].items() if key == "needs"}
-            told[name] = spans | {"difference": {"value": gap, "low": low, "high": high} | needs, "n": len(self.rows)}
+            told[name] = spans | {"difference": between(spans["tuned"], spans["baseline"]), "n": len(self.rows)}
         speed = Metric("tokens_per_second", lambda _: np.zeros((0, 2)), mean)
         stats = {side: np.array([f["tokens"], f["seconds"]], dtype=float).T for side, f in found.items()}
         told["tokens_per_second"] = compared(speed, stats, self.bootstrap, self.seed)

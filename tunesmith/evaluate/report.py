@@ -19,7 +19,7 @@ from tunesmith.evaluate.conditions import scores_in
 from tunesmith.evaluate.metrics.base import same
 from tunesmith.evaluate.mistakes import gain
 from tunesmith.runs import STAGES, Run, digest, read_json, read_jsonl, write_text
-from tunesmith.scores import number, signed
+from tunesmith.scores import doubt, number, signed
 
 SIDES = ("baseline", "tuned")
 BEST, WORST, RANDOM = 7, 7, 6
@@ -97,6 +97,7 @@ def environment() -> Environment:
     found.filters |= {
         "number": number,
         "signed": signed,
+        "doubt": doubt,
         "p": p_value,
         "grouped": grouped,
         "duration": duration,
@@ -129,7 +130,9 @@ def verdict_in_words(card: dict[str, Any]) -> dict[str, str]:
         "worse": ("The tuned model is worse.", wholly + " Keep the base model."),
         "not_proven": (
             "Not proven.",
-            "The interval holds zero: these rows can’t tell the two models apart. More test rows narrow it.",
+            f"Too few rows bear on the difference for its interval to be proof; it takes {gap['needs']:,}."
+            if "needs" in gap
+            else "The interval holds zero: these rows can’t tell the two models apart. More test rows narrow it.",
         ),
     }[card["verdict"]]
     return {"style": card["verdict"], "headline": headline, "why": why, "difference": signed(gap["value"])}

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tunesmith.runs import Run, digest, versions
-from tunesmith.scores import number, signed, spanned, within
+from tunesmith.scores import doubt, number, signed, spanned, within
 
 # The hub's own names, where it has one for a metric of ours.
 HUB_METRICS = {"macro_f1": "f1", "rouge_l": "rouge"}
@@ -114,14 +114,15 @@ def verdict_in_words(scores: dict[str, Any] | None) -> str:
     facts = (
         f"`{goal}` went from {number(score['baseline']['value'])} to {number(score['tuned']['value'])} "
         f"on {scores['n']} held-out rows ({better} is better): a difference of {signed(gap['value'])}, "
-        f"95% interval {signed(gap['low'])} to {signed(gap['high'])}."
+        f"95% interval {signed(gap['low'])} to {signed(gap['high'])}{doubt(gap)}."
     )
     said = {
         "better": "Better than its base. " + facts,
         "worse": "Worse than its base. " + facts + " Use the base model instead.",
         "not_proven": "**Not proven** to be better than its base. "
         + facts
-        + " The interval holds zero, so these rows can't tell the two models apart.",
+        + (" Too few rows bear on it" if "needs" in gap else " The interval holds zero")
+        + ", so these rows can't tell the two models apart.",
     }
     return said[scores["verdict"]]
 
@@ -141,7 +142,7 @@ def _scores(scores: dict[str, Any] | None) -> str:
             number(score["baseline"]["value"]),
             number(score["tuned"]["value"]),
             signed(gap["value"]),
-            f"{signed(gap['low'])} to {signed(gap['high'])}",
+            f"{signed(gap['low'])} to {signed(gap['high'])}{doubt(gap)}",
             f"{gap['p']:.3f}" if gap["p"] >= 0.0005 else "<0.001",
             str(score["n"]),
         )
@@ -149,7 +150,7 @@ def _scores(scores: dict[str, Any] | None) -> str:
     return (
         "## Scores\n\n" + "\n".join(lines) + "\n\n"
         "Base and tuned model answered the same rows, which were kept out of training, with greedy decoding. "
-        "Intervals and p values of the differences come from a paired bootstrap over the rows."
+        "Intervals and p values of the differences are paired over the rows."
     )
 
 

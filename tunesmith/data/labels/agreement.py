@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
 
+from tunesmith.agreement import fleiss, kappa
 from tunesmith.data.labels.judgements import Judgement
 from tunesmith.errors import DataError, MachineError, nearest
+from tunesmith.intervals import bootstrap
 
 RESAMPLES = 500
 SHARED_AT_LEAST = 5  # items that two annotators must share for a kappa of theirs
@@ -38,16 +40,15 @@ def _named(name: str, known: Sequence[str], where: str) -> str:
 def agreement(judgements: Sequence[Judgement], level: Level = "nominal", seed: int = 7) -> dict[str, Any]:
     """Figures of agreement: shares, Cohen's, Fleiss' and Krippendorff's coefficients, and where people differ.
 
-    Cohen's kappa is of each pair of annotators who share items, and their mean (scikit-learn); Fleiss' kappa of the
-    items that the most common number of people judged (statsmodels); Krippendorff's alpha of all that two or more
-    judged (krippendorff), with a 95% interval from a bootstrap over items.
+    Cohen's kappa is of each pair of annotators who share items, and their mean; Fleiss' kappa of the items that the
+    most common number of people judged; Krippendorff's alpha of all that two or more judged (krippendorff's, for labels
+    with an order, too). Each has its 95% interval, from a bootstrap over items, and where that is no proof `needs`.
 
     Raises:
         DataError: no item has two judgements, or labels that are not numbers are to be compared as such.
     """
     try:
         import krippendorff
-        from statsmodels.stats.inter_rater import fleiss_kappa
     except ImportError as error:
         raise MachineError(f"needs the package '{error.name}'", where="agreement", fix=EXTRA) from error
 
@@ -70,12 +71,9 @@ def agreement(judgements: Sequence[Judgement], level: Level = "nominal", seed: i
             return float("nan")
         return float(krippendorff.alpha(value_counts=counts, value_domain=domain, level_of_measurement=level))
 
-    random = np.random.default_rng(seed)
-    drawn = [alpha(counts_IL[random.integers(0, len(counts_IL), len(counts_IL))]) for _ in range(RESAMPLES)]
-    drawn = [a for a in drawn if not np.isnan(a)]
-    pairs = _cohen(votes)
-    weights = [n for _, _, _, n in pairs]
-    fleiss = counts_IL[n_I == raters]
+    whole, pairs = alpha(counts_IL), _cohen(votes, labels, seed)
+    weights = [pair["items"] for pair in pairs]
+    alike = fleiss(counts_IL[n_I == raters].astype(float), seed) or {}
     return {
         "items": len(votes),
         "items judged by two or more": len(shared),
@@ -85,20 +83,21 @@ def agreement(judgements: Sequence[Judgement], level: Level = "nominal", seed: i
         "labels": {label: int(n) for label, n in zip(labels, counts_IL.sum(0), strict=True)},
         "agreeing pairs": round(float(agreeing), 4),
         "cohen": {
-            "mean": round(float(np.average([k for _, _, k, _ in pairs], weights=weights)), 4) if pairs else None,
-            "pairs": [{"annotators": [a, b], "kappa": round(k, 4), "items": n} for a, b, k, n in pairs],
+            "mean": round(sum(p["kappa"] * p["items"] for p in pairs) / sum(weights), 4) if pairs else None,
+            "pairs": pairs,
         },
         "fleiss": {
-            "kappa": round(float(fleiss_kappa(fleiss)), 4) if (fleiss.sum(0) > 0).sum() > 1 else None,
-            "items": len(fleiss),
+            "kappa": round(alike["value"], 4) if alike else None,
+            "items": int(np.sum(n_I == raters)),
             "raters": raters,
-        },
+        }
+        | _span(alike),
         "krippendorff": {
-            "alpha": None if np.isnan(alpha(counts_IL)) else round(alpha(counts_IL), 4),
-            "interval": [round(float(q), 4) for q in np.quantile(drawn, [0.025, 0.975])] if drawn else None,
+            "alpha": None if np.isnan(whole) else round(whole, 4),
             "level": level,
             "items": len(shared),
-        },
+        }
+        | _span({} if np.isnan(whole) else _bootstrapped(alpha, counts_IL, whole, seed)),
         "disagreements": _disagreements(shared),
     }
 
@@ -160,9 +159,23 @@ def _ordered(labels: set[str], level: Level) -> list[str]:
         ) from error
 
 
-def _cohen(votes: dict[str, dict[str, str]]) -> list[tuple[str, str, float, int]]:
-    from sklearn.metrics import cohen_kappa_score
+def _bootstrapped(alpha: Callable[[Any], float], counts_IL: Any, whole: float, seed: int) -> dict[str, float]:
+    """The interval of a coefficient that is no function of sums: each resample, and all items but one, by itself
+    (items of which the same was said are left out once)."""
+    random, n = np.random.default_rng(seed), len(counts_IL)
+    spread = np.array([alpha(counts_IL[random.integers(0, n, n)]) for _ in range(RESAMPLES)])
+    _, first, kind_I = np.unique(counts_IL, axis=0, return_index=True, return_inverse=True)
+    pulled_I = np.nan_to_num([whole - alpha(np.delete(counts_IL, i, 0)) for i in first])[kind_I.ravel()]
+    return bootstrap(whole, spread, pulled_I - pulled_I.mean(), n)
 
+
+def _span(score: Mapping[str, float]) -> dict[str, Any]:
+    """A score's interval, and how many items it would take where it is no proof."""
+    interval = [round(score["low"], 4), round(score["high"], 4)] if score else None
+    return {"interval": interval} | ({"needs": score["needs"]} if "needs" in score else {})
+
+
+def _cohen(votes: dict[str, dict[str, str]], labels: list[str], seed: int) -> list[dict[str, Any]]:
     common: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for by in votes.values():
         for a, b in itertools.combinations(sorted(by), 2):
@@ -170,8 +183,10 @@ def _cohen(votes: dict[str, dict[str, str]]) -> list[tuple[str, str, float, int]
     found = []
     for (a, b), both in sorted(common.items()):
         one, other = zip(*both, strict=True)
-        if len(both) >= SHARED_AT_LEAST and len(set(one) | set(other)) > 1:
-            found.append((a, b, float(cohen_kappa_score(one, other)), len(both)))
+        score = kappa(one, other, labels, seed=seed) if len(both) >= SHARED_AT_LEAST else None
+        if score is not None:
+            told = {"annotators": [a, b], "kappa": round(score["value"], 4), "items": len(both)}
+            found.append(told | _span(score))
     return found
 
 

@@ -1,15 +1,13 @@
-"""How far judges agree beyond chance. Both coefficients are functions of sums over items, so the one bootstrap gives
-their intervals."""
+"""How far judges agree beyond chance. The coefficients are functions of sums over items, so the one bootstrap gives
+their intervals: items are drawn again, and with each all that was said of it."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
-from tunesmith.evaluate.metrics.base import Floats, Metric, measured
-from tunesmith.evaluate.statistics import Resamples, interval
+from tunesmith.intervals import Floats, Resamples, Value, of_sums
 
 RESAMPLES = 1000
 
@@ -37,10 +35,27 @@ def kappa(
     def value(sums: Floats) -> Floats:
         table = sums.reshape(*sums.shape[:-1], k, k)
         chance = table.sum(-1)[..., :, None] * table.sum(-2)[..., None, :] / table.sum((-1, -2))[..., None, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(1 - (weights * table).sum((-1, -2)) / (weights * chance).sum((-1, -2)))
+        return np.asarray(1 - (weights * table).sum((-1, -2)) / (weights * chance).sum((-1, -2)))
 
-    return _spanned(measured("kappa", value), tables, seed)
+    return _spanned(value, tables, seed)
+
+
+def fleiss(counts: Floats, seed: int = 7) -> dict[str, float] | None:
+    """Fleiss' kappa of as many judges for each item, whoever they are (Fleiss 1971, equation 8), as {value, low, high,
+    n}. `counts`: how often each label was given to each item [n, labels].
+
+    Returns:
+        None where one label was given to everything.
+    """
+    judges = float(counts[0].sum())
+    agreeing = ((counts**2).sum(-1) - judges) / (judges * (judges - 1))
+
+    def value(sums: Floats) -> Floats:
+        said = sums[..., 1:].sum(-1)
+        chance = ((sums[..., 1:] / said[..., None]) ** 2).sum(-1)
+        return np.asarray((sums[..., 0] * judges / said - chance) / (1 - chance))
+
+    return _spanned(value, np.column_stack([agreeing, counts]), seed)
 
 
 def alpha(votes: Sequence[Sequence[str]], seed: int = 7) -> dict[str, float] | None:
@@ -60,16 +75,14 @@ def alpha(votes: Sequence[Sequence[str]], seed: int = 7) -> dict[str, float] | N
     def value(sums: Floats) -> Floats:
         observed, by_label = sums[..., 0], sums[..., 1:]
         n = by_label.sum(-1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            return np.asarray(1 - observed * (n - 1) / (n**2 - (by_label**2).sum(-1)))
+        return np.asarray(1 - observed * (n - 1) / (n**2 - (by_label**2).sum(-1)))
 
-    return _spanned(measured("alpha", value), np.column_stack([differing, counts]), seed)
+    return _spanned(value, np.column_stack([differing, counts]), seed)
 
 
-def _spanned(metric: Metric, stats: Floats, seed: int) -> dict[str, float] | None:
-    if not len(stats) or not np.isfinite(metric.value(stats.sum(0))):
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # resamples in which nothing could have differed
-        found = interval(metric, stats, Resamples(len(stats), RESAMPLES, seed))
+def _spanned(value: Value, stats: Floats, seed: int) -> dict[str, float] | None:
+    with np.errstate(invalid="ignore", divide="ignore"):  # in some resamples nothing could have differed
+        if not len(stats) or not np.isfinite(value(stats.sum(0))):
+            return None
+        found = of_sums(value, stats, Resamples(len(stats), RESAMPLES, seed))
     return found | {"n": len(stats)}
