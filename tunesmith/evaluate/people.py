@@ -95,7 +95,7 @@ def summed_up(pairs: Sequence[Pair], models: Sequence[str], count: int = 2000, s
 
 
 def _strength(place: int, k: int, wins: Floats) -> Floats:
-    return strengths(wins, k)[..., place]
+    return np.asarray(strengths(wins, k)[..., place])
 
 
 def _agreement(pairs: Sequence[Pair], seed: int) -> dict[str, Any]:
