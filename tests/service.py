@@ -107,7 +107,7 @@ def team(running: Running, count: int = 1) -> Iterator[Team]:
 
 
 def settings(folder: Path, model: Path, **more: Any) -> ServiceSection:
-    return ServiceSection(home=str(folder / "service"), models={"tiny": str(model)}, cores=1, **more)
+    return ServiceSection(home=str(folder / "service"), models={"tiny": str(model)}, **({"cores": 1} | more))
 
 
 def wait(ready: Any, what: str, seconds: float = PATIENCE) -> Any:

@@ -73,6 +73,12 @@ def test_a_chat(client: openai.OpenAI, engine: Scripted) -> None:
     assert request.stop_ids == tuple(engine.renderer.stop_ids)
 
 
+def test_what_only_openais_servers_know_is_ignored(client: openai.OpenAI) -> None:
+    more: dict[str, Any] = {"metadata": {"a": "b"}, "service_tier": "flex", "prompt_cache_key": "k", "user": "me"}
+    done = client.chat.completions.create(model="scripted", messages=HI, store=True, **more)  # type: ignore[arg-type]
+    assert done.choices[0].message.content == "Blue it is. Or red?"
+
+
 def test_a_streamed_chat(client: openai.OpenAI) -> None:
     chunks = list(
         client.chat.completions.create(
@@ -304,6 +310,13 @@ def test_bad_requests(client: openai.OpenAI, change: dict[str, Any], param: str,
     assert refused.value.code == code and (refused.value.param or "body") == param
     if code == "context_length_exceeded":
         assert "This model's maximum context length is 512 tokens" in refused.value.message
+
+
+@pytest.mark.parametrize("change", [{"suffix": "end"}, {"n": 2, "best_of": 3}], ids=["suffix", "best_of"])
+def test_what_completions_lack_is_told(client: openai.OpenAI, change: dict[str, Any]) -> None:
+    with pytest.raises(openai.BadRequestError, match="can't be given") as refused:
+        client.completions.create(model="scripted", prompt="x", **change)
+    assert refused.value.code == "invalid_value"
 
 
 def test_an_engine_that_fails() -> None:

@@ -1,11 +1,13 @@
 """Clients that others wrote, as they are: litellm, LangChain and a late 2.x of openai, in an environment of their own;
-and schemathesis, which asks what no client would."""
+promptfoo; and schemathesis, which asks what no client would."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,8 @@ from tests.scripted import HERMES, running, scripted, state_of
 from tunesmith.inference.served import Request
 
 CLIENTS = os.environ.get("TUNESMITH_CLIENTS")  # a Python that has openai 2.x, litellm and langchain-openai
+PROMPTFOO = os.environ.get("TUNESMITH_PROMPTFOO", "")  # its command
+TUNED = "ft:tiny:default:colours:abc12345"
 OTHERS = """
 import json, os, sys
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -99,6 +103,43 @@ def test_clients_that_others_wrote(tiny_model: Path, tmp_path: Path) -> None:
         words = [CLIENTS, script, f"{url}/v1", f"{api.url}/v1", api.secret]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "all of them" in done.stdout, done.stderr[-3000:]
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(not Path(PROMPTFOO).is_file(), reason="TUNESMITH_PROMPTFOO is no promptfoo (make proof)")
+def test_promptfoo_evaluates_a_tuned_model(tmp_path: Path) -> None:
+    """Chats in plain words, under a schema and with a tool, plain completions, and embeddings that judge them."""
+    engine = scripted(answers, HERMES, name=TUNED)
+    with running(state_of(engine, keys=("sk-a",))) as url:
+        at: dict[str, Any] = {"apiBaseUrl": f"{url}/v1", "apiKey": "sk-a", "max_tokens": 64}
+        schema = {"type": "object", "properties": {"colour": {"type": "string"}}, "required": ["colour"]}
+        form = {"type": "json_schema", "json_schema": {"name": "c", "schema": schema}}
+        tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+
+        def model(kind: str, **more: Any) -> dict[str, Any]:
+            return {"id": f"openai:{kind}:{TUNED}", "label": f"{kind} {list(more)}", "config": at | more}
+
+        def evaluated(providers: list[Any], *judges: Any) -> list[Any]:
+            ask = {"prompts": ["What colour is it?"], "providers": providers, "tests": [{"assert": judges}]}
+            (tmp_path / "ask.json").write_text(json.dumps(ask))
+            words = [PROMPTFOO, "eval", "--no-cache", "--no-write", "-c", "ask.json", "-o", "out.json"]
+            own = {f"PROMPTFOO_{name}": "1" for name in ("DISABLE_TELEMETRY", "DISABLE_UPDATE")}
+            own["PROMPTFOO_CONFIG_DIR"] = str(tmp_path)
+            done = subprocess.run(
+                words, cwd=tmp_path, env=os.environ | own, capture_output=True, text=True, check=False
+            )
+            assert done.returncode == 0, done.stdout + done.stderr
+            found = json.loads((tmp_path / "out.json").read_text())["results"]["results"]
+            assert all(one["success"] and one["response"]["tokenUsage"]["total"] for one in found), found
+            return [one["response"]["output"] for one in found]
+
+        alike = {"type": "similar", "value": "Blue it is.", "threshold": 0.99, "provider": model("embedding")}
+        assert evaluated([model("chat"), model("completion")], alike) == ["Blue it is."] * 2
+        told, (call,) = evaluated(
+            [model("chat", response_format=form), model("chat", tools=[tool], tool_choice="required")]
+        )
+        assert told == {"colour": "blue"} and json.loads(call["function"]["arguments"]) == {"place": "Rome"}
+    assert len(engine.asked) == 4
 
 
 @pytest.mark.parametrize("cases", [200, pytest.param(2000, marks=pytest.mark.proof)])

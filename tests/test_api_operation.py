@@ -22,8 +22,9 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests.scripted import HI, ask, running, said, scripted, state_of, streamed
-from tunesmith.api import frame
+from tunesmith.api import frame, server
 from tunesmith.api.app import State, build
+from tunesmith.api.server import Place
 from tunesmith.errors import ModelError, RecipeError, RunError
 
 # Traffic and feedback
@@ -190,33 +191,42 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
     return cert, key
 
 
-def test_certificates(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.api import server
+def looked(state: State, place: Place, look: Callable[[str], None]) -> None:
+    """`server.serve`, as the command runs it, until `look` has seen its address."""
+    wrong: list[BaseException] = []
 
-    monkeypatch.setattr(server, "log_to", lambda _: None)
-    found: list[Any] = []
-
-    def look(url: str) -> None:
+    def seen(url: str) -> None:
         try:
-            known = ssl.create_default_context(cafile=str(certificate[0]))
-            found.append((url, httpx2.get(f"{url}/health", verify=known).json()["status"]))
-            for wrong, verify in ((url, True), (url.replace("https", "http"), known)):  # nobody's, in clear
-                with pytest.raises(httpx2.TransportError):
-                    httpx2.get(f"{wrong}/health", verify=verify)
-                found.append("refused")
+            look(url)
+        except BaseException as error:
+            wrong.append(error)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def ready(url: str) -> None:
-        threading.Thread(target=look, args=(url,), daemon=True).start()
-
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.serve(state_of(scripted()), server.Place("127.0.0.1", 0, *certificate), ready=ready)
+        ready = lambda url: threading.Thread(target=seen, args=(url,), daemon=True).start()  # noqa: E731
+        server.serve(state, place, ready=ready)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert found[0][0].startswith("https://127.0.0.1:") and found[0][1] == "ok"
-    assert found[1:] == ["refused", "refused"]
+    for error in wrong:
+        raise error
+
+
+def test_certificates(certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+    known = ssl.create_default_context(cafile=str(certificate[0]))
+    found: list[str] = []
+
+    def look(url: str) -> None:
+        found.append(url)
+        assert httpx2.get(f"{url}/health", verify=known).json()["status"] == "ok"
+        for wrong, verify in ((url, True), (url.replace("https", "http"), known)):  # nobody's, in clear
+            with pytest.raises(httpx2.TransportError):
+                httpx2.get(f"{wrong}/health", verify=verify)
+
+    looked(state_of(scripted()), Place("127.0.0.1", 0, *certificate), look)
+    assert found[0].startswith("https://127.0.0.1:")
 
 
 def test_chat_talks_with_a_server(tunesmith: Any) -> None:
@@ -248,23 +258,73 @@ def test_the_log_has_texts_only_where_asked_for(asked: bool, caplog: pytest.LogC
     assert lines[2]["asked"]["prompt"] == lines[3]["asked"]["input"] == "my own words"
 
 
-def test_whoever_sends_slowly_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A byte of a body now and then ends in a 408; others are answered meanwhile."""
+BEGUN = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "told"),
+    [
+        (BEGUN + b"Content-Length: 1000\r\n\r\n", b"{", b"HTTP/1.1 408"),
+        (BEGUN + b"X-Slow: ", b"x", b"HTTP/1.1 408"),
+        (WHOLE, b"G", b"HTTP/1.1 200"),  # and a 408 for what comes after it
+        (b"", b"", b""),  # nobody has asked for anything
+    ],
+    ids=["body", "head", "the next head", "nothing"],
+)
+def test_whoever_sends_slowly_is_let_go(
+    first: bytes, then: bytes, told: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A byte now and then ends in a 408; others are answered meanwhile, and those who have sent a head may wait."""
     monkeypatch.setattr(frame, "PATIENCE", 1.0)
-    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-    with running(state_of(scripted())) as url, socket.socket() as slow:
-        slow.connect(("127.0.0.1", int(url.rpartition(":")[2])))
-        slow.sendall(head + b"Content-Length: 1000\r\n\r\n")
-        began = time.monotonic()
-        slow.settimeout(0.1)
-        answer = b""
-        while not answer.endswith(b"}") and time.monotonic() < began + 60:
-            with contextlib.suppress(TimeoutError):
-                slow.sendall(b"{")
-                answer += slow.recv(4096)
-        assert answer.startswith(b"HTTP/1.1 408") and b'"request_timeout"' in answer
-        assert time.monotonic() >= began + 0.9
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+
+    def look(url: str) -> None:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as slow:
+            slow.sendall(first)
+            began = time.monotonic()
+            slow.settimeout(0.1)
+            answer, ended = b"", False
+            while not ended and time.monotonic() < began + 60:
+                with contextlib.suppress(TimeoutError):
+                    try:
+                        got = slow.recv(4096)
+                        answer, ended = answer + got, not got
+                        slow.sendall(then)
+                    except ConnectionError:
+                        ended = True
+            assert ended and answer.startswith(told) and time.monotonic() >= began + 0.9
+            if then:
+                assert b"HTTP/1.1 408" in answer and b'"request_timeout"' in answer and answer.endswith(b"}")
+            else:
+                assert answer == b""
         assert httpx2.get(f"{url}/health").status_code == 200
+        if not then:
+            began = time.monotonic()
+            made = httpx2.post(f"{url}/v1/chat/completions", json={"model": "scripted", "messages": HI}, timeout=60)
+            assert made.status_code == 200 and time.monotonic() > began + 1
+
+    looked(state_of(scripted("word " * 5, pause=0.3)), Place(port=0), look)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"no HTTP\r\n\r\n", BEGUN + b"X-Long: " + b"x" * 20_000], ids=["garbage", "a long head"]
+)
+def test_what_is_no_request_is_told_in_the_one_shape(sent: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "log_to", lambda _: None)
+
+    def look(url: str) -> None:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as raw:
+            raw.sendall(sent)
+            answer = b""
+            with contextlib.suppress(ConnectionError):
+                while got := raw.recv(4096):
+                    answer += got
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 400") and b"connection: close" in head.lower()
+        assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
+
+    looked(state_of(scripted()), Place(port=0), look)
 
 
 def test_a_stop_lets_answers_finish() -> None:
@@ -284,8 +344,6 @@ def test_a_stop_lets_answers_finish() -> None:
 def test_a_model_that_can_not_be_loaded_is_a_sentence(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tunesmith.api import server
-
     monkeypatch.setattr(server, "log_to", lambda _: None)
     engine = scripted()
 
@@ -294,22 +352,20 @@ def test_a_model_that_can_not_be_loaded_is_a_sentence(
 
     engine.start = start  # type: ignore[method-assign]
     with pytest.raises(ModelError, match="can't be read"):
-        server.serve(state_of(engine), server.Place(port=0))
+        server.serve(state_of(engine), Place(port=0))
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_an_address_or_certificate_that_can_not_be_had_is_told_before_a_model_is_loaded(tmp_path: Path) -> None:
-    from tunesmith.api import server
-
     (tmp_path / "no.pem").write_text("no certificate")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         wrong = {
-            "another process listens there already": server.Place(port=taken.getsockname()[1]),
-            "can't be listened at": server.Place("203.0.113.7"),
-            "can't be used as a certificate": server.Place("127.0.0.1", 0, tmp_path / "no.pem", tmp_path / "no.pem"),
-            "is not there": server.Place("127.0.0.1", 0, tmp_path / "none.pem"),
+            "another process listens there already": Place(port=taken.getsockname()[1]),
+            "can't be listened at": Place("203.0.113.7"),
+            "can't be used as a certificate": Place("127.0.0.1", 0, tmp_path / "no.pem", tmp_path / "no.pem"),
+            "is not there": Place("127.0.0.1", 0, tmp_path / "none.pem"),
         }
         for why, place in wrong.items():
             engine = scripted()
@@ -319,8 +375,6 @@ def test_an_address_or_certificate_that_can_not_be_had_is_told_before_a_model_is
 
 
 def test_a_server_says_where_it_listens_once_it_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    from tunesmith.api import server
-
     monkeypatch.setattr(server, "log_to", lambda _: None)
     said: list[str] = []
 
@@ -331,7 +385,7 @@ def test_a_server_says_where_it_listens_once_it_does(monkeypatch: pytest.MonkeyP
     engine = scripted()
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     try:
-        server.serve(state_of(engine), server.Place("localhost", 0), ready=ready)
+        server.serve(state_of(engine), Place("localhost", 0), ready=ready)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert said[0].startswith("http://localhost:") and int(said[0].rpartition(":")[2]) > 0

@@ -1,17 +1,23 @@
-"""What the scripts of our pages do, in a real browser: the report's search, and the chat page's talk."""
+"""What the scripts of our pages do, in a real browser: the report's search, the chat page's talk, the API's page."""
 
 from __future__ import annotations
 
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
 
 from tests.browser import driven
 from tests.conftest import colour_rows, write_jsonl
 from tests.fake_endpoint import FakeEndpoint
 from tests.listening import Quiet
 from tunesmith.api import pages
+from tunesmith.api.app import SERVING, State, build
+from tunesmith.api.up import MANAGING
+from tunesmith.jobs.section import ServiceSection
 
 ASSETS = Path(pages.__file__).parent / "assets"
 
@@ -47,6 +53,24 @@ const told = { said: said(), wrong, cited, button, rated: document.querySelector
 at("new").onclick();
 told.left = document.querySelectorAll(".turn").length;
 say("hello"); await until(() => idle() && document.querySelector(".about"));
+return told;
+"""
+
+READ = """
+await until(() => document.querySelectorAll("#shapes details").length || at("routes").textContent);
+const name = (box) => box.querySelector("summary").textContent;
+const rows = (box) => [...box.querySelectorAll("tr")].map((row) => [...row.children].map((cell) => cell.textContent));
+const routes = [...document.querySelectorAll("#routes details")];
+const shapes = [...document.querySelectorAll("#shapes details")];
+const links = [...document.querySelectorAll("details a")];
+const told = { routes: routes.map(name), shapes: shapes.map(name), text: document.body.textContent };
+told.lost = links.filter((a) => !shapes.includes(at(a.textContent))).map((a) => a.textContent);
+told.tables = Object.fromEntries([...routes, ...shapes].map((box) => [name(box), rows(box)]));
+told.example = [at("example").textContent, location.origin];
+if (links.length) {
+  links[0].click();
+  told.opened = [links[0].textContent, location.hash.slice(1), name(document.querySelector("[open]"))];
+}
 return told;
 """
 
@@ -131,3 +155,36 @@ def test_the_chat_page_talks(tmp_path: Path) -> None:
     fourth = asked[-2]["messages"]
     assert [turn["role"] for turn in fourth] == ["user", "assistant"] * 3 + ["user"]
     assert [turn["content"] for turn in fourth[1::2]] == ["Héllo <i>you</i>", "begun", "too many"]
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_the_page_of_the_api_tells_all_of_it(away: bool, tmp_path: Path) -> None:
+    """Every route of the service with what it asks and answers, every shape, and links between them that lead there."""
+    service = SimpleNamespace(settings=ServiceSection())
+    api = build(State(service=service, local=False), (*MANAGING, *SERVING)).openapi()
+
+    def answer(request: Quiet, path: str) -> None:
+        if path == "/openapi.json":
+            return request.send(b"", 503) if away else request.send(json.dumps(api).encode())
+        file = ASSETS / Path(path).name
+        kind = "text/javascript" if path.endswith(".js") else "text/css"
+        return request.send(file.read_bytes() if file.is_file() else b"", **{"Content-Type": kind})
+
+    page = (ASSETS / "docs.html").read_text()
+    found = driven(tmp_path, page, READ, answer, pages.HEADERS["content-security-policy"])
+    assert f'base_url="{found["example"][1]}/v1"' in found["example"][0]
+    if away:
+        assert "can't be read" in found["text"] and found["routes"] == []
+        return
+    assert found["routes"] == [verb.upper() + path for path, verbs in api["paths"].items() for verb in verbs]
+    shapes = api["components"]["schemas"]
+    assert found["shapes"] == list(shapes) and found["lost"] == []
+    assert "undefined" not in found["text"] and "[object" not in found["text"]
+    clicked, address, opened = found["opened"]
+    assert clicked == address == opened
+    for name, shape in shapes.items():
+        names = [(row[0], row[2] == "required") for row in found["tables"][name]]
+        assert names == [(field, field in shape.get("required", ())) for field in shape.get("properties", {})], name
+    rows = {row[0]: row[1:] for row in found["tables"]["POST/v1/chat/completions"]}
+    assert rows["model"][:2] == ["string", "required"] and rows["messages"][0].startswith("list of ")
+    assert {row[0] for row in found["tables"]["GET/v1/fine_tuning/jobs/{id}/events"]} >= {"id", "after", "limit"}

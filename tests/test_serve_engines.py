@@ -179,19 +179,25 @@ def test_pickled_adapters_are_refused(
     assert said.code == 2 and "only has pickle weights (adapter_model.bin)" in said.err
 
 
-def test_an_engine_that_dies_takes_nobody_else_with_it(serve: Serve, tiny_model: Path, tmp_path: Path) -> None:
-    """Streams of another engine go on to their end; those of the dead one are told so, and it comes back."""
+@pytest.mark.parametrize("kind", ["llamacpp", "transformers"])
+def test_an_engine_that_dies_takes_nobody_else_with_it(
+    kind: str, serve: Serve, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Requests of another engine go on to their end; those of the dead one are told to come again; it comes back."""
     other = make_model(tmp_path / "other", hidden_size=16)
     endless = {str(id): -100 for id in (*BIAS, 0, 1, 2)}
 
     async def through(url: str, state: State) -> None:
         begun = asyncio.Event()
+        asked = f"{url}/v1/chat/completions"
+
+        def body(model: str, tokens: int, stream: bool = True) -> dict[str, Any]:
+            told = {"model": model, "messages": TALK[1:2], "stream": stream}
+            return told | {"logit_bias": endless, "max_tokens": tokens}
 
         async def stream(model: str, tokens: int) -> list[str]:
-            body = {"model": model, "messages": TALK[1:2], "stream": True, "logit_bias": endless}
-            asked = http.stream("POST", f"{url}/v1/chat/completions", json=body | {"max_tokens": tokens})
             lines = []
-            async with asked as response:
+            async with http.stream("POST", asked, json=body(model, tokens)) as response:
                 assert response.status_code == 200
                 async for line in response.aiter_lines():
                     lines += [line] if line else []
@@ -200,17 +206,18 @@ def test_an_engine_that_dies_takes_nobody_else_with_it(serve: Serve, tiny_model:
             return lines
 
         async with httpx2.AsyncClient(timeout=120) as http:
+            engine: Any = state.serving.models.get("tiny-llama").engine  # type: ignore[union-attr]
             theirs = asyncio.create_task(stream("other", 300))
+            whole = asyncio.create_task(http.post(asked, json=body("tiny-llama", 400, stream=False)))
             mine = asyncio.create_task(stream("tiny-llama", 400))
             await begun.wait()
-            engine: Any = state.serving.models.get("tiny-llama").engine  # type: ignore[union-attr]
             os.kill(engine._child.process.pid, signal.SIGKILL)
             *_, last, end = await mine
             told = json.loads(last.removeprefix("data: "))["error"]
             assert end == "data: [DONE]" and told["code"] == "engine_unavailable" and "Try again" in told["message"]
-            refused = await http.post(f"{url}/v1/chat/completions", json={"model": "tiny-llama", "messages": TALK[1:2]})
-            assert refused.status_code in (200, 503)  # it may be back already
-            assert refused.status_code == 200 or int(refused.headers["retry-after"]) >= 1
+            for refused in (await whole, await http.post(asked, json=body("tiny-llama", 2, stream=False))):
+                back = refused.status_code == 200 and refused is not whole.result()  # so soon
+                assert back or (refused.status_code == 503 and int(refused.headers["retry-after"]) >= 1)
             lines = await theirs
             assert lines[-1] == "data: [DONE]" and '"length"' in lines[-2] and len(lines) > 200
             until = time.monotonic() + 120
@@ -223,4 +230,4 @@ def test_an_engine_that_dies_takes_nobody_else_with_it(serve: Serve, tiny_model:
     def work(url: str, state: State) -> None:
         asyncio.run(through(url, state))
 
-    serve(tiny_model, other, "--set", "engine=llamacpp", *EXACT, work=work)
+    serve(tiny_model, other, "--set", f"engine={kind}", *EXACT, work=work)

@@ -69,7 +69,7 @@ def test_keys_roles_and_scopes(api: Running, file: str) -> None:
         lambda: api.client(scopes=("jobs",)).files.list(),
         lambda: api.client(role="runner", scopes=("files",)).fine_tuning.jobs.create(model="tiny", training_file=file),
     ):
-        refused(call, openai.PermissionDeniedError)
+        assert refused(call, openai.PermissionDeniedError)["code"] == "insufficient_permissions"
     late = api.client(expires_at=int(time.time()) - 1)
     refused(lambda: late.files.list(), openai.AuthenticationError)
 

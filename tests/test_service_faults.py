@@ -17,11 +17,11 @@ import openai
 import pytest
 
 from tests.service import PATIENCE, chat, events, finished, free_port, jsonl, running, settings, team, wait
-from tests.test_service_jobs import files_of
-from tunesmith.api.up import workers
+from tests.test_service_jobs import files_of, row_of
 from tunesmith.jobs.artifacts import Artifacts, TooLarge
 
-LONG_JOB = {"model": "tiny", "seed": 5, "hyperparameters": {"n_epochs": 50, "batch_size": 4}}
+LONG_JOB = {"model": "tiny", "seed": 5, "hyperparameters": {"n_epochs": 25, "batch_size": 4}}  # of 64 rows
+STEPS = list(range(1, 401))
 
 
 def children(pid: int) -> list[int]:
@@ -87,7 +87,9 @@ with running(settings(Path({str(tmp_path)!r}), Path({str(tiny_model)!r}))) as fo
 
 
 @pytest.mark.proof
-def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_model: Path, tmp_path: Path) -> None:
+def test_a_job_that_was_killed_and_paused_ends_with_the_bytes_of_one_that_was_not(
+    tiny_model: Path, tmp_path: Path
+) -> None:
     with running(settings(tmp_path, tiny_model, lease=3.0)) as api:
         client = api.client()
         ask = LONG_JOB | {"training_file": api.upload(chat(64))}
@@ -95,40 +97,45 @@ def test_killed_workers_jobs_go_on_elsewhere_and_end_with_the_same_bytes(tiny_mo
             whole = client.fine_tuning.jobs.create(**ask)
             assert finished(client, whole.id).status == "succeeded"
             job = client.fine_tuning.jobs.create(**ask)
-            for least in (60, 200):  # twice: each time the worker, and its job's process with it
+            for least in (40, 120):  # twice: each time the worker, and its job's process with it
                 stepping(client, job.id, least)
                 worker = crew.processes[0].pid
                 mine = children(worker)
                 os.kill(worker, signal.SIGKILL)
-                wait(
-                    lambda mine=mine: not any(Path(f"/proc/{pid}").exists() and _alive(pid) for pid in mine),
-                    "the child's end",
-                )
+                wait(lambda mine=mine: not any(map(_alive, mine)), "the child's end")
+            stepping(client, job.id, 200)
+            assert client.fine_tuning.jobs.pause(job.id).status == "paused"
+            wait(lambda: row_of(api, job.id).worker is None, "the end of the paused job's process")
+            assert 200 <= client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number < 400
+            assert client.fine_tuning.jobs.resume(job.id).status == "queued"
             done = finished(client, job.id)
         assert done.status == "succeeded", done
         told = [e.message for e in events(client, job.id)]
         assert sum("worker was lost" in m for m in told) == 2
-        steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
-        assert steps == list(range(1, 801))
-        assert (api.service.logs / f"{job.id}.log").read_text().count("Going on from step") == 2
+        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == STEPS
+        assert (api.service.logs / f"{job.id}.log").read_text().count("Going on from step") == 3
         final = client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
         assert files_of(api, done.fine_tuned_model) == files_of(api, final)
 
 
 def _alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Path) -> None:
-    with running(settings(tmp_path, tiny_model, lease=3.0, workers=2)) as api:
+    with running(settings(tmp_path, tiny_model, lease=3.0, workers=2, cores=2)) as api:
         client = api.client()
         file = api.upload(chat(64))
         jobs = [
             client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file, "seed": seed}).id for seed in (1, 2)
         ]
-        with team(api, 1) as crew:
-            stepping(client, jobs[0], 60)
+        with team(api, 2) as crew:
+            for job in jobs:
+                stepping(client, job, 40)
             for process in crew.processes:
                 os.kill(process.pid, signal.SIGKILL)
             assert [finished(client, job).status for job in jobs] == ["succeeded"] * 2
@@ -178,25 +185,6 @@ def test_artifacts_that_lie_elsewhere(elsewhere: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.proof
-def test_another_machine_goes_on(elsewhere: str, postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """Two homes, one PostgreSQL and one place for artifacts: the second goes on where the first was killed."""
-    shared = {"database": postgres.database(), "artifacts": elsewhere, "lease": 3.0}
-    with running(settings(tmp_path / "first", tiny_model, **shared)) as api:
-        client = api.client()
-        job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": api.upload(chat(64))})
-        with team(api) as first:
-            stepping(client, job.id, 150)
-            first.stopping.set()
-            os.kill(first.processes[0].pid, signal.SIGKILL)
-        with workers(settings(tmp_path / "second", tiny_model, **shared), 1):
-            done = finished(client, job.id)
-        assert done.status == "succeeded", done
-        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == list(range(1, 801))
-        assert "Going on from step" in (tmp_path / f"second/service/logs/{job.id}.log").read_text()
-        assert not (tmp_path / f"second/service/runs/{job.id}").exists()
-
-
-@pytest.mark.proof
 def test_the_database_restarts_under_a_running_job(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
     with running(settings(tmp_path, tiny_model, lease=5.0, database=postgres.database())) as api:
         client = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=10, timeout=PATIENCE)
@@ -210,11 +198,12 @@ def test_the_database_restarts_under_a_running_job(postgres: Any, tiny_model: Pa
             once = openai.OpenAI(base_url=f"{api.url}/v1", api_key=api.secret, max_retries=0)
             with pytest.raises(openai.InternalServerError) as told:
                 once.fine_tuning.jobs.retrieve(job.id)
-            assert told.value.status_code == 503 and told.value.response.headers["retry-after"]
+            assert (told.value.status_code, told.value.code) == (503, "database_away")
+            assert told.value.response.headers["retry-after"]
             time.sleep(2)
             postgres.start()
             assert finished(client, job.id).status == "succeeded"
-        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == list(range(1, 801))
+        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == STEPS
 
 
 def launched(home: Path, model: Path, port: int, **limits: Any) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -260,7 +249,7 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
         client.fine_tuning.jobs.pause(job.id)
         wait(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "the paused job's snapshot")
         snapshot = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
-        assert 0 < snapshot.step_number < 800 and answers(snapshot.fine_tuned_model_checkpoint)
+        assert 0 < snapshot.step_number < 400 and answers(snapshot.fine_tuned_model_checkpoint)
         assert client.fine_tuning.jobs.retrieve(job.id).status == "paused"
         client.fine_tuning.jobs.resume(job.id)
         done = finished(client, job.id)
@@ -289,35 +278,54 @@ def test_the_example_goes_all_the_way(tiny_model: Path) -> None:
 
 
 @pytest.mark.proof
-def test_the_api_and_the_workers_apart(postgres: Any, tiny_model: Path, tmp_path: Path) -> None:
-    """`--role api` and `--role worker` share a PostgreSQL and a place for artifacts, and say what they do in words."""
-    port, shared = free_port(), {"database": postgres.database(), "artifacts": f"{tmp_path}/artifacts"}
-    options = [word for name, where in shared.items() for word in (f"--{name}", where)]
-    processes, said = [], {}
+def test_machines_that_share_a_database_and_a_place_for_artifacts(
+    elsewhere: str, postgres: Any, tiny_model: Path, tmp_path: Path
+) -> None:
+    """`--role api` and twice `--role worker`, each with a folder of its own, as on three machines. The one that trains
+    is lost with all that runs on it; the other goes on, and the model answers where the API is."""
+    import psutil
+
+    port, machines = free_port(), {}
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"service: {{models: {{tiny: {tiny_model}}}, lease: 3, cores: 1}}")
+
+    def start(name: str, role: str, lines: int, *more: str) -> list[str]:
+        words = ["up", str(settings), "--role", role, "--home", str(tmp_path / name), "--artifacts", elsewhere]
+        command = [sys.executable, "-u", "-m", "tunesmith", *words, "--database", database, *more]
+        with (tmp_path / f"{name}.log").open("w") as log:
+            machine = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+        machines[name] = machine
+        assert machine.stdout
+        return [machine.stdout.readline() for _ in range(lines)]
+
+    database, url = postgres.database(), f"http://127.0.0.1:{port}"
     try:
-        for role, more in (("api", ["--port", str(port), "--model", f"tiny={tiny_model}"]), ("worker", [])):
-            settings = tmp_path / "settings.yaml"
-            settings.write_text(f"service: {{models: {{tiny: {tiny_model}}}}}")
-            words = ["up", str(settings), "--role", role, "--home", str(tmp_path / role), *options, *more]
-            log = (tmp_path / f"{role}.log").open("w")
-            command = [sys.executable, "-u", "-m", "tunesmith", *words]
-            processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True))
-            lines = 2 if role == "api" else 1
-            said[role] = [processes[-1].stdout.readline() for _ in range(lines)]  # type: ignore[union-attr]
-        url = f"http://127.0.0.1:{port}"
-        assert said["api"][0] == f"Tunesmith answers at {url}  (OpenAI's clients: base_url={url}/v1)\n"
-        key = said["api"][1].removeprefix("An admin's key, shown this once: ").strip()
-        assert said["worker"] == ["1 workers wait for jobs\n"]
+        said = start("api", "api", 2, "--port", str(port))
+        assert said[0] == f"Tunesmith answers at {url}  (OpenAI's clients: base_url={url}/v1)\n"
+        key = said[1].removeprefix("An admin's key, shown this once: ").strip()
+        for name in ("one", "two"):
+            assert start(name, "worker", 1) == ["1 workers wait for jobs\n"]
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=5, timeout=PATIENCE)
-        file = client.files.create(file=jsonl(chat(12)), purpose="fine-tune").id
-        job = client.fine_tuning.jobs.create(model="tiny", training_file=file, hyperparameters={"n_epochs": 1})
+        file = client.files.create(file=jsonl(chat(64)), purpose="fine-tune").id
+        job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file})
+        stepping(client, job.id, 150)
+        lost = next(name for name in ("one", "two") if (tmp_path / name / "runs" / job.id).exists())
+        other = {"one": "two", "two": "one"}[lost]
+        machine = machines.pop(lost)
+        with machine:
+            for process in [psutil.Process(machine.pid), *psutil.Process(machine.pid).children(recursive=True)]:
+                process.kill()
         done = finished(client, job.id)
         assert done.status == "succeeded", done
+        assert [e.data["step"] for e in events(client, job.id) if e.type == "metrics"] == STEPS
+        assert "Going on from step" in (tmp_path / other / f"logs/{job.id}.log").read_text()
+        assert not (tmp_path / other / "runs" / job.id).exists()
         assert not list((tmp_path / "api").rglob("checkpoint*"))  # nothing was trained there
         messages: Any = [{"role": "user", "content": "Item 3 is red. What colour is it?"}]
         made = client.chat.completions.create(model=done.fine_tuned_model, messages=messages, max_tokens=4)
         assert made.choices[0].message.content
     finally:
-        for process in processes[::-1]:
-            process.send_signal(signal.SIGTERM)
-        assert [process.wait(timeout=PATIENCE) for process in processes] == [0] * len(processes)
+        for machine in machines.values():
+            machine.send_signal(signal.SIGTERM)
+        ended = {name: machine.wait(timeout=PATIENCE) for name, machine in machines.items()}
+    assert set(ended.values()) == {0}, ended

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from tests import service
 from tests.service import Running, chat, jsonl, openai, pairs, refused, wait
+from tunesmith.api import uploads
 from tunesmith.store import tables
 
 api, client = service.api, service.client
@@ -131,7 +132,7 @@ def test_wrong_fields_name_themselves(client: Any) -> None:
         refused(lambda id=id: client.files.retrieve(id), openai.NotFoundError)
 
 
-def test_a_large_file_comes_in_parts(api: Running, client: Any) -> None:
+def test_a_large_file_comes_in_parts(api: Running, client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     content = jsonl(chat(40))
     whole = client.uploads.upload_file_chunked(
         file=content,
@@ -157,6 +158,9 @@ def test_a_large_file_comes_in_parts(api: Running, client: Any) -> None:
     assert not list(api.service.settings.folder.glob("artifacts/uploads/*"))
     refused(lambda: client.uploads.cancel(upload.id))
     other = client.uploads.create(bytes=6, filename="x", mime_type="text/plain", purpose="user_data")
+    monkeypatch.setattr(uploads, "LARGEST_PART", 2)
+    large = refused(lambda: client.uploads.parts.create(other.id, data=b"abc"), openai.APIStatusError)
+    assert large["code"] == "part_too_large"
     assert client.uploads.cancel(other.id).status == "cancelled"
     refused(lambda: client.uploads.parts.create(other.id, data=b"abc"))
     refused(

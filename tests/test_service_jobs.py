@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from tests.conftest import write_jsonl
 from tests.listening import Listening, Quiet
 from tests.service import Running, chat, events, finished, openai, pairs, refused, running, settings, team, wait
-from tunesmith.errors import ModelError
+from tunesmith.errors import ModelError, TrainingError
 from tunesmith.jobs import child
 from tunesmith.jobs.recipe import recipe_of, stages
 from tunesmith.runs import read_jsonl
@@ -155,7 +155,7 @@ def test_the_multiplier_is_of_the_rules_rate(api: Running, walk: Walk, tmp_path:
     assert child.planned({"recipe": own, "multiplier": 7.0})["recipe"]["train"]["learning_rate"] == 3e-4
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_what_is_no_lora_becomes_a_model_of_its_own(api: Running, tiny_model: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM
@@ -222,7 +222,9 @@ def test_a_jobs_last_checkpoints_are_kept(api: Running, walk: Walk) -> None:
 
 def test_a_jobs_figures_are_a_file(api: Running, walk: Walk) -> None:
     text = walk.client.files.content(walk.done.result_files[0]).text
-    rows = list(csv.DictReader(io.StringIO(base64.b64decode(text).decode())))
+    plain = walk.client.files.content(walk.done.result_files[0], extra_query={"raw": "true"}).text
+    assert base64.b64decode(text).decode() == plain
+    rows = list(csv.DictReader(io.StringIO(plain)))
     assert list(rows[0]) == ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"]
     assert [row["step"] for row in rows] == [str(i) for i in range(1, 9)]
     assert rows[0]["valid_loss"] == "" and float(rows[1]["valid_loss"]) > 0
@@ -337,9 +339,11 @@ def test_a_failed_job_names_the_setting_and_no_path() -> None:
     assert (named["code"], named["param"]) == ("model_error", "train.adapter.targets")
     other = child.told(ModelError("is damaged", where="/models/base"))
     assert other["param"] == "model" and "/" not in other["message"]
+    diverged = child.told(TrainingError("the loss is not a number"))
+    assert (diverged["code"], diverged["param"]) == ("training_diverged", "hyperparameters")
 
 
-@pytest.mark.long
+@pytest.mark.proof
 def test_pairs_and_proof(api: Running) -> None:
     client = api.client()
     dpo = client.fine_tuning.jobs.create(
@@ -356,31 +360,3 @@ def test_pairs_and_proof(api: Running) -> None:
     assert done.status == "succeeded" and done.method.dpo.hyperparameters.beta == 0.2, done
     assert done.method.dpo.hyperparameters.n_epochs == 1
     assert finished(client, proved.id).error.code == "gate_held"
-
-
-@pytest.mark.long
-def test_a_paused_job_ends_as_one_that_was_not(api: Running) -> None:
-    client = api.client()
-    ask = {
-        "model": "tiny",
-        "training_file": api.upload(chat(64)),
-        "seed": 5,
-        "hyperparameters": {"n_epochs": 50, "batch_size": 4},
-    }
-    whole = client.fine_tuning.jobs.create(**ask)
-    assert finished(client, whole.id).status == "succeeded"
-    job = client.fine_tuning.jobs.create(**ask)
-    wait(lambda: any(e.type == "metrics" for e in client.fine_tuning.jobs.list_events(job.id, limit=3).data), "a step")
-    assert client.fine_tuning.jobs.pause(job.id).status == "paused"
-    wait(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "the snapshot")
-    stopped = client.fine_tuning.jobs.checkpoints.list(job.id).data[0].step_number
-    assert 0 < stopped < 800
-    assert client.fine_tuning.jobs.resume(job.id).status == "queued"
-    done = finished(client, job.id)
-    assert done.status == "succeeded"
-    steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
-    assert steps == list(range(1, 801))
-    assert (api.service.logs / f"{job.id}.log").read_text().count("Going on from step") == 1
-    assert files_of(api, done.fine_tuned_model) == files_of(
-        api, client.fine_tuning.jobs.retrieve(whole.id).fine_tuned_model
-    )

@@ -73,7 +73,7 @@ class ApiError(Exception):
 
 
 TOO_LARGE = ApiError(413, "The request is larger than this server takes.", code="request_too_large")
-TOO_SLOW = ApiError(408, "The request's body came too slowly.", code="request_timeout", headers={"connection": "close"})
+TOO_SLOW = ApiError(408, "The request came too slowly.", code="request_timeout", headers={"connection": "close"})
 PACKED = ApiError(
     415, "A body is read as it is: send it without Content-Encoding.", param="content-encoding", code="unsupported"
 )

@@ -17,7 +17,7 @@ from tunesmith.api.errors import PACKED, TOO_LARGE, TOO_SLOW, told
 
 access = logging.getLogger("tunesmith.access")
 GIVEN = re.compile(r"[\w.-]{1,64}")
-PATIENCE = 30.0  # seconds for a body to come, and one more for each RATE bytes of it
+PATIENCE = 30.0  # seconds for a head to come, and for a body; one more for each RATE bytes of a body
 RATE = 1024
 
 

@@ -19,6 +19,7 @@ import uvicorn
 
 from tunesmith.api.app import SERVING, State, build
 from tunesmith.api.auth import is_local
+from tunesmith.api.connection import Connection
 from tunesmith.errors import RunError
 
 
@@ -116,6 +117,7 @@ def serve(
         )
     config = uvicorn.Config(
         build(state, routers),
+        http=Connection,
         log_config=None,
         access_log=False,
         ssl_certfile=place.certificate,

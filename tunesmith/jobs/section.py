@@ -28,7 +28,7 @@ class ServiceSection(Section):
     cores: int | None = Field(None, ge=1)
     """Cores of this machine that jobs may take in all; all of them if not given."""
     memory_gib: float | None = Field(None, gt=0)
-    """Memory of this machine that jobs may take in all; what is free when a job begins, if not given."""
+    """Memory of this machine that jobs may take in all; all of it if not given."""
     jobs_at_once: int | None = Field(None, ge=1)
     """Jobs of one key that may run at the same time, where the key has no limit of its own."""
     lease: float = Field(60.0, gt=0)

@@ -5,40 +5,52 @@ const make = (tag, text, ...inside) => {
   found.append(...inside);
   return found;
 };
-const example = `from openai import OpenAI
+const at = (id) => document.getElementById(id);
+at("example").textContent = `from openai import OpenAI
 
 client = OpenAI(base_url="${location.origin}/v1", api_key="...")
 client.chat.completions.create(model="...", messages=[{"role": "user", "content": "Hello"}])`;
-document.getElementById("example").textContent = example;
 
+// What a schema takes, in words and in links to the shapes below.
 function kind(schema) {
-  if (!schema) return "";
-  if (schema.$ref) return schema.$ref.split("/").pop();
-  if (schema.anyOf) return schema.anyOf.map(kind).filter((k) => k !== "null").join(" or ");
-  if (schema.enum) return schema.enum.map((v) => JSON.stringify(v)).join(", ");
-  if (schema.const !== undefined) return JSON.stringify(schema.const);
-  if (schema.type === "array") return `list of ${kind(schema.items) || "anything"}`;
-  return schema.type || "anything";
+  if (schema.$ref) {
+    const name = schema.$ref.split("/").pop(), link = Object.assign(make("a", name), { href: `#${name}` });
+    link.onclick = () => { at(name).open = true; };
+    return [link];
+  }
+  const some = (schema.anyOf || schema.oneOf || []).filter((one) => one.type !== "null");
+  if (some.length) return some.flatMap((one, i) => (i ? [" or ", ...kind(one)] : kind(one)));
+  if (schema.enum) return [schema.enum.map((v) => JSON.stringify(v)).join(", ")];
+  if (schema.const !== undefined) return [JSON.stringify(schema.const)];
+  if (schema.type === "array") return ["list of ", ...kind(schema.items || {})];
+  return [schema.type || "anything"];
 }
 
-function fields(schema, all) {
-  if (schema && schema.$ref) schema = all[schema.$ref.split("/").pop()];
-  const rows = Object.entries((schema && schema.properties) || {}).map(([name, of]) =>
-    make("tr", "", make("td", "", make("code", name)), make("td", kind(of)),
-      make("td", (schema.required || []).includes(name) ? "required" : ""), make("td", of.description || "")));
-  return rows.length ? make("table", "", ...rows) : "";
+const row = (name, schema, required, told) =>
+  make("tr", "", make("td", "", make("code", name)), make("td", "", ...kind(schema)),
+    make("td", required ? "required" : ""), make("td", told || ""));
+const fields = (schema) => Object.entries(schema.properties || {}).map(([name, of]) =>
+  row(name, of, (schema.required || []).includes(name), of.description));
+const told = (title, rows) => (rows.length ? [make("h4", title), make("table", "", ...rows)] : []);
+
+function shown(path, verb, route, all) {
+  const of = (content) => Object.values(content || {}).slice(0, 1).flatMap(({ schema }) =>
+    fields(schema.$ref ? all[schema.$ref.split("/").pop()] : schema));
+  const name = Object.assign(make("span", verb.toUpperCase()), { className: "verb" });
+  const rows = (route.parameters || []).map((one) => row(one.name, one.schema, one.required, one.description));
+  return make("details", "", make("summary", "", name, make("code", path)),
+    make("p", route.description || route.summary || ""), ...told("Address", rows),
+    ...told("Asked", of((route.requestBody || {}).content)),
+    ...told("Answered", of(((route.responses || {})["200"] || {}).content)));
 }
 
-fetch("/openapi.json").then((a) => a.json()).then((api) => {
-  const all = api.components.schemas, routes = document.getElementById("routes");
+fetch("/openapi.json").then((answer) => answer.json()).then((api) => {
+  const all = api.components.schemas;
   for (const [path, verbs] of Object.entries(api.paths))
-    for (const [verb, route] of Object.entries(verbs)) {
-      const told = make("details", "", make("summary", "", Object.assign(make("span", verb.toUpperCase()), { className: "verb" }), make("code", path)));
-      told.append(make("p", route.description || route.summary || ""));
-      const body = Object.values((route.requestBody || { content: {} }).content)[0];
-      if (body) told.append(make("h4", "Asked"), fields(body.schema, all));
-      const good = Object.values(((route.responses || {})["200"] || {}).content || {})[0];
-      if (good) told.append(make("h4", "Answered"), fields(good.schema, all));
-      routes.append(told);
-    }
-});
+    for (const [verb, route] of Object.entries(verbs)) at("routes").append(shown(path, verb, route, all));
+  for (const [name, schema] of Object.entries(all)) {
+    const rows = fields(schema), inside = rows.length ? make("table", "", ...rows) : make("p", "", ...kind(schema));
+    const shape = make("details", "", make("summary", "", make("code", name)), make("p", schema.description || ""), inside);
+    at("shapes").append(Object.assign(shape, { id: name }));
+  }
+}).catch((error) => { at("routes").append(make("p", `The API's description can't be read: ${error.message}`)); });
