@@ -3,9 +3,11 @@ llama.cpp's own server, `transformers serve` (in an environment of its own; tran
 continuously) and transformers' generate, with the same model on the same cores; ten adapters beside one.
 
     python benchmarks/serving.py [--engines llamacpp,transformers,llama-server,transformers-serve,generate]
-        [--at-once 1,8,32] [--precision q8_0] [--adapters 10] [--json FILE]
+        [--at-once 1,8,32] [--rounds 5] [--precision q8_0] [--adapters 10] [--json FILE]
 
-NEW_TOKENS (64) and QUESTIONS (32) in the environment make it shorter; --adapters 0 leaves adapters out.
+NEW_TOKENS (64) and QUESTIONS (32) in the environment make it shorter; --adapters 0 leaves adapters out. A round asks
+each contender once, so that a machine's good and bad minutes fall on all; figures are medians over the rounds, also of
+the round's ratios (ours by llama.cpp's own server and by generate alone; ten adapters by one).
 
 A contender is a context manager that gives `ask(prompt, adapter) -> (seconds to the first token, tokens)`.
 """
@@ -44,6 +46,7 @@ SERVE_PINS = (
     "uvicorn==0.54.0",
     "openai==3.54.0",
 )
+OURS = ("llamacpp", "transformers")
 Ask = Callable[[list[int], str | None], Awaitable[tuple[float, int]]]
 OWN_SERVER = """
 import sys, xllamacpp
@@ -122,7 +125,7 @@ async def llama_server(model: ResolvedModel, slots: int, precision: str) -> Asyn
                     async for event in events(response):
                         first = first or time.perf_counter() - began
                         count = max(count, event["tokens_predicted"])
-                return first, count
+                return first, count - (event["stop_type"] == "eos")  # what ends an answer is no part of it
 
             try:
                 yield ask
@@ -214,7 +217,7 @@ async def generate(model: ResolvedModel) -> AsyncIterator[Ask]:
         told = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 2, "eos_token_id": [0, 2]}
         began = time.perf_counter()
         out = loaded.generate(ids, max_new_tokens=NEW_TOKENS, streamer=times, **told)
-        return times.seen[1] - began, out.shape[1] - len(prompt)
+        return times.seen[1] - began, out.shape[1] - len(prompt) - (out[0, -1].item() in told["eos_token_id"])
 
     yield ask
 
@@ -262,34 +265,70 @@ def contender(name: str, model: ResolvedModel, slots: int, adapters: dict[str, P
     return generate(model) if name == "generate" else engine(name, model, slots, adapters, precision)
 
 
-async def engines(names: Sequence[str], at_once: Sequence[int], count: int, precision: str) -> list[dict[str, Any]]:
+async def once(
+    name: str,
+    model: ResolvedModel,
+    asked: Sequence[tuple[list[int], str | None]],
+    many: int,
+    adapters: dict[str, Path],
+    precision: str,
+) -> dict[str, float]:
+    async with contender(name, model, many, adapters, precision) as ask:
+        await measure(ask, asked[:many], many)  # warm
+        return await measure(ask, asked, many)
+
+
+def middle(rows: Sequence[dict[str, float]], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def told(rows: Sequence[dict[str, float]], **about: Any) -> dict[str, Any]:
+    """Medians over the rounds, printed."""
+    row = about | {key: middle(rows, key) for key in rows[0]}
+    print("  ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+    return row
+
+
+def ratio(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], what: str) -> dict[str, Any]:
+    """The median of the rounds' ratios in tokens per second, and all of them, printed."""
+    each = sorted(a["tokens_per_second"] / b["tokens_per_second"] for a, b in zip(ours, theirs, strict=True))
+    row = {"ratio": what, "median": round(statistics.median(each), 2), "rounds": [round(x, 2) for x in each]}
+    print(json.dumps(row), flush=True)
+    return row
+
+
+async def engines(
+    names: Sequence[str], at_once: Sequence[int], count: int, precision: str, rounds: int
+) -> list[dict[str, Any]]:
     model = resolve(ModelSection(name=MODEL))
     asked = [(prompt, None) for prompt in prompts(model)]
     rows: list[dict[str, Any]] = []
-
-    def told(**row: Any) -> None:
-        rows.append(row)
-        print("  ".join(f"{k}={v:.1f}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-
-    for name in names:
-        for many in at_once:
-            if name == "generate" and many > 1:
-                continue
-            some = asked[: 8 if many == 1 else QUESTIONS]
-            async with contender(name, model, many, {}, precision) as ask:
-                await measure(ask, asked[:many], many)  # warm
-                told(engine=name, at_once=many, **await measure(ask, some, many))
+    found: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for many in at_once:
+        some = asked[: 8 if many == 1 else QUESTIONS]
+        asks = [name for name in names if many == 1 or name != "generate"]
+        for _ in range(rounds):
+            for name in asks:
+                found.setdefault((name, many), []).append(await once(name, model, some, many, {}, precision))
+        rows += [told(found[name, many], engine=name, at_once=many) for name in asks]
+        for ours in (name for name in asks if name in OURS):
+            for other, beside in (("llama-server", many), ("generate", 1)):
+                if (other, beside) in found and (ours == "llamacpp" or other == "generate"):
+                    what = f"{ours} at {many} by {other}" + (" alone" if other == "generate" else "")
+                    rows.append(ratio(found[ours, many], found[other, beside], what))
     if not count:
         return rows
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(model, Path(folder), count)
-        for name in [n for n in names if n in ("llamacpp", "transformers")]:
-            for used in (1, count):
-                chosen = list(adapters)[:used]
-                each = [(prompt, chosen[i % used]) for i, (prompt, _) in enumerate(asked)]
-                async with contender(name, model, max(at_once), adapters, precision) as ask:
-                    await measure(ask, each, max(at_once))
-                    told(engine=name, adapters=used, **await measure(ask, each, max(at_once)))
+        names_of = list(adapters)
+        for name in [name for name in names if name in OURS]:
+            shared: dict[int, list[dict[str, float]]] = {1: [], count: []}
+            for _ in range(rounds):
+                for used, seen in shared.items():
+                    each = [(prompt, names_of[i % used]) for i, (prompt, _) in enumerate(asked)]
+                    seen.append(await once(name, model, each, max(at_once), adapters, precision))
+            rows += [told(seen, engine=name, adapters=used) for used, seen in shared.items()]
+            rows.append(ratio(shared[count], shared[1], f"{name}, {count} adapters by one"))
     return rows
 
 
@@ -298,11 +337,18 @@ if __name__ == "__main__":
     parser.add_argument("--engines", default="llamacpp,llama-server,transformers,transformers-serve,generate")
     parser.add_argument("--at-once", default="1,8,32")
     parser.add_argument("--adapters", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--precision", default="q8_0")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     found = asyncio.run(
-        engines(given.engines.split(","), [int(n) for n in given.at_once.split(",")], given.adapters, given.precision)
+        engines(
+            given.engines.split(","),
+            [int(n) for n in given.at_once.split(",")],
+            given.adapters,
+            given.precision,
+            given.rounds,
+        )
     )
     if given.json:
         given.json.write_text(json.dumps(found, indent=2))
