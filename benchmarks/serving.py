@@ -28,7 +28,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from environments import peers_environment, python_of
+from environments import HERE, peers_environment, python_of
 
 from tunesmith.conversation.message import Message
 from tunesmith.inference.engines import LlamaCpp, Transformers
@@ -46,6 +46,7 @@ SERVE_PINS = (
     "uvicorn==0.54.0",
     "openai==3.54.0",
 )
+SERVE = "import sys, tiles; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
 OURS = ("llamacpp", "transformers")
 Ask = Callable[[list[int], str | None], Awaitable[tuple[float, int]]]
 OWN_SERVER = """
@@ -150,10 +151,10 @@ async def transformers_serve(model: ResolvedModel, batching: bool) -> AsyncItera
     told = ["--device", "cpu", "--dtype", machine().precision, "--host", "127.0.0.1", "--port", str(port)]
     told += ["--continuous-batching"] if batching else []
     process = await asyncio.create_subprocess_exec(
-        *(python_of("transformers-serve", SERVE_PINS).parent / "transformers", "serve", str(model.path), *told),
+        *(python_of("transformers-serve", SERVE_PINS), "-c", SERVE, "serve", str(model.path), *told),
         stdout=asyncio.subprocess.DEVNULL,
         stderr=asyncio.subprocess.DEVNULL,
-        env=peers_environment(),
+        env=peers_environment() | {"PYTHONPATH": str(HERE / "peers")},
     )
     connector = aiohttp.TCPConnector(limit=0, force_close=True)
     patience = aiohttp.ClientTimeout(total=None)
