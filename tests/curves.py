@@ -25,6 +25,8 @@ CASES: dict[str, dict[str, Any]] = {
     "sft-ia3-sgd": {"adapter": "ia3", "optimizer": "sgd", "learning_rate": 0.05},
     "sft-prefix": {"adapter": {"kind": "prefix", "tokens": 4}},
     "sft-bottleneck-lion": {"adapter": {"kind": "bottleneck", "size": 8}, "optimizer": "lion", "learning_rate": 3e-4},
+    "sft-lora-nf4": {"quantise": "nf4"},
+    "sft-lora-two-ranks": {"ranks": 2, "parallel": "ddp"},
     "sft-full": {"adapter": "full", "weight_decay": 0.1, "layer_decay": 0.8},
     "sft-full-muon-gpt2": {"adapter": "full", "optimizer": "muon", "model": "gpt2"},
     "sft-lora-smoothed-qwen3": {"method": {"kind": "sft", "label_smoothing": 0.1}, "model": "qwen3"},
@@ -47,13 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {"llama": {}, "qwen3": {"head_dim": 8}, "g
 
 
 def trained(name: str, folder: Path) -> list[dict[str, float]]:
-    """Train a case in `folder`, on one thread: loss and gradient norm of each step."""
+    """Train a case in `folder`, on one thread a rank: loss and gradient norm of each step."""
     import torch
 
-    import tunesmith
+    from tests.ranked import shared, walk
     from tunesmith.runs import read_jsonl
 
     case = dict(CASES[name])
+    ranks = case.pop("ranks", 1)
     model = _model(case.pop("model", "llama"), folder)
     method = case.get("method", "sft")
     if isinstance(method, dict) and "teacher" in method:
@@ -75,13 +78,18 @@ def trained(name: str, folder: Path) -> list[dict[str, float]]:
         "data": {"sources": [{"path": str(_rows(method, folder))}], "split": {"validation": 4, "test": 4}},
         "train": train | case,
     }
+    path = write_recipe(folder, keys, f"{name}.yaml")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        done = tunesmith.run(write_recipe(folder, keys, f"{name}.yaml"), (), folder / "runs", ("data", "train"))
+        if ranks > 1:
+            shared(path, [(".", (), "")])
+        else:
+            walk(path, folder / "runs", [(".", (), "")])
     finally:
         torch.set_num_threads(threads)
-    return [{what: line[what] for what in TOLERANCE} for line in read_jsonl(done.run.metrics)]
+    lines = read_jsonl(folder / "runs" / name / "metrics.jsonl")
+    return [{what: line[what] for what in TOLERANCE} for line in lines]
 
 
 def kept(name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("curves")
 
 
-@pytest.mark.parametrize("name", curves.CASES)
+def marked(name: str) -> Any:
+    """A case; a process of its own for each rank takes its time."""
+    return pytest.param(name, marks=pytest.mark.long) if "ranks" in curves.CASES[name] else name
+
+
+@pytest.mark.parametrize("name", map(marked, curves.CASES))
 def test_a_curve_is_the_one_that_was_kept(name: str, folder: Path) -> None:
+    if "quantise" in curves.CASES[name]:
+        pytest.importorskip("bitsandbytes")
     before = curves.kept(name)
     assert before["case"] == curves.CASES[name], "run: python tools/golden.py"
     why = curves.moved(before["steps"], curves.trained(name, folder))
@@ -29,6 +37,7 @@ def test_only_cases_are_kept_and_a_small_difference_is_noticed() -> None:
     assert {path.stem for path in curves.GOLDEN.glob("*.json")} == set(curves.CASES)
     steps = curves.kept("sft-lora")["steps"]
     assert not curves.moved(steps, steps)
+    assert not curves.moved(steps, curves.kept("sft-lora-two-ranks")["steps"])  # two ranks train what one does
     other = [dict(step) for step in steps]
     other[-1]["loss"] *= 1.0003
     assert curves.moved(steps, other).startswith(f"loss of step {len(steps)} is ")

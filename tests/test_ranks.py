@@ -17,7 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import COLOURS, write_jsonl, write_recipe
-from tests.ranked import walk
+from tests.ranked import shared, walk
 from tunesmith.errors import MachineError, RankLost, RecipeError
 from tunesmith.runs import read_jsonl
 from tunesmith.train.batching import Schedule
@@ -120,15 +120,6 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained_long(trained: Path) -> Path:
     shared(trained.parent / "tiny.yaml", LONG_SHARED)
     return trained
-
-
-def shared(recipe: Path, runs: list[tuple[str, tuple[str, ...], str]]) -> None:
-    """The runs, by two ranks that a user's own torchrun starts."""
-    given = [str(Path(__file__).with_name("ranked.py")), str(recipe), str(recipe.parent / "runs"), json.dumps(runs)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *given]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def weights(runs: Path, name: str) -> dict[str, Any]:

@@ -61,4 +61,4 @@ def is_plain_mixture(layer: Any) -> bool:
         if layer.merged or layer.disable_adapters or len(layer.active_adapters) != 1 or not swapped:
             return False
         layer = layer.base_layer
-    return not layer._is_expert_parallel
+    return not getattr(layer, "_is_expert_parallel", False)

@@ -107,5 +107,5 @@ def _codes(*kinds: type) -> set[tuple[Any, ...]]:
 
 def _code(of: type) -> tuple[Any, ...]:
     """What a class's forward does, comparable with another's that was copied from it."""
-    code = inspect.unwrap(of.forward).__code__  # type: ignore[attr-defined]
-    return code.co_code, code.co_names, code.co_consts
+    code = getattr(inspect.unwrap(of.forward), "__code__", None)  # type: ignore[attr-defined]
+    return (code.co_code, code.co_names, code.co_consts) if code else (of,)

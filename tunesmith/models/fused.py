@@ -68,7 +68,8 @@ def _gelu(self: Any, x: Tensor) -> Tensor:
 
 def _attention(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
     turn, attend = kwargs.get("position_embeddings"), step_attention()
-    dropped = self.training and isinstance(self.attention_dropout, float) and self.attention_dropout
+    rate = self.attention_dropout  # Falcon's is a module, and asked by ALiBi alone
+    dropped = self.training and not isinstance(rate, nn.Module) and rate
     if args or turn is None or not (attend or packing()) or dropped:
         plain: tuple[Tensor, None] = type(self).forward(self, hidden_states, *args, **kwargs)
         return plain
