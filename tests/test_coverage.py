@@ -246,7 +246,7 @@ COVERED: dict[str, Callable[[], Case]] = {
     "weighted kappa": lambda: two_judges(40, (0.1, 0.2, 0.3, 0.3, 0.1), 0.5, True),
     "alpha of two": lambda: many_judges(40, (0.4, 0.3, 0.3), 0.7, 2),
     "alpha of four": lambda: many_judges(30, (0.4, 0.3, 0.3), 0.7, 4),
-    "Fleiss' kappa of three": lambda: many_judges(40, (0.4, 0.3, 0.3), 0.7, 3, "fleiss"),
+    "Fleiss' kappa of three": lambda: many_judges(60, (0.4, 0.3, 0.3), 0.7, 3, "fleiss"),
     "Bradley-Terry of two": lambda: bradley_terry(40, (0.0, 0.8), 0.2),
     "Bradley-Terry of three": lambda: bradley_terry(30, (0.0, 0.8, -0.5), 0.2),
     "rounds": lambda: rounds(60, 3),
