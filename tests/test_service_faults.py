@@ -97,7 +97,7 @@ def test_a_job_that_was_killed_and_paused_ends_with_the_bytes_of_one_that_was_no
             whole = client.fine_tuning.jobs.create(**ask)
             assert finished(client, whole.id).status == "succeeded"
             job = client.fine_tuning.jobs.create(**ask)
-            for least in (40, 120):  # twice: each time the worker, and its job's process with it
+            for least in (60, 130):  # twice: each time the worker, and its job's process with it
                 stepping(client, job.id, least)
                 worker = crew.processes[0].pid
                 mine = children(worker)
@@ -135,7 +135,7 @@ def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Pa
         ]
         with team(api, 2) as crew:
             for job in jobs:
-                stepping(client, job, 40)
+                stepping(client, job, 60)
             for process in crew.processes:
                 os.kill(process.pid, signal.SIGKILL)
             assert [finished(client, job).status for job in jobs] == ["succeeded"] * 2
@@ -233,7 +233,7 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
         )
         file = client.files.create(file=jsonl(chat(64)), purpose="fine-tune").id
         job = client.fine_tuning.jobs.create(**LONG_JOB | {"training_file": file})
-        stepping(client, job.id, 20)
+        stepping(client, job.id, 60)
         process.kill()
         process.wait()
         process, told = launched(tmp_path / "home", tiny_model, port)
@@ -246,6 +246,7 @@ def test_the_whole_service_is_killed_and_goes_on(tiny_model: Path, tmp_path: Pat
 
         steps = [e.data["step"] for e in events(client, job.id) if e.type == "metrics"]
         stepping(client, job.id, max(steps) + 1)  # it goes on
+        assert "Going on from step" in (tmp_path / f"home/logs/{job.id}.log").read_text()
         client.fine_tuning.jobs.pause(job.id)
         wait(lambda: client.fine_tuning.jobs.checkpoints.list(job.id).data, "the paused job's snapshot")
         snapshot = client.fine_tuning.jobs.checkpoints.list(job.id).data[0]
