@@ -125,7 +125,7 @@ def _alive(pid: int) -> bool:
         return False
 
 
-@pytest.mark.proof
+@pytest.mark.long
 def test_two_jobs_and_both_workers_killed_at_once(tiny_model: Path, tmp_path: Path) -> None:
     with running(settings(tmp_path, tiny_model, lease=3.0, workers=2, cores=2)) as api:
         client = api.client()
