@@ -18,6 +18,7 @@ whole       all of `tunesmith data prepare` with these steps: also split, counte
 one         the same as ours in one process
 ray, spark  the same on these engines, with starting them
 datasketch  the same words' runs in datasketch's MinHashLSH of 125 permutations in 25 bands, rows inserted and queried
+rensa       the same in rensa's RMinHashLSH, signatures of 4,096 rows at a time
 plain       ours with duplicates: exact, which is what pandas and datasets do
 pandas      read, the same Unicode mending, drop_duplicates
 datasets    load, map with the same mending on all cores, duplicates by a set of hashes
@@ -34,10 +35,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-SIDES = ("ours", "datasketch", "plain", "pandas", "datasets")
+SIDES = ("ours", "datasketch", "rensa", "plain", "pandas", "datasets")
 ENGINES = {"one": {"kind": "local", "processes": 1}, "ray": "ray", "spark": "spark"}
 
 
@@ -92,33 +95,45 @@ def whole(path: Path) -> int:
         return int(prepare(str(file), runs_folder=name).manifest["counts"]["accepted"])
 
 
-def datasketch(path: Path) -> int:
-    from datasketch import MinHash, MinHashLSH
-
+def runs_of(path: Path) -> Iterator[list[bytes]]:
+    """Each row's runs of three words, once for rows of the same words."""
     from tunesmith.data.clean.minhash import normalised
     from tunesmith.data.clean.unicode import Unicode
 
-    mend = Unicode().mend
-    lsh, seen, kept = MinHashLSH(num_perm=125, params=(25, 5)), set(), 0
+    mend, seen = Unicode().mend, set()
     with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file):
+        for line in file:
             row = json.loads(line)
             text = normalised(f"{mend(row['prompt'])}\n{mend(row['completion'])}")
-            if text in seen:
-                continue
-            seen.add(text)
-            words = text.split()
-            sketch = MinHash(num_perm=125)
-            sketch.update_batch([" ".join(words[i : i + 3]).encode() for i in range(max(len(words) - 2, 1))])
-            if any(sketch.jaccard(lsh_sketches[other]) >= 0.8 for other in lsh.query(sketch)):
-                continue
-            lsh.insert(number, sketch)
-            lsh_sketches[number] = sketch
-            kept += 1
-    return kept
+            if text not in seen:
+                seen.add(text)
+                words = text.split()
+                yield [" ".join(words[i : i + 3]).encode() for i in range(max(len(words) - 2, 1))]
 
 
-lsh_sketches: dict[int, object] = {}
+def datasketch(path: Path) -> int:
+    from datasketch import MinHash, MinHashLSH
+
+    lsh, kept = MinHashLSH(num_perm=125, params=(25, 5)), []
+    for runs in runs_of(path):
+        sketch = MinHash(num_perm=125)
+        sketch.update_batch(runs)
+        if not any(sketch.jaccard(kept[other]) >= 0.8 for other in lsh.query(sketch)):
+            lsh.insert(len(kept), sketch)
+            kept.append(sketch)
+    return len(kept)
+
+
+def rensa(path: Path) -> int:
+    from rensa import RMinHash, RMinHashLSH
+
+    lsh, kept, rows = RMinHashLSH(0.8, 125, 25), [], runs_of(path)
+    while some := list(islice(rows, 4096)):
+        for sketch in RMinHash.from_token_sets(some, 125, 7):
+            if not any(sketch.jaccard(kept[other]) >= 0.8 for other in lsh.query(sketch)):
+                lsh.insert(len(kept), sketch)
+                kept.append(sketch)
+    return len(kept)
 
 
 def pandas(path: Path) -> int:
@@ -187,7 +202,7 @@ class Peak:
 
 def run(side: str, path: Path) -> dict[str, float]:
     """One side, in this process: rows kept, seconds and peak MiB, after a few rows that load its libraries."""
-    tools = {"datasketch": datasketch, "pandas": pandas, "datasets": datasets, "whole": whole}
+    tools = {"datasketch": datasketch, "rensa": rensa, "pandas": pandas, "datasets": datasets, "whole": whole}
 
     def turn(path: Path) -> int:
         return tools[side](path) if side in tools else ours(path, side != "plain", ENGINES.get(side, "local"))
@@ -195,7 +210,6 @@ def run(side: str, path: Path) -> dict[str, float]:
     few = path.parent / "few.jsonl"
     make(few, 200)
     turn(few)
-    lsh_sketches.clear()
     with Peak() as peak:
         start = time.perf_counter()
         kept = turn(path)

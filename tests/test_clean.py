@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -215,6 +217,37 @@ def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: 
         assert (near.nearly_same(keys, threshold, Path(name), LocalRunning()) == groups.leaders()).all()
 
 
+@pytest.mark.parametrize("alike", [0.3, 0.5, 0.7])
+def test_as_many_pairs_share_a_band_as_theory_says(alike: float) -> None:
+    """Of sets with a similarity s, 1 - (1 - s^r)^b share one of b bands of r (Leskovec et al., Mining of Massive
+    Datasets, 3.4)."""
+    draw, size, pairs = np.random.default_rng(5), 60, 2000
+    shared = round(2 * size * alike / (1 + alike))
+    runs = draw.integers(0, 2**64, (pairs, 2, size), dtype=np.uint64)
+    runs[:, 1, :shared] = runs[:, 0, :shared]
+    s = shared / (2 * size - shared)
+    keys = minhash.band_keys(runs.reshape(-1), np.arange(1, 2 * pairs + 1) * size, 0.8).reshape(pairs, 2, -1)
+    bands, rows = minhash.band_shape(0.8)
+    expected = 1 - (1 - s**rows) ** bands
+    share = (keys[:, 0] == keys[:, 1]).any(axis=1).mean()
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / pairs) ** 0.5
+    assert abs((keys[:, 0] == keys[:, 1]).mean() - s**rows) < 5 * (s**rows / pairs / bands) ** 0.5
+
+
+def test_words_are_told_apart_whatever_their_length() -> None:
+    """Hashes of words are equal where the words are: of every length, script and place in the text."""
+    draw = random.Random(3)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789äßж字ก"
+    spoken = [
+        "".join(draw.choices(letters, k=draw.choice([1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 200]))) for _ in range(500)
+    ]
+    texts = [" ".join(draw.choices(spoken, k=draw.randint(0, 30))) for _ in range(400)] + ["", "?!", "_"]
+    flat, ends = minhash.hashes_of(texts)
+    assert np.diff(ends, prepend=0).tolist() == [len(minhash.words_of(text)) for text in texts]
+    words = [word for text in texts for word in minhash.words_of(text)]
+    assert len(set(zip(words, flat.tolist(), strict=True))) == len(set(words)) == len(set(flat.tolist()))
+
+
 @pytest.mark.parametrize(
     ("text", "mended"),
     [
@@ -228,19 +261,33 @@ def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: 
         ("| a \\| b | c |\n|---|---|\n| 1 | 2 |", None),
         ("```\n| a | b |\n| 1 | 2 |\n```", None),
         ("x | y and |z|\n| one line |", None),
+        ("You need:\n• a passport\n  ◦ a copy\n•\tthe form", "You need:\n- a passport\n  - a copy\n- the form"),
+        ("- one\n* two\n* three\n\n* other", "- one\n- two\n- three\n\n* other"),
+        ("-Open it\n-Close it", "- Open it\n- Close it"),
+        ("1.open it\n2. wait\n3)close it", "1. open it\n2. wait\n3)close it"),
+        ("9)a\n10)b", "9) a\n10) b"),
+        ("1. one\n2. two\n3.", "1. one\n2. two"),
+        ("* one\n*\n", "* one"),
+        ("-v is long, -q is not\n-q\n-rf all", None),
+        ("*Note* this\n*Note* that\n-5 degrees\n-7 degrees\n1.5 is\n2.5 is not\n-Ann", None),
+        ("- old\n+ new\n\nTitle\n-\n\n* * *", None),
+        ("```\n• a\n-A\n-B\n- a\n* b\n```", None),
+        ("- one\n- - -\n* * *", None),
     ],
 )
 def test_broken_markdown(cleaned: Any, text: str, mended: str | None) -> None:
     made, told = cleaned(pairs(("a", text)), {"markdown": True})
     assert answers(made) == [mended or text] and told["markdown"]["changed"] == (mended is not None)
-    made, told = cleaned(pairs(("a", text)), {"markdown": {"fences": False, "tables": False}})
+    made, told = cleaned(pairs(("a", text)), {"markdown": {"fences": False, "tables": False, "lists": False}})
     assert answers(made) == [text]
 
 
+MARKED = ["```", "````", "~~~", "```py", "| a | b |", "|-|", "|--|:-:|", "", "x", "| 1 |", "• a", "-A", "- b", "* c",
+          "1.d", "2.e", "2. f", "*", "2.", "  * g", "---"]  # fmt: skip
+
+
 @settings(max_examples=150, deadline=None)
-@given(
-    lines=st.lists(st.sampled_from(["```", "````", "~~~", "```py", "| a | b |", "|-|", "|--|:-:|", "", "x", "| 1 |"]))
-)
+@given(lines=st.lists(st.sampled_from(MARKED)))
 def test_mended_markdown_is_whole(lines: list[str]) -> None:
     """By another reader of it: what was mended needs no second time, and no code block is open at the end."""
     from markdown_it import MarkdownIt
@@ -283,6 +330,31 @@ def test_training_rows_that_a_test_asks_again_are_removed(cleaned: Any, tmp_path
     (tmp_path / "bench.jsonl").write_text(json.dumps({"q": {"text": THIRTEEN}, "choices": ["yes", "no"]}) + "\n")
     made, told = cleaned(rows, {"contamination": ["test", "bench.jsonl"]})
     assert told["contamination"]["found"] == {"bench.jsonl": 2} and answers(made) == ["a", "c", "d"]
+
+
+RULES = " ".join(f"Rule {i} says {i * 7}." for i in range(30))
+
+
+@pytest.mark.parametrize("template", [f"{RULES} Now classify: {{}}", f"{{}} Now say, by these rules: {RULES}",
+                                      "Say in one word which team is to have this ticket: {}"])  # fmt: skip
+def test_words_of_a_template_prove_nothing(cleaned: Any, tmp_path: Path, template: str) -> None:
+    """What all rows share, before or after their own words, contaminates none; what a few share with a test does."""
+    asked = [" ".join(f"{word}{i * 31 % 57}" for word in LONG.split()) for i in range(57)]
+    tests = [template.format(text) for text in [*asked[50:], "I want my card", THIRTEEN]]
+    rows = pairs(
+        *((template.format(text), f"team {i}") for i, text in enumerate(asked[:50])),
+        (template.format("I want my cat"), "team 50"),
+        (template.format("I want my CARD!"), "the same"),
+        (template.format(f"{asked[51]} please"), "nearly"),
+        (template.format(f"They said: {THIRTEEN}"), "thirteen"),
+    )
+    write_jsonl(tmp_path / "t.jsonl", pairs(*((text, "team") for text in tests)))
+    split = {"validation": 0, "test": "t.jsonl", "near": None}
+    made, _ = cleaned(rows, {"contamination": ["test"]}, split=split, max_length=4000)
+    why = {row["messages"][-1]["content"]: row["why"].split(" test row")[0] for row in made.removed}
+    assert {row["step"] for row in made.removed} <= {"contamination", "in_test"}
+    assert why.keys() == {"the same", "nearly", "thirteen"}, why
+    assert why["thirteen"] == "shares 13 words in a row with"
 
 
 def test_near_duplicates_of_a_drawn_test_row_leave_training(cleaned: Any) -> None:

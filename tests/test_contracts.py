@@ -164,7 +164,7 @@ def test_the_command_line_is_frozen() -> None:
         "data label": ["--json", "--out", "--truth"],
         "data agreement": ["--adjudicate", "--annotator", "--item", "--json", "--label", "--level", "--out"],
         "data tasks": ["--json", "--out"],
-        "data prepare": ["--dvc", *stage],
+        "data prepare": ["--dvc", "--dvc-stage", *stage],
         "data report": stage,
         "data diff": ["--json", "--runs"],
         "runs list": ["--json", "--runs"],

@@ -22,6 +22,8 @@ def test_conflicts_are_listed_dropped_or_voted_on(cleaned: Any) -> None:  # noqa
     assert "asks the same as rows.jsonl:2" in told["conflicts"]["examples"][0]["why"]
     assert answers(cleaned(rows, {"conflicts": "drop"})[0]) == ["a"]
     assert answers(cleaned(rows, {"conflicts": "majority"})[0]) == ["cards", "cards", "a"]
+    agreed = pairs(*((f"Question {i // 3}", f"answer {i // 3}") for i in range(12)))
+    assert cleaned(agreed, {"conflicts": True})[1]["conflicts"]["flagged"] == 0
 
 
 def test_labels_that_were_swapped_are_found(

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -206,18 +211,63 @@ def test_the_card_names_version_sources_steps_and_parts(tunesmith: Any, dirty: P
     assert other["version"] != first["version"]
 
 
+@contextmanager
+def dvc_repository(folder: Path) -> Iterator[Any]:
+    """DVC's own repository, silent: its handlers write to the stderr that they saw first."""
+    repo = pytest.importorskip("dvc.repo")
+    logging.disable()
+    try:
+        with repo.Repo.init(str(folder), no_scm=True) as project:
+            yield project
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def test_dvc_takes_the_note_for_its_own(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
     said = tunesmith("data", "prepare", write_recipe(tmp_path, recipe), "--dvc", "--json")
     note = yaml.safe_load(Path(said.json["dvc"]).read_text())["outs"][0]
     assert note["path"] == "data" and note["md5"].endswith(".dir")
-    repo = pytest.importorskip("dvc.repo")
-    with repo.Repo.init(str(tmp_path), no_scm=True) as project:
+    with dvc_repository(tmp_path) as project:
         status = project.status([said.json["dvc"]])
         assert "modified" not in json.dumps(status), status
         project.commit(said.json["dvc"], force=True)
         assert project.status([said.json["dvc"]]) == {}
         after = yaml.safe_load(Path(said.json["dvc"]).read_text())["outs"][0]
         assert {k: after[k] for k in ("md5", "nfiles", "size")} == {k: note[k] for k in ("md5", "nfiles", "size")}
+
+
+def test_dvc_prepares_a_set_anew(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """DVC's own library: a stage that is up to date once it is committed, and runs once a source has changed."""
+    monkeypatch.chdir(tmp_path)
+    file = write_recipe(tmp_path, recipe)
+    said = tunesmith("data", "prepare", file, "--runs", "sets", "--set", "seed=5", "--dvc", "--json").json
+    said = tunesmith("data", "prepare", file, "--runs", "sets", "--set", "seed=5", "--dvc-stage", "--json").json
+    written = Path(said["dvc"])
+    assert written.name == "dvc.yaml" and not written.with_name("data.dvc").exists()
+    stage = yaml.safe_load(written.read_text())["stages"][said["run"]]
+    assert (written.parent / stage["wdir"]).resolve() == tmp_path and str(file.name) in stage["deps"]
+    (tmp_path / "bin").mkdir()
+    called = tmp_path / "bin/tunesmith"  # says that it was called, and is ours
+    path = os.pathsep.join(p for p in sys.path if p)
+    called.write_text(
+        f"#!/bin/sh\necho once >> called\nPYTHONPATH='{path}' exec {sys.executable} -m tunesmith \"$@\"\n"
+    )
+    called.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{called.parent}{os.pathsep}{os.environ['PATH']}")
+    with dvc_repository(tmp_path) as project:
+        target = os.path.relpath(written)
+        project.commit(target, force=True)
+        assert project.status([target]) == {} and not project.reproduce(target)
+        assert not (tmp_path / "called").exists()
+        source = tmp_path / next(name for name in stage["deps"] if name.endswith(".jsonl"))
+        source.write_text(source.read_text() + json.dumps({"prompt": "What is new?", "completion": "This."}) + "\n")
+        assert json.dumps(project.status([target])).count("modified") == 1
+        assert len(project.reproduce(target)) == 1 and (tmp_path / "called").read_text() == "once\n"
+        assert project.status([target]) == {}
+    assert (
+        json.loads((tmp_path / stage["outs"][0] / "manifest.json").read_text())["counts"]["read"]
+        == said["counts"]["read"] + 1
+    )
 
 
 @pytest.mark.parametrize("full", ["00000000.rows", "train.jsonl", "removed.jsonl", "README.md"])

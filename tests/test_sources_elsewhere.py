@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 
@@ -171,6 +173,79 @@ def test_a_url_is_tried_again_and_kept(web: Web, tmp_path: Path) -> None:
         rows_of(tmp_path, path=f"{web.url}/closed.jsonl")
     with pytest.raises(DataError, match="no address"):
         rows_of(tmp_path, path="nosuch://x/y.jsonl")
+
+
+class Bucket(Web):
+    """A bucket as S3 has it, of `files` under their paths; names are not told, nor files given, without a signature."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        bucket = self
+
+        class Handler(Quiet):
+            def do_GET(self) -> None:
+                path, _, query = self.path.partition("?")
+                content = bucket.files.get(path)
+                signed = "AWS4-HMAC-SHA256 Credential=someone/" in self.headers.get("Authorization", "")
+                status, headers = (200 if signed else 403), {}
+                if "list-type=2" in query:
+                    start = f"{path.rstrip('/')}/"
+                    found = [name for name in sorted(bucket.files) if name.startswith(start + asked(query, "prefix"))]
+                    told = "".join(
+                        f"<Contents><Key>{name.removeprefix(start)}</Key><Size>{len(bucket.files[name])}</Size>"
+                        f'<ETag>"{abs(hash(bucket.files[name])):x}"</ETag><StorageClass>STANDARD</StorageClass>'
+                        "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>" for name in found
+                    )  # fmt: skip
+                    content = (
+                        '<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><IsTruncated>false'
+                        f"</IsTruncated><KeyCount>{len(found)}</KeyCount>{told}</ListBucketResult>"
+                    ).encode()
+                elif content is None:
+                    status = 404 if signed else 403
+                else:
+                    headers = {"ETag": f'"{abs(hash(content)):x}"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+                    if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+                        content, status = content[int(span[1]) : int(span[2] or len(content)) + 1], 206
+                content = content if status < 300 and content is not None else b""
+                self.send_response(status)
+                for name, value in ({"Content-Length": str(len(content))} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    bucket.asked += "list-type" not in query
+                    self.wfile.write(content)
+
+            do_HEAD = do_GET
+
+        def asked(query: str, name: str) -> str:
+            return parse_qs(query).get(name, [""])[0]
+
+        self.server.close()
+        self.server = Listening(Handler)
+        self.url = self.server.url
+
+
+def test_a_bucket_of_s3(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By s3fs and botocore themselves, against a server that speaks S3's protocol."""
+    pytest.importorskip("s3fs")
+    bucket = Bucket()
+    bucket.files = {f"/team/rows/{name}.jsonl": (row(name) * 3).encode() for name in ("b", "a")}
+    bucket.files["/team/rows/a.csv"] = b"name\nc\n"
+    try:
+        for name, value in {"ENDPOINT_URL": bucket.url, "ACCESS_KEY_ID": "someone", "SECRET_ACCESS_KEY": "secret",
+                            "DEFAULT_REGION": "eu-central-1", "EC2_METADATA_DISABLED": "true",
+                            "MAX_ATTEMPTS": "1"}.items():  # fmt: skip
+            monkeypatch.setenv(f"AWS_{name}", value)
+        both = [{"name": name} for name in "aaabbb"]
+        assert rows_of(tmp_path, path="s3://team/rows/*.jsonl") == both and bucket.asked == 2
+        assert rows_of(tmp_path, path="s3://team/rows/*.jsonl") == both and bucket.asked == 2  # kept by their ETag
+        bucket.files["/team/rows/a.jsonl"] = row("d").encode()
+        assert rows_of(tmp_path, path="s3://team/rows/*.jsonl") == [{"name": name} for name in "dbbb"]
+        assert rows_of(tmp_path, path="s3://team/rows/a.csv") == [{"name": "c"}]
+        with pytest.raises(DataError, match=r"nothing is at s3://team/rows/x\.jsonl"):
+            rows_of(tmp_path, path="s3://team/rows/x.jsonl")
+    finally:
+        bucket.server.close()
 
 
 def test_any_fsspec_url(quick: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from tunesmith import pipeline, runs
 from tunesmith import recipe as recipes
@@ -13,10 +14,13 @@ from tunesmith.errors import RunError
 from tunesmith.kit import Kit
 from tunesmith.runs import Run
 
+DvcFile = Literal["data.dvc", "dvc.yaml"]
+DVC_FILES = get_args(DvcFile)
+
 
 @dataclass(frozen=True)
 class Prepared:
-    """A prepared set: its run, its manifest, and the DVC note where one was asked for."""
+    """A prepared set: its run, its manifest, and DVC's file where one was asked for."""
 
     run: Run
     manifest: dict[str, Any]
@@ -37,9 +41,9 @@ class Prepared:
 
 
 def prepare(
-    recipe: str, overrides: Sequence[str] = (), runs_folder: str | Path | None = None, dvc: bool = False
+    recipe: str, overrides: Sequence[str] = (), runs_folder: str | Path | None = None, dvc: DvcFile | None = None
 ) -> Prepared:
-    """Prepare a recipe's data and nothing else; `dvc` writes `data.dvc` beside it.
+    """Prepare a recipe's data and nothing else; `dvc` is the file to write beside it.
 
     Raises:
         TunesmithError: as the data stage does.
@@ -47,13 +51,31 @@ def prepare(
     result = pipeline.run(recipe, overrides, runs_folder, ("data",))
     manifest = result.run.manifest("data")
     assert manifest is not None  # the stage is complete
-    note = None
-    if dvc:
+    written = None
+    if dvc is not None:
         from tunesmith.data.card import dvc_note
 
-        note = result.run.path / "data.dvc"
-        runs.write_text(note, dvc_note(result.run.stage("data")))
-    return Prepared(result.run, manifest, note)
+        for other in DVC_FILES:  # DVC takes no folder that two files tell of
+            (result.run.path / other).unlink(missing_ok=True)
+        written, folder = result.run.path / dvc, result.run.stage("data")
+        as_typed = ["tunesmith", "data", "prepare", recipe, *(word for o in overrides for word in ("--set", o))]
+        as_typed += ["--runs", str(runs_folder)] if runs_folder is not None else []
+        content = dvc_note(folder) if dvc == "data.dvc" else _stage(result.run, as_typed, manifest)
+        runs.write_text(written, content)
+    return Prepared(result.run, manifest, written)
+
+
+def _stage(run: Run, command: Sequence[str], manifest: dict[str, Any]) -> str:
+    """A stage of DVC's that prepares the set by this command, as it was given in this folder; what it needs are the
+    recipe's file and the sources' that lie here."""
+    from tunesmith.data.card import dvc_stage
+    from tunesmith.models.resolve import cache_folder
+
+    cache = cache_folder().resolve()
+    files = [Path(command[3]), *map(Path, manifest["inputs"])]
+    here = [file for file in files if file.is_file() and not file.resolve().is_relative_to(cache)]
+    needs = sorted({os.path.relpath(file) for file in here})
+    return dvc_stage(run.name, command, os.path.relpath(".", run.path), needs, os.path.relpath(run.stage("data")))
 
 
 def report(

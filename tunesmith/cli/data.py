@@ -21,6 +21,9 @@ def data_prepare(
     sets: Sets = None,
     runs: Runs = None,
     dvc: Annotated[bool, typer.Option("--dvc", help="Write data.dvc beside it, for teams that use DVC.")] = False,
+    stage: Annotated[
+        bool, typer.Option("--dvc-stage", help="Write dvc.yaml in its place: dvc repro prepares the set anew.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Read, clean and split a recipe's rows, and nothing after that."""
@@ -28,7 +31,7 @@ def data_prepare(
     from tunesmith import sets as prepared
     from tunesmith import show
 
-    found = prepared.prepare(recipe, sets or [], runs, dvc)
+    found = prepared.prepare(recipe, sets or [], runs, "dvc.yaml" if stage else "data.dvc" if dvc else None)
     if not answer(found.as_dict(), as_json):
         show.prepared(found)
 

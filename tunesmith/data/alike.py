@@ -1,19 +1,24 @@
-"""Which rows ask nearly the same, so that no split has such rows on two sides."""
+"""Which rows ask nearly the same, so that no split has such rows on two sides; and what rows share because one template
+made them, which says nothing of any."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import numpy as np
 
 from tunesmith.data.clean import near
-from tunesmith.data.clean.minhash import shingles
+from tunesmith.data.clean.minhash import NONE, normalised, runs_of, shingles, words_of
 from tunesmith.data.clean.texts import text_of
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.shelf import Places, Rows
 
+T = TypeVar("T")
 WORDS = 3  # in a run
 LOOKED_AT = 2000
 
@@ -42,17 +47,42 @@ def alike(rows: Rows, threshold: float, engine: Running, scratch: Path | None) -
     """Rows whose questions have a Jaccard similarity of at least `threshold` in runs of three words. Runs that many
     rows have are a template's and don't count: all rows of it would be one group."""
     with TemporaryDirectory(dir=scratch) as name:
-        sketch = near.Sketch("prompt", WORDS, threshold, Path(name), common(rows))
+        template = common([text_of(row, "prompt") for row in some(rows)])
+        sketch = near.Sketch("prompt", WORDS, threshold, Path(name), template)
         leaders = near.nearly_same(near.keys_of(rows, sketch, engine), threshold, Path(name), engine)
     several = np.flatnonzero(np.bincount(leaders, minlength=len(rows))[leaders] > 1)
     several = several[np.argsort(rows.places[several])]
     return Alike(rows.places[several], leaders[several])
 
 
-def common(rows: Rows) -> np.ndarray:
-    """Runs that a tenth of the rows have, as hashes: of a small set half of the rows, or fifty. Of many rows some are
-    looked at, evenly spread."""
-    some = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), LOOKED_AT)).astype(np.int64))]
-    runs = shingles([text_of(row, "prompt") for row in some], WORDS)
-    found, counts = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *runs]), return_counts=True)
-    return found[counts >= max(len(some) / 10, min(50, len(some) / 2), 10)]
+def common(texts: Sequence[str], words: int = WORDS) -> np.ndarray:
+    """Runs of `words` words that a tenth of the texts have, as hashes, rising: of few texts half of them, or fifty. Of
+    many texts some are looked at, evenly spread."""
+    texts = some(texts)
+    found, counts = np.unique(np.concatenate([NONE, *shingles(texts, words)]), return_counts=True)
+    return found[counts >= max(len(texts) / 10, min(50, len(texts) / 2), 10)]
+
+
+def some(given: Sequence[T]) -> list[T]:
+    """Of many rows or texts two thousand, evenly spread."""
+    return [
+        given[i] for i in np.unique(np.linspace(0, len(given) - 1, min(len(given), LOOKED_AT)).astype(int)).tolist()
+    ]
+
+
+def own_words(texts: Sequence[str], template: np.ndarray, words: int) -> list[str]:
+    """The words of each text (`normalised`) that are in none of the runs of `words` words in `template`."""
+    if not len(template):
+        return [normalised(text) for text in texts]
+    flat, ends = runs_of(texts, words)
+    shared = np.isin(flat, template)
+    found = []
+    for text, (begin, end) in zip(texts, pairwise([0, *ends.tolist()]), strict=True):
+        its = np.flatnonzero(shared[begin:end])
+        spoken = words_of(text)
+        if len(its):
+            own = np.ones(len(spoken), dtype=bool)
+            own[np.minimum(its[:, None] + np.arange(words), len(spoken) - 1)] = False
+            spoken = [word for word, is_own in zip(spoken, own.tolist(), strict=True) if is_own]
+        found.append(" ".join(spoken))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,3 +80,10 @@ def dvc_note(folder: Path) -> str:
         "path": folder.name,
     }
     return yaml.safe_dump({"outs": [out]}, sort_keys=False)
+
+
+def dvc_stage(name: str, command: Sequence[str], wdir: str, needs: Sequence[str], made: str) -> str:
+    """The content of a `dvc.yaml` with one stage, which makes a prepared set: `dvc repro` runs the command anew once a
+    file that it needs has changed. Paths are relative to `wdir`, and that to the file's folder."""
+    stage = {"wdir": wdir, "cmd": shlex.join(command), "deps": list(needs), "outs": [made]}
+    return yaml.safe_dump({"stages": {name: stage}}, sort_keys=False, width=1000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 
 import numpy as np
 
@@ -31,19 +30,21 @@ def same(digests: np.ndarray) -> np.ndarray:
 
 def equal(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Places of keys that are there twice and more, those of equal keys together and rising; and how many each has."""
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    cuts = np.flatnonzero(ordered[1:] != ordered[:-1]) + 1
-    starts, ends = np.concatenate([[0], cuts]), np.concatenate([cuts, [len(order)]])
-    sizes = (ends - starts)[ends - starts > 1] if len(order) else np.empty(0, dtype=np.int64)
-    return order[np.repeat(ends - starts > 1, ends - starts)], sizes
+    order = np.argsort(keys)
+    again = np.concatenate([[False], keys[order[1:]] == keys[order[:-1]]])[: len(keys)]
+    several = again | np.concatenate([again[1:], [False]])[: len(keys)]
+    group = np.cumsum(~again[several]) - 1
+    places = order[several]
+    return places[np.lexsort((places, group))], np.bincount(group)
 
 
 class Groups:
     """Things joined into groups, each led by the first of its members."""
 
-    def __init__(self, size: int) -> None:
-        self._parent = array("q", range(size))
+    def __init__(self, size: int, leaders: np.ndarray | None = None) -> None:
+        """`leaders` is what is joined already, as `leaders()` gives it."""
+        self._parents = np.arange(size, dtype=np.int64) if leaders is None else leaders.astype(np.int64)
+        self._parent = memoryview(self._parents)  # the same numbers, quicker to be had one by one
 
     def leader(self, i: int) -> int:
         parent = self._parent
@@ -55,9 +56,13 @@ class Groups:
         first, second = sorted((self.leader(i), self.leader(j)))
         self._parent[second] = first
 
+    def of(self, members: np.ndarray) -> np.ndarray:
+        """The first member of the group of each of these, int64."""
+        found = self._parents[members]
+        while ((further := self._parents[found]) != found).any():
+            found = further
+        return found
+
     def leaders(self) -> np.ndarray:
         """The first member of each one's group, int64."""
-        found = np.array(self._parent, dtype=np.int64)
-        while (found != found[found]).any():
-            found = found[found]
-        return found
+        return self.of(np.arange(len(self._parents)))

@@ -41,6 +41,7 @@ def fetch_url(url: str, key: str) -> list[Path]:
         from fsspec.core import url_to_fs
 
         fs, root = url_to_fs(os.path.expandvars(url))
+        fs.invalidate_cache()  # of what is there: files may have changed since this process last looked
         names = sorted(_again(lambda: fs.glob(root))) if "*" in root else [root]
         if not names:
             raise FileNotFoundError(root)

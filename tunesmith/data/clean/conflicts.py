@@ -29,7 +29,8 @@ class Conflicts(Step):
         asked, answers = self._hashed(rows)
         other, kept = np.full(len(rows), -1, dtype=np.int64), np.zeros(len(rows), dtype=bool)
         leaders = same(asked)
-        for group in equal(leaders):
+        places, sizes = equal(leaders)
+        for group in np.split(places, np.cumsum(sizes)[:-1]):
             said = answers[group].tolist()
             counted = Counter(said)
             if len(counted) < 2:

@@ -10,6 +10,7 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.data.alike import WORDS, common, own_words, some
 from tunesmith.data.clean import minhash
 from tunesmith.data.clean.benchmarks import benchmark_files
 from tunesmith.data.clean.step import Around, Step, Verdict
@@ -25,7 +26,8 @@ HELD = ("test", "validation")
 
 class Contamination(Step):
     """Count and remove training rows that share a run of words with a test row, or nearly are one. The run is of 13
-    words, as in the GPT-3 paper (Brown et al. 2020, appendix C); a text with fewer is compared whole."""
+    words, as in the GPT-3 paper (Brown et al. 2020, appendix C); a text with fewer is compared whole. Words of a
+    template, which a tenth of the rows or of the test have, don't count: they say nothing of any row."""
 
     short: ClassVar[str] = "against"
     after_split: ClassVar[bool] = True
@@ -52,19 +54,20 @@ class Contamination(Step):
         return benchmark_files(name, folder, self.folder, KEY)
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        tests = {name: Tested(found, self.words, self.threshold) for name, found in self._tests(around).items()}
+        tests = self._tests(around)
+        texts_of = [[text for _, text in told] for told in tests.values()]
+        template = Template([[_whole(row) for row in some(rows)], *texts_of])
+        sought = {name: Tested(told, self.words, self.threshold, template) for name, told in tests.items()}
         for piece in in_chunks(rows):
             verdicts: list[Verdict | None] = [None] * len(piece)
-            some = list(piece)
-            prompts = [text_of(row, "prompt") for row in some]
-            whole = ["\n".join(texts(row, ("user", "assistant", "tool"))) for row in some]
-            long = [minhash.shingles(side, self.words) for side in (whole, prompts)]
-            runs = minhash.shingles(prompts)
-            for name, tested in tests.items():
+            asked, whole = zip(*((text_of(row, "prompt"), _whole(row)) for row in piece), strict=True)
+            long = [template.long_runs(side, self.words) for side in (whole, asked)]
+            runs = template.runs(asked)
+            for name, tested in sought.items():
                 near = tested.near.like(runs)
-                for i, asked in enumerate(prompts):
+                for i, text in enumerate(asked):
                     if verdicts[i] is None:
-                        why = tested.why(name, minhash.normalised(asked), [side[i] for side in long], near.get(i))
+                        why = tested.why(name, minhash.normalised(text), [side[i] for side in long], near.get(i))
                         verdicts[i] = Verdict(None, why, {name: 1}) if why else None
             yield from verdicts
 
@@ -81,6 +84,34 @@ class Contamination(Step):
 
 KEY = "data.clean.contamination"
 SHORTEST = 3
+PHRASE = 5  # words
+
+
+def _whole(row: Conversation) -> str:
+    return "\n".join(texts(row, ("user", "assistant", "tool")))
+
+
+class Template:
+    """What many rows or many tests share, since one template made them: it does not tell that a row is in a test."""
+
+    def __init__(self, sets: Sequence[Sequence[str]]) -> None:
+        """`sets` are the texts of the rows, and of each test."""
+        self._phrases, self._runs = (
+            np.unique(np.concatenate([common(one, words) for one in sets])) for words in (PHRASE, WORDS)
+        )
+
+    def runs(self, texts: Sequence[str]) -> list[minhash.Shingles]:
+        """Each text's runs of three words, without the template's."""
+        return minhash.shingles(texts, WORDS, self._runs)
+
+    def long_runs(self, texts: Sequence[str], words: int) -> list[minhash.Shingles]:
+        """Runs of so many of each text's own words; the whole text where it has fewer and is of no template."""
+        own = own_words(texts, self._phrases, PHRASE)
+        long = minhash.shingles(own, words)
+        for i, text in enumerate(own):
+            if len(long[i]) == 1 and text.count(" ") < words - 1 and text != minhash.normalised(texts[i]):
+                long[i] = long[i][:0]
+        return long
 
 
 def benchmark_texts(path: Path) -> list[tuple[str, str]]:
@@ -108,17 +139,17 @@ def _strings(value: Any) -> Iterator[str]:
 class Tested:
     """What a test asks, to hold rows against."""
 
-    def __init__(self, tests: Sequence[tuple[str, str]], words: int, threshold: float) -> None:
+    def __init__(self, tests: Sequence[tuple[str, str]], words: int, threshold: float, template: Template) -> None:
         """Args:
         tests: (id, text) of each.
         words: how long a shared run must be.
         threshold: of near-duplicates.
         """
         asked = [text for _, text in tests]
-        self.near = minhash.Index(minhash.shingles(asked), threshold)
+        self.near = minhash.Index(template.runs(asked), threshold)
         self._words, self._ids = words, [id for id, _ in tests]
         self._same = {digest(minhash.normalised(text)): i for i, text in reversed(list(enumerate(asked)))}
-        sets = minhash.shingles(asked, words)
+        sets = template.long_runs(asked, words)
         runs = np.concatenate([np.empty(0, dtype=np.uint64), *sets])
         where = np.repeat(np.arange(len(sets)), [len(s) for s in sets])
         self._runs, first = np.unique(runs, return_index=True)

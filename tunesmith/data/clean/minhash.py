@@ -7,23 +7,24 @@ similarity of their sets, so a chance key costs time and never a row. Who brings
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from collections.abc import Sequence
-from itertools import chain
 
 import numpy as np
 
 PERMUTATIONS = 128
 MISSED_AT_MOST = 1e-4
-CHUNK = 4096
-WORDS_KEPT = 500_000
-SEED = 20_250_601
+CHUNK = 1024  # texts whose runs lie in a processor's own cache
+LONG_WORD = 64  # bytes
 MIX = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9], dtype=np.uint64)
 NOT_WORDS = re.compile(r"[\W_]+")
-ASCII = bytes(ord(c.lower()) if c.isalnum() else ord(" ") for c in map(chr, range(128))) + bytes(128)
+SPACE = ord(" ")
+ASCII = bytes(ord(c.lower()) if c.isalnum() else SPACE for c in map(chr, range(128))) + bytes(range(128, 256))
 # Scripts written without spaces: each character counts as a word.
 UNSPACED = re.compile(r"([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\u0e00-\u0e7f\uf900-\ufaff])")
+FIRST_BYTES = np.array([2 ** (8 * n) - 1 for n in range(9)], dtype=np.uint64)
 
 Shingles = np.ndarray  # uint64, sorted, each once
 
@@ -40,13 +41,25 @@ def normalised(text: str) -> str:
     return " ".join(words_of(text))
 
 
-def shingles(texts: Sequence[str], words: int = 3) -> list[Shingles]:
-    """For each text, hashes of its runs of `words` words (of the whole text where it has fewer), sorted.
+NONE = np.empty(0, dtype=np.uint64)
+
+
+def shingles(texts: Sequence[str], words: int = 3, template: np.ndarray = NONE) -> list[Shingles]:
+    """For each text, hashes of its runs of `words` words (of the whole text where it has fewer), sorted; none of those
+    in `template`.
 
     A text without words has none.
     """
-    flat, ends = runs_of(texts, words)
+    flat, ends = without(*runs_of(texts, words), template)
     return [distinct(runs) for runs in np.split(flat, ends[:-1])] if len(ends) else []
+
+
+def without(flat: np.ndarray, ends: np.ndarray, template: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Runs as `runs_of` gives them, without those in `template`."""
+    if not len(template):
+        return flat, ends
+    kept = ~np.isin(flat, template)
+    return flat[kept], np.concatenate([[0], np.cumsum(kept)])[ends]
 
 
 def distinct(runs: np.ndarray) -> Shingles:
@@ -59,53 +72,79 @@ def distinct(runs: np.ndarray) -> Shingles:
 
 def runs_of(texts: Sequence[str], words: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """As `shingles`, but as they stand: (the hashes of all texts' runs, one after the other; where each text's end)."""
-    found = [_runs([words_of(text) for text in texts[i : i + CHUNK]], words) for i in range(0, len(texts), CHUNK)]
-    flat = np.concatenate([np.empty(0, dtype=np.uint64), *(runs for runs, _ in found)])
+    found = [_runs(*_words(texts[i : i + CHUNK]), words) for i in range(0, len(texts), CHUNK)]
+    return _all(found)
+
+
+def hashes_of(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """A hash for each word, as `runs_of` has them for runs: (the hashes, one text's after another's; where each
+    text's end). Words of up to eight bytes never share one."""
+    return _all([_words(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)])
+
+
+def _all(found: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces of (hashes, how many each text has) as one, with where each text's end."""
+    flat = np.concatenate([NONE, *(hashes for hashes, _ in found)])
     return flat, np.cumsum(np.concatenate([np.empty(0, dtype=np.int64), *(counts for _, counts in found)]))
 
 
-class _Hashes(dict[str, int]):
-    """Words' hashes, each computed once for as long as there are not too many."""
+def _words(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """The hashes of texts' words (`words_of`), and how many each text has; all texts' bytes at once."""
+    spelled = [(t if t.isascii() else " ".join(words_of(t))).encode("utf-8", "surrogatepass") for t in texts]
+    joined = b" ".join([b"", *spelled, bytes(7)]).translate(ASCII)  # a word's eight bytes may reach beyond the last
+    is_word = np.frombuffer(joined, dtype=np.uint8) != SPACE
+    edges = np.flatnonzero(is_word[1:] != is_word[:-1]) + 1
+    starts, ends = edges[0::2], edges[1::2]
+    sizes = ends - starts
+    lanes = np.ndarray(len(joined) - 7, dtype="<u8", buffer=joined, strides=(1,))  # eight bytes from any place on
+    hashes = stirred(lanes[starts] & FIRST_BYTES[np.minimum(sizes, 8)])
+    for at in range(8, LONG_WORD, 8):
+        longer = np.flatnonzero(sizes > at)
+        if not len(longer):
+            break
+        lane = lanes[starts[longer] + at] & FIRST_BYTES[np.minimum(sizes[longer] - at, 8)]
+        hashes[longer] = stirred(hashes[longer] * MIX[0] + lane)
+    for i in np.flatnonzero(sizes > LONG_WORD).tolist():
+        word = hashlib.blake2b(joined[starts[i] : ends[i]], digest_size=8).digest()
+        hashes[i] = int.from_bytes(word, "little")
+    upto = np.cumsum([1 + len(one) for one in spelled])
+    return hashes, np.diff(np.searchsorted(starts, upto), prepend=0)
 
-    def __missing__(self, word: str) -> int:
-        import rensa
 
-        if len(self) >= WORDS_KEPT:
-            self.clear()
-        value = self[word] = int(rensa.RMinHash.hash_token_sets([[word]])[0][0])
-        return value
-
-
-_hashes = _Hashes()
+def stirred(numbers: np.ndarray) -> np.ndarray:
+    """Each number as another that tells nothing of it, no two as the same one (murmur3's last step)."""
+    numbers = (numbers ^ (numbers >> np.uint64(33))) * MIX[1]
+    numbers = (numbers ^ (numbers >> np.uint64(29))) * MIX[2]
+    return numbers ^ (numbers >> np.uint64(32))
 
 
-def _runs(tokens: list[list[str]], words: int) -> tuple[np.ndarray, np.ndarray]:
+def _runs(hashes: np.ndarray, lengths: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray]:
     """Hashes of the runs of texts' words, and how many each text has."""
-    lengths = np.array([len(t) for t in tokens], dtype=np.int64)
-    each = map(_hashes.__getitem__, chain.from_iterable(tokens))
-    flat = np.fromiter(each, dtype=np.uint64, count=int(lengths.sum()))
     starts = np.cumsum(lengths) - lengths
     counts = np.where(lengths >= words, lengths - words + 1, np.minimum(lengths, 1))
     begins = np.cumsum(counts) - counts
-    where = np.repeat(starts - begins, counts) + np.arange(counts.sum())
-    with np.errstate(over="ignore"):
-        mixed = _mixed(flat, words)
-        mixed = np.concatenate([mixed, np.zeros(len(flat) - len(mixed), dtype=np.uint64)])
-        runs = mixed[where]
-        for i in np.flatnonzero((lengths > 0) & (lengths < words)).tolist():
-            # a short text is one run, told apart from other lengths
-            begin, length = int(starts[i]), int(lengths[i])
-            runs[begins[i]] = _mixed(flat[begin : begin + length], length)[0]
+    whole = lengths >= words  # the others are one run, told apart from those of other lengths
+    inside = np.arange(counts.sum()) + np.repeat(starts - begins, counts)
+    mixed = _mixed([hashes[i : len(hashes) - words + 1 + i] for i in range(words)])
+    runs = mixed[np.minimum(inside, max(len(mixed) - 1, 0))] if len(mixed) else np.empty(len(inside), dtype=np.uint64)
+    for length in np.unique(lengths[~whole & (lengths > 0)]).tolist():
+        short = lengths == length
+        runs[begins[short]] = _mixed([hashes[starts[short] + i] for i in range(length)])
     return runs, counts
 
 
-def _mixed(hashes: np.ndarray, words: int) -> np.ndarray:
-    """One hash for each run of `words` hashes, by a polynomial whose middle bits are stirred."""
-    total = np.zeros(max(len(hashes) - words + 1, 0), dtype=np.uint64)
-    for i in range(words):
-        total = total * MIX[0] + hashes[i : i + len(total)]
+def _mixed(columns: Sequence[np.ndarray]) -> np.ndarray:
+    """One hash for each row of columns of hashes, by a polynomial whose middle bits are stirred."""
+    total = np.zeros(len(columns[0]), dtype=np.uint64)
+    for column in columns:
+        total = total * MIX[0] + column
         total ^= total >> np.uint64(29)
-    return total * MIX[1] + np.uint64(words)
+    return total * MIX[1] + np.uint64(len(columns))
+
+
+MULTIPLIERS = (stirred(np.arange(1, PERMUTATIONS + 1, dtype=np.uint64)) >> np.uint64(32)).astype(np.uint32) | np.uint32(
+    1
+)
 
 
 def band_shape(threshold: float) -> tuple[int, int]:
@@ -118,30 +157,29 @@ def band_shape(threshold: float) -> tuple[int, int]:
 
 
 def band_keys(flat: np.ndarray, ends: np.ndarray, threshold: float) -> np.ndarray:
-    """Keys of sets of runs, shape (sets, bands): two sets that share one in the same column may be alike.
+    """Keys of sets of runs, shape (sets, bands): two sets that share one in the same column may be alike. Sets without
+    runs have zeros.
 
     Args:
         flat, ends: as `runs_of` gives them.
     """
-    import rensa
-
     bands, rows = band_shape(threshold)
-    out = np.empty((len(ends), bands), dtype=np.uint64)
-    offsets = np.concatenate([[0], ends])
-    for start in range(0, len(ends), CHUNK):
-        part = offsets[start : start + CHUNK + 1]
-        count = len(part) - 1
-        some, inner = flat[part[0] : part[-1]], (part - part[0]).astype(np.uint64)
-        digests = rensa.RMinHash.digest_matrix_from_flat_token_hashes(some, inner, bands * rows, SEED)
-        each = chain.from_iterable(digests.to_rows())
-        signatures = np.fromiter(each, np.uint64, count * bands * rows).reshape(count, bands, rows)
-        key = np.zeros((count, bands), dtype=np.uint64)
-        with np.errstate(over="ignore"):
-            for i in range(rows):
-                key = key * MIX[0] + signatures[:, :, i]
+    keys = np.zeros((bands, len(ends)), dtype=np.uint64)
+    starts = np.concatenate([[0], ends[:-1]])
+    some = np.flatnonzero(ends > starts)
+    for block in range(0, len(some), CHUNK):
+        sets = some[block : block + CHUNK]
+        begin, end = starts[sets[0]], ends[sets[-1]]
+        runs = (flat[begin:end] >> np.uint64(32)).astype(np.uint32)
+        permuted, first = np.empty_like(runs), starts[sets] - begin
+        for band, multipliers in enumerate(MULTIPLIERS[: bands * rows].reshape(bands, rows)):
+            key = np.zeros(len(sets), dtype=np.uint64)
+            for multiplier in multipliers:  # times an odd number is a permutation of all 32-bit numbers
+                np.multiply(runs, multiplier, out=permuted)
+                key = key * MIX[0] + np.minimum.reduceat(permuted, first)
                 key ^= key >> np.uint64(31)
-        out[start : start + count] = key
-    return out
+            keys[band, sets] = key
+    return keys.T
 
 
 def jaccard(one: Shingles, other: Shingles) -> float:
@@ -159,7 +197,7 @@ def alike(one: Shingles, other: Shingles, threshold: float) -> bool:
 
 
 def _keys(sets: Sequence[Shingles], threshold: float) -> np.ndarray:
-    flat = np.concatenate([np.empty(0, dtype=np.uint64), *sets])
+    flat = np.concatenate([NONE, *sets])
     return band_keys(flat, np.cumsum([len(s) for s in sets], dtype=np.int64), threshold)
 
 

@@ -7,13 +7,11 @@ one a piece of rows; runs are read again only for rows that share a band.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from itertools import combinations
+from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -22,9 +20,9 @@ from tunesmith.data.clean import minhash
 from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.groups import DIGEST, Groups, digest, same
-from tunesmith.data.shelf import CHUNK, in_chunks
+from tunesmith.data.shelf import in_chunks
 
-OPEN = 64  # files of runs
+AT_ONCE = 2**20  # runs that are compared together
 Side = Literal["prompt", "answer", "both"]
 
 
@@ -50,24 +48,24 @@ class Exact:
     side: Side
 
     def __call__(self, item: tuple[int, Sequence[Conversation]]) -> Keys:
-        told, lengths = bytearray(), []
-        for row in item[1]:
-            text = text_of(row, self.side)
-            told += digest(minhash.normalised(text) or text)
-            lengths.append(len(text))
-        return Keys(np.frombuffer(told, dtype=DIGEST), np.array(lengths, dtype=np.int32), np.empty(0, dtype=np.int64))
+        texts = [text_of(row, self.side) for row in item[1]]
+        flat, ends = minhash.hashes_of(texts)
+        spans = zip(texts, _spans(ends), strict=True)
+        told = b"".join(digest(flat[begin:end] if end > begin else text) for text, (begin, end) in spans)
+        lengths = np.array([len(text) for text in texts], dtype=np.int32)
+        return Keys(np.frombuffer(told, dtype=DIGEST), lengths, np.empty(0, dtype=np.int64))
 
 
 @dataclass(frozen=True)
 class Sketch:
     """Makes keys by which rows have the same runs of words, and writes the runs and their MinHash bands to files. The
-    item is (the number of the first row, rows). Runs in `common` don't count."""
+    item is (the number of the first row, rows). Runs in `template` don't count."""
 
     side: Side
     words: int
     threshold: float
     folder: Path
-    common: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    template: np.ndarray = field(default_factory=lambda: minhash.NONE)
 
     def __call__(self, item: tuple[int, Sequence[Conversation]]) -> Keys:
         import pyarrow as pa
@@ -75,10 +73,7 @@ class Sketch:
 
         first, rows = item
         texts, media = zip(*((text_of(row, self.side), media_of(row)) for row in rows), strict=True)
-        flat, ends = minhash.runs_of(texts, self.words)
-        if len(self.common):
-            counted = ~np.isin(flat, self.common)
-            flat, ends = flat[counted], np.concatenate([[0], np.cumsum(counted)])[ends]
+        flat, ends = minhash.without(*minhash.runs_of(texts, self.words), self.template)
         starts = np.concatenate([[0], ends[:-1]])
         for number in (number for number, held in enumerate(media) if held):  # rows with other images share no run
             flat[starts[number] : ends[number]] ^= np.frombuffer(digest(media[number]), dtype=np.uint64)[0]
@@ -89,10 +84,14 @@ class Sketch:
         table = pa.table({name: np.ascontiguousarray(column[some]) for name, column in columns.items()})
         pq.write_table(table, bands_of(self.folder, first), compression="none", use_dictionary=False)
         flat.tofile(runs_of(self.folder, first))
-        spans = zip(starts.tolist(), ends.tolist(), strict=True)
-        told = b"".join(digest(flat[begin:end]) if end > begin else bytes(16) for begin, end in spans)
+        told = b"".join(digest(flat[begin:end]) if end > begin else bytes(16) for begin, end in _spans(ends))
         lengths = np.array([len(text) for text in texts], dtype=np.int32)
         return Keys(np.frombuffer(told, dtype=DIGEST), lengths, ends)
+
+
+def _spans(ends: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(begin, end) of each text's hashes."""
+    return pairwise([0, *ends.tolist()])
 
 
 def bands_of(folder: Path, first: int) -> Path:
@@ -113,35 +112,65 @@ def keys_of(rows: Sequence[Conversation], work: Exact | Sketch, engine: Running)
 
 
 class Runs:
-    """Rows' runs of words as sets, read from files when they are asked for."""
+    """Rows' runs of words, read from files where rows are to be compared."""
 
     def __init__(self, folder: Path, keys: Sequence[Keys]) -> None:
-        self._folder, self._ends = folder, [np.concatenate([[0], k.ends]) for k in keys]
+        self._folder = folder
         self._firsts = np.cumsum([0, *(len(k.lengths) for k in keys)])
-        self._kept: dict[int, np.ndarray] = {}
-        self._open = lru_cache(OPEN)(self._file)
+        self._ends = [np.concatenate([[0], k.ends]) for k in keys]
+        counts = [np.diff(ends) for ends in self._ends]
+        self._counts = np.concatenate([np.empty(0, dtype=np.int64), *counts]).astype(np.int32)
 
-    def _file(self, piece: int) -> BinaryIO:
-        return runs_of(self._folder, int(self._firsts[piece])).open("rb", buffering=0)  # closed once it is forgotten
+    def alike(self, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
+        """Whether the runs of one row and of the other, as sets, have a Jaccard similarity of at least `threshold`;
+        for each pair of rows, by number. bool."""
+        found = np.zeros(len(one), dtype=bool)
+        sizes = np.cumsum(self._counts[one] + self._counts[other], dtype=np.int64)
+        start = 0
+        while start < len(one):  # so many pairs at a time as fit into a few megabytes
+            before = int(sizes[start - 1]) if start else 0
+            end = max(int(np.searchsorted(sizes, before + AT_ONCE)), start + 1)
+            found[start:end] = self._similar(one[start:end], other[start:end]) >= threshold - 1e-12
+            start = end
+        return found
 
-    def __getitem__(self, row: int) -> np.ndarray:
-        if row not in self._kept:
-            if len(self._kept) >= CHUNK:
-                self._kept.clear()
-            piece = int(np.searchsorted(self._firsts, row, "right")) - 1
-            ends, at = self._ends[piece], row - int(self._firsts[piece])
-            start, end = int(ends[at]), int(ends[at + 1])
-            held = os.pread(self._open(piece).fileno(), 8 * (end - start), 8 * start)
-            self._kept[row] = minhash.distinct(np.frombuffer(held, dtype=np.uint64))
-        return self._kept[row]
+    def _similar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+        """Jaccard similarity of each pair of rows. Runs are mixed with the number of their pair and sorted: equal ones
+        of one row stand together, and beside them those of the other row, which differ in the last bit alone."""
+        rows, which = np.unique(np.concatenate([one, other]), return_inverse=True)
+        flat, ends = self._read(rows)
+        counts = self._counts[rows].astype(np.int64)[which]
+        inside = np.arange(counts.sum()) + np.repeat(ends[which] - np.cumsum(counts), counts)
+        pair = np.repeat(np.tile(np.arange(len(one)), 2), counts)
+        side = np.arange(len(pair)) >= counts[: len(one)].sum()
+        keys = minhash.stirred(flat[inside] + pair.astype(np.uint64) * minhash.MIX[0])
+        keys = (keys | np.uint64(1)) ^ side
+        order = np.argsort(keys)
+        keys, pair = keys[order], pair[order]
+        once = np.concatenate([[True], keys[1:] != keys[:-1]])
+        keys, pair = keys[once], pair[once]
+        both = np.concatenate([[False], keys[1:] | np.uint64(1) == keys[:-1] | np.uint64(1)])
+        shared = np.bincount(pair[both], minlength=len(one))
+        return shared / np.maximum(np.bincount(pair, minlength=len(one)) - shared, 1)
+
+    def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The runs of rows (numbers that rise), one row's after another's; and where each one's end."""
+        pieces, cuts = np.unique(np.searchsorted(self._firsts, rows, "right") - 1, return_index=True)
+        flat = [np.empty(0, dtype=np.uint64)]
+        for piece, some in zip(pieces.tolist(), np.split(rows, cuts[1:]), strict=True):
+            at = some - self._firsts[piece]
+            starts, ends = self._ends[piece][at], self._ends[piece][at + 1]
+            if not (counts := ends - starts).any():
+                continue
+            held = np.memmap(runs_of(self._folder, int(self._firsts[piece])), dtype=np.uint64, mode="r")
+            flat.append(held[np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts), counts)])
+        return np.concatenate(flat), np.cumsum(self._counts[rows], dtype=np.int64)
 
 
 def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Running) -> np.ndarray:
     """For each row the first of its group: rows that are alike, directly or through others. int64."""
     leaders = same(np.concatenate([k.digests for k in keys]))
-    groups = Groups(len(leaders))
-    for i in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
-        groups.join(int(leaders[i]), i)
+    groups = Groups(len(leaders), leaders)
     first = leaders == np.arange(len(leaders))  # rows of the same runs need no comparison, however many there are
     runs, at = Runs(folder, keys), 0
     bands = []
@@ -149,25 +178,25 @@ def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Ru
         bands.append(bands_of(folder, at))
         at += len(piece.lengths)
     for rows, sizes in engine.groups(bands):
-        for members in _apart(rows, sizes, first, groups.leaders()):
-            left = len({groups.leader(i) for i in members})
-            for i, j in combinations(members, 2):
-                if left == 1:
-                    break
-                if groups.leader(i) != groups.leader(j) and minhash.alike(runs[i], runs[j], threshold):
-                    groups.join(i, j)
-                    left -= 1
+        number = np.repeat(np.arange(len(sizes)), sizes)[first[rows]]
+        rows, number = _apart(rows[first[rows]], number, groups)
+        while len(rows):  # the first of each group that shares a key is held against the others, then the second, ...
+            heads = np.concatenate([[True], number[1:] != number[:-1]])
+            one, other = np.repeat(rows[heads], np.diff(np.flatnonzero([*heads, True])) - 1), rows[~heads]
+            apart = groups.of(one) != groups.of(other)
+            one, other = one[apart], other[apart]
+            alike = runs.alike(one, other, threshold)
+            for i, j in zip(one[alike].tolist(), other[alike].tolist(), strict=True):
+                groups.join(i, j)
+            rows, number = _apart(rows[~heads], number[~heads], groups)
     return groups.leaders()
 
 
-def _apart(rows: np.ndarray, sizes: np.ndarray, first: np.ndarray, leaders: np.ndarray) -> Iterator[list[int]]:
-    """Of groups of rows those that are not one group already, each with only the first of rows that are the same."""
-    number = np.repeat(np.arange(len(sizes)), sizes)[first[rows]]
-    rows = rows[first[rows]]
-    starts = np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]])) if len(rows) else np.empty(0, np.int64)
-    if not len(starts):
-        return
-    led, ends = leaders[rows], np.concatenate([starts[1:], [len(rows)]])
-    several = np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts)
-    for start, end in zip(starts[several].tolist(), ends[several].tolist(), strict=True):
-        yield np.sort(rows[start:end]).tolist()
+def _apart(rows: np.ndarray, number: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
+    """Of rows that share a key, and the number of each one's key (together), those whose rows are not all one group."""
+    if not len(rows):
+        return rows, number
+    led, starts = groups.of(rows), np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]]))
+    sizes = np.diff([*starts.tolist(), len(rows)])
+    several = np.repeat(np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts), sizes)
+    return rows[several], number[several]

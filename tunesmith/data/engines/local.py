@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -16,6 +17,7 @@ from tunesmith.errors import MachineError
 
 T = TypeVar("T")
 R = TypeVar("R")
+COLUMNS = 4  # of keys that are held in memory at once
 ALONE = 20_000  # rows; starting processes takes longer than so many
 
 
@@ -33,6 +35,21 @@ class Local(Engine):
             yield running
         finally:
             running.stop()
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Finds the rows that share a key of some columns: of each column as `Running.groups` gives them."""
+
+    bands: Sequence[Path]
+
+    def __call__(self, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        import pyarrow.parquet as pq
+
+        files = (pq.ParquetFile(path, memory_map=True) for path in self.bands)
+        read = [file.read(columns=["row", *names], use_threads=False) for file in files]
+        row, *columns = (np.concatenate([table[name].to_numpy() for table in read]) for name in ("row", *names))
+        return [(row[places], sizes) for places, sizes in map(equal, columns)]
 
 
 class LocalRunning:
@@ -66,16 +83,10 @@ class LocalRunning:
     def groups(self, bands: Sequence[Path]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         import pyarrow.parquet as pq
 
-        files = [pq.ParquetFile(path) for path in bands[:1]]
-        names = [name for name in files[0].schema_arrow.names if name != "row"] if files else []
-
-        def column(name: str) -> np.ndarray:
-            return np.concatenate([pq.read_table(path, columns=[name])[name].to_numpy() for path in bands])
-
-        rows = column("row") if names else np.empty(0, dtype=np.int64)
-        for name in names:
-            places, sizes = equal(column(name))
-            yield rows[places], sizes
+        names = [name for path in bands[:1] for name in pq.read_schema(path).names if name != "row"]
+        some = [names[at : at + COLUMNS] for at in range(0, len(names), COLUMNS)]
+        for found in self.map(Shared(bands), some, sum(pq.read_metadata(path).num_rows for path in bands)):
+            yield from found
 
     def stop(self) -> None:
         if self._started:
