@@ -51,16 +51,16 @@ def prepare(
     result = pipeline.run(recipe, overrides, runs_folder, ("data",))
     manifest = result.run.manifest("data")
     assert manifest is not None  # the stage is complete
-    written = None
+    written: Path | None = None
     if dvc is not None:
         from tunesmith.data.card import dvc_note
 
         for other in DVC_FILES:  # DVC takes no folder that two files tell of
             (result.run.path / other).unlink(missing_ok=True)
-        written, folder = result.run.path / dvc, result.run.stage("data")
+        written = result.run.path / dvc
         as_typed = ["tunesmith", "data", "prepare", recipe, *(word for o in overrides for word in ("--set", o))]
         as_typed += ["--runs", str(runs_folder)] if runs_folder is not None else []
-        content = dvc_note(folder) if dvc == "data.dvc" else _stage(result.run, as_typed, manifest)
+        content = dvc_note(result.run.stage("data")) if dvc == "data.dvc" else _stage(result.run, as_typed, manifest)
         runs.write_text(written, content)
     return Prepared(result.run, manifest, written)
 

@@ -127,7 +127,7 @@ class Runs:
         found = np.zeros(len(one), dtype=bool)
         sizes = np.cumsum(self._counts[one] + self._counts[other], dtype=np.int64)
         start = 0
-        while start < len(one):  # so many pairs at a time as fit into a few megabytes
+        while start < len(one):  # so many pairs at a time as take some tens of megabytes
             before = int(sizes[start - 1]) if start else 0
             end = max(int(np.searchsorted(sizes, before + AT_ONCE)), start + 1)
             found[start:end] = self._similar(one[start:end], other[start:end]) >= threshold - 1e-12
@@ -182,7 +182,7 @@ def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Ru
         rows, number = _apart(rows[first[rows]], number, groups)
         while len(rows):  # the first of each group that shares a key is held against the others, then the second, ...
             heads = np.concatenate([[True], number[1:] != number[:-1]])
-            one, other = np.repeat(rows[heads], np.diff(np.flatnonzero([*heads, True])) - 1), rows[~heads]
+            one, other = np.repeat(rows[heads], np.diff(np.flatnonzero(np.append(heads, True))) - 1), rows[~heads]
             apart = groups.of(one) != groups.of(other)
             one, other = one[apart], other[apart]
             alike = runs.alike(one, other, threshold)
@@ -197,6 +197,6 @@ def _apart(rows: np.ndarray, number: np.ndarray, groups: Groups) -> tuple[np.nda
     if not len(rows):
         return rows, number
     led, starts = groups.of(rows), np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]]))
-    sizes = np.diff([*starts.tolist(), len(rows)])
+    sizes = np.diff(np.append(starts, len(rows)))
     several = np.repeat(np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts), sizes)
     return rows[several], number[several]

@@ -46,7 +46,7 @@ class Shared:
     def __call__(self, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
         import pyarrow.parquet as pq
 
-        files = (pq.ParquetFile(path, memory_map=True) for path in self.bands)
+        files = (pq.ParquetFile(path) for path in self.bands)
         read = [file.read(columns=["row", *names], use_threads=False) for file in files]
         row, *columns = (np.concatenate([table[name].to_numpy() for table in read]) for name in ("row", *names))
         return [(row[places], sizes) for places, sizes in map(equal, columns)]
