@@ -218,6 +218,7 @@ def test_init_writes_a_recipe_that_checks(tunesmith: Any, tmp_path: Path, tiny_m
         (b"\n\n", "holds no rows"),
         (b"\xff\xfe\x00\n", "row 1: is not JSON"),
         (b'{"a": 1}\n', "no layout fits; its columns are: a"),
+        (b'{"prompt": 1, "completion": 2}\n', "are: prompt, completion; some are no text (prompt: 1)"),
         (b'{"messages": [3]}\n', "row 1: a message must have 'role' and 'content'"),
         (None, "no such file"),
     ],

@@ -136,6 +136,7 @@ def test_sheets_that_cannot_be_read(tunesmith: Any, tmp_path: Path) -> None:
         ("a,b\n1,2\n", "lacks the columns"),
         (f"item,choice\n{item},c\n", "row 1.*'c' is no choice"),
         ("item,choice\nzz,a\n", "no pair is called 'zz'"),
+        (f"item,choice,comment\n{item},a,{'x' * 200_000}\n", "is no CSV"),
     ):
         (tmp_path / "jo.csv").write_text(text)
         with pytest.raises(DataError, match=what):

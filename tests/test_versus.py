@@ -136,8 +136,8 @@ def test_what_was_answered_before_a_kill_is_not_asked_again(tmp_path: Path) -> N
     first, second = Asked(5), Asked(100)
     with pytest.raises(KeyboardInterrupt):
         Kept(tmp_path / "a.jsonl", "x", lambda: first, len).replies(prompts, 5, lambda _: None)
-    with (tmp_path / "a.jsonl").open("a") as file:
-        file.write('{"key": "half a li')  # a kill in the middle of a line
+    with (tmp_path / "a.jsonl").open("ab") as file:
+        file.write(b'{"key": "half a l\xc3')  # a kill in the middle of a line, and of a letter
     kept = Kept(tmp_path / "a.jsonl", "x", lambda: second, len)
     found = kept.replies(prompts, 5, lambda _: None)
     assert [r.text for r in found] == [f"Q{i % 8}" for i in range(10)]
@@ -238,6 +238,118 @@ def test_golden_cases_are_added_from_a_report_and_must_pass(
     (tmp_path / "bad.yaml").write_text("cases: [{name: a, prompt: b}]")
     said = tunesmith("evaluate", "--model", "tiny", "--suite", "bad.yaml", "--json")
     assert said.code == 2 and "says what must hold" in said.json["error"]["what"]
+
+
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("cases: []", "holds no cases"),  # nothing that could fail would pass
+        ("", "has no list of cases"),
+        ("[1, 2]", "has no list of cases"),
+        ("cases: 3", "has no list of cases"),
+        ("cases: [1]", "case"),
+        ("cases: [", "is not a suite"),
+        (b"cases: \xff", "is not a suite"),
+        ("cases: [{name: a, messages: [{role: user}], equals: x}]", "messages are a list of"),
+        ("cases: [{name: a, messages: [], equals: x}]", "messages are a list of"),
+    ],
+)
+def test_suites_that_are_none(
+    text: str | bytes, what: str, tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "suite.yaml").write_bytes(text.encode() if isinstance(text, str) else text)
+    said = tunesmith("evaluate", "--model", "nothing", "--suite", "suite.yaml", "--json")
+    assert said.code == 2 and what in said.json["error"]["what"], said.out
+
+
+def test_a_case_is_never_added_to_what_is_no_suite(tunesmith: Any, tmp_path: Path) -> None:
+    from tests.test_report import fake_run
+
+    run = fake_run(tmp_path / "runs")
+    run.origin.write_text("{}")
+    row = json.loads((run.stage("evaluate") / "answers.jsonl").read_text().splitlines()[0])["id"]
+    for text in ("[1, 2]", "cases: {a: 1}", "name: recipe"):
+        (tmp_path / "suite.yaml").write_text(text)
+        assert tunesmith("golden", "desk", row, "--json").json["error"]["where"] == "suite.yaml"
+        assert (tmp_path / "suite.yaml").read_text() == text
+    (tmp_path / "suite.yaml").write_text("")
+    assert tunesmith("golden", "desk", row).code == 0
+
+
+def test_runs_of_one_name_and_goals_of_ones_own_are_compared(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from tests.test_report import fake_run
+
+    for folder, right in (("a", 10), ("b", 20)):
+        fake_run(tmp_path / folder, tuned_right=right).origin.write_text("{}")
+    said = tunesmith("compare", "a/desk", "b/desk", "--metric", "exact_match", "--json")
+    assert said.code == 0, said.out
+    assert {r["run"]: round(r["score"]["value"] * 30) for r in said.json["runs"]} == {"a/desk": 10, "b/desk": 20}
+    assert tunesmith("review", "a/desk", "b/desk", "--json").json["models"] == ["a/desk", "b/desk"]
+    table = tunesmith("runs", "diff", "a/desk", "b/desk").out
+    assert "a/desk" in table and "b/desk" in table
+    for verb in (("compare",), ("review",), ("runs", "diff")):
+        said = tunesmith(*verb, "a/desk", "a/../a/desk", "--json")
+        assert said.code == 2 and said.json["error"]["what"] == "is named twice"
+
+    (tmp_path / "b/odd").mkdir()
+    (tmp_path / "b/odd/origin.json").write_text("{}")
+    (tmp_path / "b/odd/evaluate").mkdir()
+    (tmp_path / "b/odd/evaluate/manifest.json").write_text("{")  # a damaged run hides no other
+    told = {run["run"]: run for run in tunesmith("runs", "list", "--runs", "b", "--json").json}
+    assert "damaged" in told["odd"]["stages"] and told["desk"]["verdict"] == "better"
+
+    (tmp_path / "checks.py").write_text("def long(answer, reference, row):\n    return len(answer)\n")
+    recipe["goal"] = {"metric": "checks.py:long"}
+    recipe["train"]["max_steps"] = 1
+    path = write_recipe(tmp_path, recipe)
+    assert tunesmith("run", path).code == 0
+    (tmp_path / "elsewhere").mkdir()
+    for where in (tmp_path, tmp_path / "elsewhere"):
+        monkey = pytest.MonkeyPatch()
+        monkey.chdir(where)
+        said = tunesmith("compare", "tiny", "--runs", tmp_path / "runs", "--json")
+        monkey.undo()
+        assert said.code == 0 and said.json["metric"] == "long", said.out
+
+
+def test_what_compare_can_not_tell_is_an_error(tunesmith: Any, tmp_path: Path) -> None:
+    from tests.test_report import fake_run
+    from tunesmith.runs import json_line, read_jsonl
+
+    run = fake_run(tmp_path / "runs")
+    run.origin.write_text("{}")
+    for metric in ("preference", "choice_accuracy"):
+        said = tunesmith("compare", "desk", "--metric", metric, "--json")
+        assert said.code == 2 and "can't be told from answers alone" in said.json["error"]["what"], said.out
+    answers = run.stage("evaluate") / "answers.jsonl"
+    lines = [line | {"tuned": line["tuned"] | {"nll": None}} for line in read_jsonl(answers)]
+    size = answers.stat().st_size
+    answers.write_text("".join(map(json_line, lines)))
+    manifest = run.stage("evaluate") / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(str(size), str(answers.stat().st_size)))
+    said = tunesmith("compare", "desk", "--metric", "loss", "--json")
+    assert said.code == 2 and "needs likelihoods" in said.json["error"]["what"], said.out
+
+
+def test_rows_that_are_too_few_alike_or_too_long(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
+    told = ("evaluate", "--model", tiny_model, "--set", "evaluate.max_new_tokens=3", "--against")
+    with FakeEndpoint(colour_of) as good, FakeEndpoint(lambda messages: "none") as bad:
+        few = write_jsonl(tmp_path / "few.jsonl", colour_rows(1))
+        call = ("evaluate", "--model", f"{good.url}#a", "--against", f"{bad.url}#b", "--data", few)
+        call += ("--set", "evaluate.metrics=[rouge_l]")
+        said = tunesmith(*call, "--set", "gate=[goal.difference > 0]", "--json")
+        assert said.code == 4 and said.json["verdict"] == "not_proven", said.out  # though all of it got better
+        assert "1 held-out row\n" in tunesmith(*call).out.replace(" \n", "\n").replace("  ", "")
+        write_jsonl(few, colour_rows(6) + colour_rows(2))
+        assert "2 of 8 rows are there before" in tunesmith(*call).err
+    long = write_jsonl(tmp_path / "long.jsonl", [*colour_rows(1), {"prompt": "word " * 600, "completion": "red"}])
+    said = tunesmith(*told, tiny_model, "--data", long, "--json")
+    assert said.code == 2 and said.json["error"]["where"] == "long.jsonl:2", said.out
+    assert "reads 512" in said.json["error"]["what"]
+    said = tunesmith(*told, "tinny", "--data", few, "--json")
+    assert said.code == 2 and "no model, run or adapter is called 'tinny'" in said.json["error"]["what"], said.out
 
 
 @pytest.mark.parametrize(

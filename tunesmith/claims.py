@@ -13,7 +13,7 @@ import yaml
 from tunesmith import runs
 from tunesmith.data.section import is_url
 from tunesmith.errors import RunError
-from tunesmith.recipe import Recipe
+from tunesmith.recipe import Recipe, kept
 from tunesmith.runs import Run
 
 
@@ -21,7 +21,7 @@ def refuse_anothers(run: Run, resolved: dict[str, Any], origin: str | None) -> N
     """Raise where the run's name is taken by another recipe."""
     if not run.recipe.is_file():
         return
-    earlier = yaml.safe_load(run.recipe.read_text(encoding="utf-8"))
+    earlier = kept(run)
     came_from = runs.read_json(run.origin).get("recipe") if run.origin.is_file() else None
     differing = [k for k in ("model", "data", "train", "seed") if earlier.get(k) != resolved[k]]
     if differing and (origin is None or origin != came_from):
@@ -59,26 +59,33 @@ def absolute(recipe: Recipe, folder: Path) -> dict[str, Any]:
         return path if is_url(path) else str((folder / Path(os.path.expandvars(path)).expanduser()).resolve())
 
     for source in keys["data"]["sources"]:
-        if source["path"] is not None:
-            source["path"] = whole(source["path"])
+        for key in ("path", "media_folder"):
+            source |= {key: whole(source[key])} if source[key] else {}
     for part in ("validation", "test"):
         given = keys["data"]["split"][part]
         if isinstance(given, str):
             keys["data"]["split"][part] = whole(given)
-    metrics = keys["evaluate"]["metrics"] or []  # a function of one's own lies in a file
-    for place, name in enumerate(metrics):
-        if ".py:" in name:
-            path, _, function = name.rpartition(":")
-            metrics[place] = f"{whole(path)}:{function}"
-    for suite in keys["evaluate"]["suites"]:
+
+    def metric(name: str) -> str:  # a function of one's own lies in a file
+        path, _, function = name.rpartition(":")
+        return f"{whole(path)}:{function}" if ".py:" in name else name
+
+    goal, evaluated = keys["goal"], keys["evaluate"]
+    goal |= {"metric": metric(goal["metric"])} if goal["metric"] else {}
+    evaluated |= {"metrics": [metric(name) for name in evaluated["metrics"]]} if evaluated["metrics"] else {}
+    evaluated |= {"json_schema": whole(evaluated["json_schema"])} if evaluated["json_schema"] else {}
+    judge = evaluated["judge"] or {}
+    judge |= {"human": whole(judge["human"])} if judge.get("human") else {}
+    for suite in evaluated["suites"]:
         suite |= {"file": whole(suite["file"])} if suite["file"] else {}
-    bias = keys["evaluate"]["bias"] or {}
+    bias = evaluated["bias"] or {}
     bias |= {key: whole(bias[key]) for key in ("bbq", "crows_pairs") if bias.get(key)}
     for term in keys["train"]["keep"]:
         if "rows" in term:
             term["rows"] = whole(term["rows"])
-    for name in (folder / keys["model"]["name"], Path(keys["model"]["name"]).expanduser()):
-        if name.exists():
-            keys["model"]["name"] = str(name.resolve())
-            break
+    for section, key in ((keys["model"], "name"), (keys["train"], "start_from")):  # or a name, which stays one
+        for path in (folder / section[key], Path(section[key]).expanduser()) if section[key] else ():
+            if path.exists() and (key == "name" or any(path.glob("*.safetensors"))):
+                section[key] = str(path.resolve())
+                break
     return keys

@@ -16,11 +16,11 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from tunesmith import plugins
 from tunesmith.data.section import DataSection
-from tunesmith.errors import RecipeError, nearest
+from tunesmith.errors import RecipeError, RunError, nearest
 from tunesmith.evaluate.section import EvaluateSection, Gate, GoalSection, answerable
 from tunesmith.models.section import ModelSection
 from tunesmith.package.section import PackageSection
-from tunesmith.runs import NAME
+from tunesmith.runs import NAME, Run
 from tunesmith.section import Section
 from tunesmith.serve.section import ServeSection
 from tunesmith.train.section import TrainSection
@@ -145,6 +145,18 @@ def read(path: Path) -> Any:
         raise RecipeError(f"is not YAML ({problem})", where=where, fix="Check the indentation there.") from error
 
 
+def kept(run: Run) -> dict[str, Any]:
+    """The keys that a run was made with.
+
+    Raises:
+        RecipeError, RunError: its recipe.yaml is damaged; names it.
+    """
+    keys = read(run.recipe)
+    if not isinstance(keys, dict):
+        raise RunError("is damaged: it holds no recipe", where=str(run.recipe), fix=f"Remove the run: rm -r {run.path}")
+    return keys
+
+
 def build(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
     """A recipe from its keys and overrides.
 
@@ -178,19 +190,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+def value_of(text: str, where: str) -> Any:
+    """A value as the command line gives it.
+
+    Raises:
+        RecipeError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        fix = "Values are written as in a recipe: 3, true, [a, b], text."
+        raise RecipeError(f"'{text[:200]}' is not YAML", where=where, fix=fix) from error
+
+
 def _apply(raw: dict[str, Any], override: str) -> None:
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"'{override}' is not key=value", where="--set", fix="Write for example --set train.epochs=1")
-    try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise RecipeError(
-            f"'{text}' is not YAML",
-            where=f"--set {path}",
-            fix="Values are written as in a recipe: 3, true, [a, b], text.",
-        ) from error
+    value = value_of(text, f"--set {path}")
     here: Any = raw
     for key in keys[:-1]:
         inner = _get(here, key, override)
@@ -246,6 +264,7 @@ EXPECTED = {
     **dict.fromkeys(("model_type", "model_attributes_type", "dict_type", "mapping_type"), "a mapping of keys"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     "string_type": "text",
+    "string_too_short": "must not be empty",
 }
 
 

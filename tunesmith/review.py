@@ -149,7 +149,7 @@ def _folder(names: Sequence[str], out: str | Path | None, runs_folder: str | Pat
 
 def _answers(names: Sequence[str], runs_folder: str | Path | None) -> tuple[list[str], list[dict[str, Any]]]:
     """The models, and the rows that all of them answered: {id, prompt, reference, answers by model}."""
-    found = {run.name: run for run in (_evaluated(name, runs_folder) for name in names)}
+    found = runs.told_apart([_evaluated(name, runs_folder) for name in names])
     lines = {name: read_jsonl(run.stage("evaluate") / "answers.jsonl") for name, run in found.items()}
     if len(found) == 1:
         models = list(SIDES)
@@ -190,7 +190,11 @@ def _filled(path: Path, items: dict[str, Any]) -> list[dict[str, Any]]:
     if not {"item", "choice"} <= set(reader.fieldnames or ()):
         raise DataError("lacks the columns item and choice", where=path.name, fix="Fill in the sheet that was made.")
     found = []
-    for number, row in enumerate(reader, 1):
+    try:
+        lines = list(reader)
+    except csv.Error as error:
+        raise DataError(f"is no CSV ({error})", where=path.name, fix="Fill in the sheet that was made.") from error
+    for number, row in enumerate(lines, 1):
         choice = CHOICES.get((row["choice"] or "").strip().lower())
         if row["item"] not in items or choice is None:
             what = f"'{row['choice']}' is no choice" if row["item"] in items else f"no pair is called '{row['item']}'"

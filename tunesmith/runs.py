@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -85,7 +85,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The complete lines of a file; a line that a kill cut short is left out."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        for line in path.read_bytes().split(b"\n"):  # a kill can cut a letter in two: bytes, until a line is whole
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
@@ -257,9 +257,9 @@ class Run:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MachineError(
-                f"the run's folder can't be made ({error.strerror})",
+                f"the folder can't be made ({error.strerror})",
                 where=str(self.path),
-                fix="Choose another place with --runs or TUNESMITH_RUNS.",
+                fix="Choose another place with --runs, TUNESMITH_RUNS or, for any two models, --out.",
             ) from error
         lock = FileLock(self.path / ".lock", timeout=0)
         try:
@@ -268,7 +268,7 @@ class Run:
             raise RunError(
                 f"run '{self.name}' is being worked on by another process",
                 where=str(self.path),
-                fix="Wait for it, or use another name: --set name=...",
+                fix="Wait for it, or use another name (--set name=...) or, for any two models, another --out.",
             ) from None
         try:
             yield
@@ -309,6 +309,19 @@ def get(name: str, runs: str | Path | None = None) -> Run:
         where=str(folder),
         fix=f"There are: {', '.join(there)}." if there else "There are no runs here; make one: tunesmith run RECIPE",
     )
+
+
+def told_apart(found: Sequence[Run]) -> dict[str, Run]:
+    """Runs by name; those of one name, in several folders, by their paths.
+
+    Raises:
+        RunError: a run is there twice.
+    """
+    places, names = [run.path.resolve() for run in found], [run.name for run in found]
+    twice = next((run for run, place in zip(found, places, strict=True) if places.count(place) > 1), None)
+    if twice is not None:
+        raise RunError("is named twice", where=str(twice.path), fix="Name each run once.")
+    return {run.name if names.count(run.name) == 1 else str(run.path): run for run in found}
 
 
 def every(runs: str | Path | None = None) -> list[Run]:

@@ -13,7 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder
+from tunesmith.errors import RunError, first_line
+from tunesmith.runs import STAGES, Run, read_jsonl, runs_folder, told_apart
 from tunesmith.scores import bracketed, doubt, number, signed, spanned
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def stages(result: Result) -> None:
 def scores(card: dict[str, Any], title: str, report: Path) -> None:
     """A scorecard's metrics, its verdict, and what its gate says."""
     out = _console()
-    table = Table(title=f"{title}: {card['n']} held-out rows", title_justify="left")
+    table = Table(title=f"{title}: {card['n']} held-out row{'s' * (card['n'] != 1)}", title_justify="left")
     table.add_column("metric")
     for column in ("baseline", "tuned", "difference", "95% interval"):
         table.add_column(column, justify="right")
@@ -259,12 +260,16 @@ def _duration(seconds: float) -> str:
 
 
 def line(run: Run) -> dict[str, Any]:
-    """A run in a list."""
-    card = run.scores
-    goal = card["metrics"][card["goal_metric"]] if card else None
+    """A run in a list; one whose files are damaged says so, and hides no other."""
+    try:
+        stages, card = " ".join(s for s in STAGES if run.complete(s)), run.scores
+        goal = card["metrics"][card["goal_metric"]] if card else None
+    except (RunError, KeyError, TypeError) as error:
+        damaged = dict.fromkeys(("verdict", "goal", "baseline", "tuned"), "-")
+        return {"run": run.name, "stages": f"damaged: {first_line(error)}"} | damaged
     return {
         "run": run.name,
-        "stages": " ".join(s for s in STAGES if run.complete(s)) or "none finished",
+        "stages": stages or "none finished",
         "verdict": card["verdict"] if card else "-",
         "goal": card["goal_metric"] if card else "-",
         "baseline": spanned(goal["baseline"]) if goal else "-",
@@ -274,11 +279,11 @@ def line(run: Run) -> dict[str, Any]:
 
 def differences(one: Run, other: Run) -> list[dict[str, str]]:
     """Recipe keys, versions and scores in which two runs differ."""
-    import yaml
+    from tunesmith.recipe import kept
 
-    sides = []
-    for run in (one, other):
-        flat = _flat(yaml.safe_load(run.recipe.read_text(encoding="utf-8")))
+    named, sides = told_apart([one, other]), []
+    for run in named.values():
+        flat = _flat(kept(run))
         manifest = run.manifest() or {}
         flat |= {f"version of {k}": v for k, v in manifest.get("versions", {}).items()}
         card = run.scores
@@ -287,7 +292,7 @@ def differences(one: Run, other: Run) -> list[dict[str, str]]:
         sides.append(flat)
     first, second = sides
     keys = [k for k in dict.fromkeys([*first, *second]) if k != "name" and first.get(k) != second.get(k)]
-    return [{"what": k, one.name: str(first.get(k, "-")), other.name: str(second.get(k, "-"))} for k in keys]
+    return [{"what": k} | {name: str(side.get(k, "-")) for name, side in zip(named, sides, strict=True)} for k in keys]
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

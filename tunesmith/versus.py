@@ -15,6 +15,7 @@ from tunesmith import recipe as recipes
 from tunesmith import runs
 from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
 from tunesmith.kit import Kit, endpoint
+from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 from tunesmith.runs import Run, hash_json, read_jsonl
 
@@ -51,9 +52,12 @@ def evaluate(
     there = Run(out)
     with there.lock():
         rows = rows_of(settings.data, Path.cwd())
+        again = len(rows) - len({hash_json(row.as_dict() | {"id": "", "metadata": {}}) for row in rows})
+        if again:
+            say(f"{again} of {len(rows)} rows are there before; intervals take each for a row of its own")
         kind = answers_kind(rows) if settings.data.answers == "auto" else settings.data.answers
         subjects = {
-            side: subject(name, settings, there, base, runs_folder)
+            side: subject(name, settings, there, base, runs_folder, rows)
             for side, name in (("baseline", against), ("tuned", model))
         }
         inputs = EvaluateInputs(
@@ -107,11 +111,17 @@ def _settings(model: str, data: str, recipe: str | None, overrides: Sequence[str
     raw.setdefault("data", {"sources": [{"path": data}]})
     raw["data"]["split"] = {"validation": 0, "test": 0}
     raw |= {"name": "evaluation", "model": {"name": model}}
-    return recipes.build(raw, overrides, recipe or "--set")
+    return recipes.build(raw, overrides, recipe or "evaluate --model")
 
 
-def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_folder: str | Path | None) -> Any:
-    """A model by name, as something to ask; its answers are kept in `there`."""
+def subject(
+    name: str, settings: Recipe, there: Run, base: str | None, runs_folder: str | Path | None, rows: Sequence[Any] = ()
+) -> Any:
+    """A model by name, as something to ask; its answers are kept in `there`.
+
+    Raises:
+        ModelError: there is none. DataError: one of the `rows` that it is to be asked is longer than its context.
+    """
     behind = endpoint(name, there)
     if behind is not None:
         return behind
@@ -121,6 +131,7 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
         kit = Kit(recipe, folder, run)
         if run.complete("train") is None:
             raise RunError("is not trained yet", where=str(run.path), fix="Finish it: tunesmith run RECIPE")
+        _refuse_long(kit, rows)
         return kit.kept(there, run.tuned, run.name, settings.evaluate.engine)
     folder = Path(name).expanduser()
     adapter = folder if (folder / "adapter_config.json").is_file() else None
@@ -130,8 +141,37 @@ def subject(name: str, settings: Recipe, there: Run, base: str | None, runs_fold
         if not base:
             raise ModelError("names no base model", where=str(adapter), fix="Give it: --base MODEL")
     keys = settings.model_dump(mode="json")
-    recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}})
-    return Kit(recipe, Path.cwd(), there).kept(there, adapter, name, settings.evaluate.engine)
+    recipe = recipes.build(keys | {"model": {"name": (base if adapter else name) or name}}, (), "evaluate --model")
+    kit = Kit(recipe, Path.cwd(), there)
+    try:
+        _refuse_long(kit, rows)
+        return kit.kept(there, adapter, name, settings.evaluate.engine)
+    except ModelError as error:
+        if error.where != "model.name":
+            raise
+        names = [run.name for run in runs.every(runs_folder)]
+        what = f"no model, run or adapter is called '{name}'{nearest(name, names)}"
+        raise ModelError(what, where="evaluate --model", fix=error.fix) from None
+
+
+def _refuse_long(kit: Kit, rows: Sequence[Any]) -> None:
+    """Raise where a row is longer than the model's context: what it says of it would mean nothing."""
+    from tunesmith.conversation.message import Text
+    from tunesmith.models.load import context_length
+
+    context = context_length(kit.model)
+    for row in rows if context else ():
+        plain = isinstance(row, Text)
+        texts = [row.text] if plain else [m.content for m in row.messages]
+        if sum(len(text.encode()) for text in texts) < context // 2:
+            continue  # a token has a byte or more; the other half is for what the template adds
+        tokens = len(kit.renderer.render_text(row) if plain else kit.renderer.render(row, only_last=True))
+        if tokens > context:
+            raise DataError(
+                f"has {tokens:,} tokens, and {kit.model.name} reads {context:,}",
+                where=row.id,
+                fix="Leave the row out, or shorten it.",
+            )
 
 
 def _run_named(name: str, runs_folder: str | Path | None) -> Run | None:
@@ -174,6 +214,14 @@ def add_golden(name: str, row: str, suite: Path, runs_folder: Any = None) -> str
     return add(suite, found)
 
 
+def _goal(run: Run) -> str:
+    """The metric that a run's verdict was about, as a recipe names it."""
+    goal: str = (run.scores or {})["goal_metric"]
+    evaluated = recipes.load(run.recipe)[0]
+    own = [name for name in (evaluated.goal.metric, *(evaluated.evaluate.metrics or ())) if name and ":" in name]
+    return next((name for name in own if name.rpartition(":")[2] == goal), goal)
+
+
 def leaderboard(
     names: Sequence[str], metric: str | None = None, runs_folder: str | Path | None = None
 ) -> dict[str, Any]:
@@ -187,20 +235,29 @@ def leaderboard(
     from tunesmith.evaluate.metrics import Answers
     from tunesmith.evaluate.statistics import compared, holm, verdict
 
-    found = {}
-    for run in (runs.get(name, runs_folder) for name in names):
+    named, found = runs.told_apart([runs.get(name, runs_folder) for name in names]), {}
+    for name, run in named.items():
         if run.scores is None:
             raise RunError("is not evaluated yet", where=str(run.path), fix="Evaluate it: tunesmith evaluate RECIPE")
         lines = read_jsonl(run.stage("evaluate") / "answers.jsonl")
-        found[run.name] = {hash_json([line["prompt"], line["reference"]]): line for line in lines}
+        found[name] = {hash_json([line["prompt"], line["reference"]]): line for line in lines}
     shared = [key for key in next(iter(found.values())) if all(key in lines for lines in found.values())]
     if not shared:
         raise DataError(
             "the runs share no test row", where=", ".join(found), fix="Compare runs that were tested on the same rows."
         )
-    first_run = runs.get(names[0], runs_folder)
-    goal = metric or (first_run.scores or {})["goal_metric"]
-    decider = metric_named(goal, first_run.path)
+    decider = metric_named(metric or _goal(next(iter(named.values()))), Path.cwd())
+    if decider.chooses or decider.name == "preference":
+        what = f"{decider.name} can't be told from answers alone"
+        raise RecipeError(what, where="--metric", fix="Choose another metric, such as --metric loss.")
+    if decider.likelihood:
+        for name, lines in found.items():
+            if any(lines[key]["tuned"]["nll"] is None for key in shared):
+                raise DataError(
+                    f"{decider.name} needs likelihoods, which this run's answers have none of",
+                    where=name,
+                    fix="Choose another metric: --metric exact_match, rouge_l, ...",
+                )
 
     def measured(side: str, lines: dict[str, Any]) -> Any:
         rows = [lines[key] for key in shared]
@@ -215,8 +272,6 @@ def leaderboard(
         )
         return decider.measure(answers)
 
-    if decider.chooses:
-        raise RecipeError(f"{goal} can't be told from answers alone", where="--metric", fix="Choose another metric.")
     stats = {name: measured("tuned", lines) for name, lines in found.items()}
     first = next(iter(stats))
     scores = {name: compared(decider, {"baseline": stats[first], "tuned": x}, 2000, 7) for name, x in stats.items()}
@@ -224,7 +279,7 @@ def leaderboard(
     sign = -1 if decider.higher_is_better else 1
     ranked = sorted(scores, key=lambda name: sign * scores[name]["tuned"]["value"])
     return {
-        "metric": goal,
+        "metric": decider.name,
         "n": len(shared),
         "against": first,
         "runs": [

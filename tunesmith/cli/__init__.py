@@ -43,8 +43,10 @@ def main() -> None:
         told = TunesmithError(
             f"{error.strerror or error}",
             where=str(error.filename or ("disk" if full else "system")),
-            fix="Free some room, or choose another place with --runs; the same command does what is left."
+            fix="Free some room, or choose another place with --runs or --out; the same command does what is left."
             if full
+            else "Check that path, and who may read and write there; --debug shows where."
+            if error.filename
             else "--debug shows where.",
         )
         _fail(told, "--json" in arguments, debug)

@@ -151,8 +151,10 @@ def detect(source: SourceSection, path: Path) -> type[Layout]:
     if rows and max(scores) == 0:
         columns = ", ".join(dict.fromkeys(c for row in rows for c in row))
         fitting = "; ".join(f"{layout.name} ({layout.needs})" for layout in layouts if layout.name != "columns")
+        odd = next((f"{c}: {v!r:.60}" for row in rows for c, v in row.items() if not isinstance(v, str | list)), None)
+        some = f"; some are no text ({odd})" if odd and {"prompt", "completion"} <= {c for r in rows for c in r} else ""
         raise DataError(
-            f"no layout fits; its columns are: {columns}",
+            f"no layout fits; its columns are: {columns}{some}",
             where=str(path),
             fix=f"Say which are which: columns: {{prompt: ..., completion: ...}}. Known layouts: {fitting}.",
         )
