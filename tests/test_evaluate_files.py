@@ -13,7 +13,7 @@ from tunesmith.errors import DataError
 from tunesmith.evaluate.bias import Bias, bbq_rows
 from tunesmith.evaluate.human import human_labels
 from tunesmith.evaluate.section import BiasSection, SuiteSection
-from tunesmith.evaluate.suites import task_rows
+from tunesmith.evaluate.suites import asked, task_rows
 
 BBQ = {
     "context": "c", "question": "q", "ans0": "a", "ans1": "b", "ans2": "c", "label": 0, "context_condition": "ambig",
@@ -49,6 +49,15 @@ def people(path: Path) -> Any:
         (suite(), "t.jsonl", '{"query": "a", "choices": ["a", "b"], "gold": "b"}', "its gold ('b') is no place"),
         (suite(kind="numeric"), "t.jsonl", '{"question": "a"}', "lacks 'answer'"),
         (bbq, "b.jsonl", json.dumps(BBQ) + '\n{"a": 1}', "b.jsonl:2: lacks 'context', which rows of BBQ have"),
+        (bbq, "b.jsonl", json.dumps(BBQ), "b.jsonl, row 1: its label is no place among ans0 to ans2, or answer_info"),
+        (suite(), "t.jsonl", '{"query": "a", "choices": ["a", ""], "gold": 0}', "is no place among its choices"),
+        (suite(kind="chat"), "t.jsonl", '{"turns": ["a", 1]}', "its turns are no list of texts"),
+        (
+            suite(kind="schema"),
+            "t.jsonl",
+            '{"context_options": ["a", "b"], "continuation": 1, "gold": 0}',
+            "its continuation (1) is no text",
+        ),
         (crows, "c.csv", "more,less\na,b\n", "c.csv:2: lacks 'sent_more'"),
         (crows, "c.csv", "", "c.csv: holds no rows"),
         (crows, "c.csv", b"sent_more\n\xff\xfe\n", "c.csv: can't be read"),
@@ -72,11 +81,18 @@ def test_what_is_wrong_with_a_file_is_told_with_its_line(
         ({"name": "x", "file": "a.jsonl", "template": "{query"}, "is no template"),
         ({"name": "x", "file": "a.jsonl", "shots": 5}, "shots are for the harness's own tasks"),
         ({"name": "x", "file": "a.jsonl", "kind": "choices"}, "choice"),
+        ([{"name": "x", "file": "a.jsonl"}, "x"], "two suites are called 'x'"),
     ],
 )
 def test_suites_that_cannot_be_meant(
-    keys: dict[str, Any], says: str, tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+    keys: Any, says: str, tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
 ) -> None:
-    recipe["evaluate"]["suites"] = [keys]
+    recipe["evaluate"]["suites"] = keys if isinstance(keys, list) else [keys]
     said = tunesmith("check", write_recipe(tmp_path, recipe), "--json")
     assert said.code == 2 and says in said.json["error"]["what"], said.out
+
+
+def test_a_template_that_no_row_fills_in() -> None:
+    suite = SuiteSection(name="x", file="t.jsonl", template="{query:d}")
+    with pytest.raises(DataError, match="its template can't be filled in"):
+        asked(suite, {"query": "text"})

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import write_jsonl, write_recipe
+from tests.fake_endpoint import FakeEndpoint
 from tunesmith import plugins
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.metrics import Answers, sandbox
@@ -189,6 +190,52 @@ def test_queries_only_read_and_end(query: str, monkeypatch: pytest.MonkeyPatch) 
         assert sql.result(db, "SELECT count(*) FROM pets") == [(3,)]
 
 
+def test_databases_as_rows_have_them() -> None:
+    long = "CREATE TABLE pets (name TEXT);" + "".join(f"INSERT INTO pets VALUES ('{i}');" for i in range(20))
+    assert 300 < len(long) < 1000  # one line, longer than a file's name can be
+    answers = told(["SELECT count(*) FROM pets"], ["SELECT 20"], metadata=[{"database": long}])
+    assert value("sql", answers) == 1
+    with pytest.raises(DataError, match="'5' is no database"):
+        value("sql", told(["SELECT 1"], ["SELECT 1"], metadata=[{"database": 5}]))
+
+
+@pytest.mark.parametrize("schema", ["not JSON", "[" * 5000, '{"type": "nonsense"}'])
+def test_what_is_no_schema(schema: str) -> None:
+    with pytest.raises(DataError, match="is not a JSON schema"):
+        value("schema_valid", told(["{}"], ["{}"], metadata=[{"schema": schema}]))
+
+
+@pytest.mark.parametrize(
+    "body, what",
+    [
+        ("def f(answer, reference, row):\n    raise SystemExit(0)", "failed on an answer (SystemExit: 0)"),
+        ("def f(answer, reference, row):\n    return 1e308", "failed on an answer (ValueError: it gave 1e+308)"),
+        ("def f(answer, reference, row):\n    return float('nan')", "failed on an answer (ValueError: it gave nan)"),
+        ("import sys; sys.exit(0)", "can't be loaded (SystemExit: 0)"),
+    ],
+)
+def test_a_function_that_ends_the_program_or_gives_no_number_is_an_error(
+    body: str, what: str, tunesmith: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "own.py").write_text(body)
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q {i}", "completion": "x"} for i in range(8)])
+    with FakeEndpoint(lambda m: "a") as there:
+        told = ("--model", f"{there.url}#a", "--against", f"{there.url}#b", "--data", data, "--json")
+        said = tunesmith("evaluate", *told, "--set", "evaluate.metrics=[own.py:f]")
+    assert said.code == 2 and what in said.json["error"]["what"], said.out
+
+
+def test_choices_that_are_no_list(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {i}", "completion": "yes", "choices": "yes, no"} for i in range(8)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    said = tunesmith(
+        "evaluate", "--model", tiny_model, "--against", tiny_model, "--data", data, "--json",
+        "--set", "data.sources.0.keep=[choices]", "--set", "evaluate.metrics=[choice_accuracy]",
+    )  # fmt: skip
+    assert said.code == 2 and "are no list" in said.json["error"]["what"], said.out
+    assert said.json["error"]["where"] == "rows.jsonl:1"
+
+
 def test_pass_at_k_runs_the_answers() -> None:
     good, bad = "```python\ndef add(a, b):\n    return a + b\n```", "def add(a, b):\n    return a - b"
     tests = {"tests": "assert add(2, 3) == 5"}
@@ -303,8 +350,6 @@ def test_a_function_of_ones_own_and_columns_kept(tunesmith: Any, recipe: dict[st
 
 
 def test_one_schema_for_all_answers(tunesmith: Any, tiny_model: Path, tmp_path: Path) -> None:
-    from tests.fake_endpoint import FakeEndpoint
-
     schema = {"type": "object", "required": ["a"], "properties": {"a": {"type": "integer"}}}
     (tmp_path / "answer.json").write_text(json.dumps(schema))
     data = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"q {i}", "completion": '{"a": 1}'} for i in range(8)])

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tunesmith.conversation.message import Conversation, Message
+from tunesmith.errors import DataError
 from tunesmith.evaluate.files import local_file, rows_of
 from tunesmith.evaluate.metrics.base import Floats, Metric, mean, measured, rows
 from tunesmith.evaluate.section import BiasSection
@@ -47,6 +48,18 @@ CROWS_PAIRS = ("sent_more", "sent_less", "stereo_antistereo")
 def bbq_rows(path: Path, count: int | None, seed: int) -> list[dict[str, Any]]:
     """Rows of BBQ (Parrish et al. 2022), drawn by seed."""
     lines = rows_of(path, (*BBQ, "answer_info", "additional_metadata"), "rows of BBQ")
+    for number, row in enumerate(lines, 1):
+        try:
+            stereotyped(row)
+            whole = row["label"] in (0, 1, 2)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise DataError(
+                "its label is no place among ans0 to ans2, or answer_info and additional_metadata are not BBQ's",
+                where=f"{path.name}, row {number}",
+                fix="Give BBQ's rows as they are.",
+            )
     picked = np.random.default_rng(seed).permutation(len(lines))[: count or len(lines)]
     return [lines[i] for i in sorted(picked)]
 

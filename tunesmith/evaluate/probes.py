@@ -22,7 +22,7 @@ from tunesmith.inference.engine import Sampling
 from tunesmith.inference.kept import Kept
 from tunesmith.inference.subject import Ask
 from tunesmith.intervals import between, quantile
-from tunesmith.progress import bar
+from tunesmith.progress import bar, say
 
 if TYPE_CHECKING:
     from tunesmith.evaluate.evaluate import EvaluateInputs
@@ -50,6 +50,8 @@ def asked(section: EvaluateSection, inputs: EvaluateInputs, test: Sequence[Conve
     if section.forgetting:
         chosen = section.forgetting
         found.append(Forgetting(chosen.prompts, chosen.max_new_tokens, section.bootstrap, inputs.seed))
+    if section.memory and not inputs.train:
+        say("memory is not measured: only a run's own evaluation knows its training rows")
     if section.memory and inputs.train:
         unseen = [*inputs.validation, *test]
         found.append(Memory(inputs.train, unseen, section.memory.rows, section.bootstrap, inputs.seed))

@@ -225,6 +225,15 @@ class EvaluateSection(Section):
             raise ValueError(f"no engine is called '{value}'{nearest(value, known)} (known: {', '.join(known)})")
         return value
 
+    @field_validator("suites")
+    @classmethod
+    def _told_apart(cls, value: list[SuiteSection]) -> list[SuiteSection]:
+        names = [suite.name for suite in value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"two suites are called '{twice}'")
+        return value
+
     @model_validator(mode="after")
     def _scored(self) -> EvaluateSection:
         chat = next((suite for suite in self.suites if suite.kind == "chat"), None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from tunesmith.conversation.message import Conversation, Message, Preference, Text
+from tunesmith.errors import DataError
 from tunesmith.evaluate.metrics import Answers, Metric
 from tunesmith.evaluate.mistakes import FEWEST_ROWS, about
 from tunesmith.evaluate.section import EvaluateSection
@@ -76,6 +77,10 @@ def embedded(subject: Kept, rows: Sequence[Conversation]) -> tuple[str, Any] | N
 def _choices(subject: Kept, rows: Sequence[Conversation], side: str) -> list[list[tuple[str, float]]]:
     """Each row's choices and their negative log-likelihoods; the test rows' labels where a row names none."""
     labels = sorted({row.answer.strip() for row in rows})
+    odd = next((row for row in rows if not isinstance(row.metadata.get("choices") or [], list)), None)
+    if odd is not None:
+        what = f"its choices ({str(odd.metadata['choices'])[:60]!r}) are no list"
+        raise DataError(what, where=odd.id, fix="Give a list of texts: choices: [yes, no].")
     choices = [[str(c) for c in row.metadata.get("choices") or labels] for row in rows]
     made = [_with_answer(row, text) for row, texts in zip(rows, choices, strict=True) for text in texts]
     with bar(f"Choices, {side}", len(made)) as progress:

@@ -46,18 +46,24 @@ def task_rows(suite: SuiteSection, folder: Path, seed: int) -> list[dict[str, An
                 where=f"{path.name}, row {number}",
                 fix="Choices are a list of texts, and gold counts from 0.",
             )
-        if suite.kind == "chat" and not (isinstance(row["turns"], list) and row["turns"]):
+        if suite.kind == "chat" and not (row["turns"] and _texts(row["turns"])):
             raise DataError(
-                "its turns are no list", where=f"{path.name}, row {number}", fix="Give a text for each turn."
+                "its turns are no list of texts", where=f"{path.name}, row {number}", fix="Give a text for each turn."
             )
+        if suite.kind == "schema" and not isinstance(row["continuation"], str):
+            what = f"its continuation ({row['continuation']!r}) is no text"
+            raise DataError(what, where=f"{path.name}, row {number}", fix="Mend the row.")
     picked = np.random.default_rng(seed).permutation(len(found))[: suite.rows or len(found)]
     return [found[i] for i in sorted(picked)]
 
 
 def _chooses(options: Any, gold: Any) -> bool:
     """Whether there are texts to choose of, and the right one's place is one of theirs."""
-    texts = isinstance(options, list) and all(isinstance(text, str) for text in options)
-    return texts and isinstance(gold, int) and 0 <= gold < len(options)
+    return _texts(options) and all(options) and isinstance(gold, int) and 0 <= gold < len(options)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def asked(suite: SuiteSection, row: dict[str, Any]) -> str:
@@ -71,6 +77,9 @@ def asked(suite: SuiteSection, row: dict[str, Any]) -> str:
         raise DataError(
             f"has no {error} for the template", where=suite.name, fix="Mend the suite's template."
         ) from error
+    except (ValueError, TypeError) as error:  # such as {column:d} of a text
+        what = f"its template can't be filled in ({first_line(error)})"
+        raise DataError(what, where=suite.name, fix="Mend the suite's template.") from error
 
 
 class Suites:

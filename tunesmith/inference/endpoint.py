@@ -34,6 +34,23 @@ def about_tokens(text: str) -> int:
     return len(text.encode()) // 3 + 1
 
 
+def _completion(found: Any) -> tuple[str, dict[str, int]]:
+    """A chat completion's text (its calls as JSON, where it has no other) and the tokens that it counts.
+
+    Raises:
+        KeyError, TypeError, ...: it is none.
+    """
+    message, used = found["choices"][0]["message"], found.get("usage") or {}
+    called = [call["function"] for call in message.get("tool_calls") or ()]
+    text = message.get("content") or (json.dumps(called, ensure_ascii=False) if called else "")
+    if isinstance(text, list):  # parts, as some send them
+        text = "".join(part["text"] for part in text if part["type"] == "text")
+    if not isinstance(text, str):
+        raise TypeError("content is no text")
+    text = text.encode("utf-8", "replace").decode()  # half a character, where an answer was cut, can't be written down
+    return text, {kind: int(used.get(kind) or 0) for kind in ("prompt_tokens", "completion_tokens")}
+
+
 class Endpoint:
     """A model behind `URL#MODEL`, where URL ends before /chat/completions and may hold ${VARIABLES}. Its key is
     OPENAI_API_KEY, if that is set.
@@ -47,7 +64,13 @@ class Endpoint:
 
     def __init__(self, name: str, timeout: float = 120.0) -> None:
         address, _, model = os.path.expandvars(name).partition("#")
-        if not model or not urlsplit(address).netloc:
+        try:
+            parts = urlsplit(address)
+            whole = bool(parts.hostname) and parts.port != 0  # a port that is none raises
+        except ValueError as error:
+            fix = "Write it as https://host/v1#model-name."
+            raise ModelError(f"is no address ({error})", where=name, fix=fix) from None
+        if not model or not whole:
             raise ModelError("names no model", where=name, fix="Write it as https://host/v1#model-name.")
         self.name, self.model, self._timeout = name, model, timeout
         self._url = address.rstrip("/") + "/chat/completions"
@@ -95,7 +118,7 @@ class Endpoint:
             if response.status_code in PASSING:
                 why = f"status {response.status_code}"
                 after = response.headers.get("retry-after", "")
-                asked_to_wait = min(float(after), 60.0) if after.replace(".", "", 1).isdigit() else 0.0
+                asked_to_wait = min(float(after), 60.0) if re.fullmatch(r"\d+(\.\d+)?", after, re.ASCII) else 0.0
                 continue
             if response.status_code in (400, 422) and self._refuses(response.text, body):
                 why = f"status {response.status_code}: {response.text[:200]}"
@@ -103,17 +126,13 @@ class Endpoint:
             if response.status_code != 200:
                 return Reply("", failure=f"status {response.status_code}: {response.text[:200]}")
             try:
-                found = response.json()
-                message = found["choices"][0]["message"]
-                called = [call["function"] for call in message.get("tool_calls") or ()]
-                text = message.get("content") or (json.dumps(called, ensure_ascii=False) if called else "")
-            except (json.JSONDecodeError, KeyError, IndexError, TypeError, ValueError):
+                text, used = _completion(response.json())
+            except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError, RecursionError):
                 why = "an answer that is not a chat completion"
                 continue
-            used = found.get("usage") or {}
             for kind in self.usage:
-                self.usage[kind] += int(used.get(kind) or 0)
-            read, written = (int(used.get(kind) or 0) for kind in self.usage)
+                self.usage[kind] += used[kind]
+            read, written = (used[kind] for kind in self.usage)
             return Reply(text, written, time.perf_counter() - started, read=read)
         return Reply("", failure=f"{why} ({len(WAITS) + 1} times)")
 

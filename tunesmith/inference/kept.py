@@ -174,7 +174,7 @@ class Kept:
                 if not self._answered and lost == min(DEAD, len(missing)):
                     raise ModelError(
                         f"answers nothing: {found['failure']}",
-                        where=self.name,
+                        where=self.origin.get("name") or self.name,
                         fix="Check the address, the model's name and the key; what was answered before is kept.",
                     )
             else:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tunesmith.errors import RecipeError, first_line, nearest
 from tunesmith.evaluate.metrics.base import Answers, Floats, Metric, mean, rows
+
+MOST = 1e100  # of one row's score: what can be added up and squared
 
 
 def function(name: str, folder: Path) -> Callable[..., Any]:
@@ -32,7 +33,7 @@ def function(name: str, folder: Path) -> Callable[..., Any]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(where)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything, or end the program
         what = f"can't be loaded ({type(error).__name__}: {first_line(error)})"
         raise RecipeError(what, where=f"evaluate.metrics: {name}", fix=fix) from error
     found = getattr(module, attribute, None)
@@ -53,10 +54,10 @@ def custom(name: str, folder: Path) -> Metric:
         for given, reference, row in zip(answers.given, answers.references, metadata, strict=True):
             try:
                 value = float(score(given, reference, row))
-                if not math.isfinite(value):
+                if not abs(value) <= MOST:  # nor NaN
                     raise ValueError(f"it gave {value}")
                 found.append(value)
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 what = f"failed on an answer ({type(error).__name__}: {first_line(error)})"
                 fix = f"The answer was {given[:80]!r}; the function must give a number for any text."
                 raise RecipeError(what, where=f"evaluate.metrics: {name}", fix=fix) from error

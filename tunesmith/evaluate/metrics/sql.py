@@ -7,7 +7,7 @@ import sqlite3
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,11 @@ def opened(database: str) -> Iterator[sqlite3.Connection]:
     Raises:
         DataError: the script or file is not SQLite's.
     """
-    path = Path(database) if "\n" not in database and len(database) < 1000 else None
-    is_file = path is not None and path.is_file()
+    path, is_file = Path(database), False
+    with suppress(OSError):  # a script may be longer than a name can be
+        is_file = path.is_file()
     try:
-        with closing(
-            sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro" if path and is_file else ":memory:", uri=True)
-        ) as db:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro" if is_file else ":memory:", uri=True)) as db:
             if is_file:
                 db.execute("SELECT count(*) FROM sqlite_master").fetchone()
             else:
@@ -92,6 +91,10 @@ def same_result(database: str, given: str, reference: str) -> bool:
 
 def _stats(answers: Answers) -> Floats:
     databases = answers.told("database", "sql")
+    odd = next((value for value in databases if not isinstance(value, str)), None)
+    if odd is not None:
+        fix = "Give an SQLite file, or a script of CREATE TABLE and INSERT."
+        raise DataError(f"{str(odd)[:60]!r} is no database", where="database", fix=fix)
     triples = zip(databases, answers.given, answers.references, strict=True)
     return rows([float(same_result(d, g, r)) for d, g, r in triples])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections import Counter
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tunesmith.errors import DataError, MachineError
+from tunesmith.errors import DataError, MachineError, first_line
 from tunesmith.evaluate.metrics.base import Answers, Floats, Metric, by_row, counted, f1, mean, parse, rows
 
 
@@ -21,7 +22,8 @@ def fields(value: Any, path: str = "") -> set[tuple[str, str]]:
     if isinstance(value, list) and value:
         return {leaf for i, inner in enumerate(value) for leaf in fields(inner, f"{path}/{i}")}
     if isinstance(value, int | float) and not isinstance(value, bool):
-        value = float(value)
+        with contextlib.suppress(OverflowError):  # hundreds of digits, as models that lost their way write them
+            value = float(value)
     return {(path, json.dumps(value))}
 
 
@@ -54,13 +56,27 @@ def _validator(schema: str) -> Any:
             where="evaluate.metrics",
             fix="Install it: pip install 'tunesmith[metrics]'",
         ) from error
-    value = json.loads(schema)
-    kind = jsonschema.validators.validator_for(value)
     try:
+        value = json.loads(schema)
+        kind = jsonschema.validators.validator_for(value)
         kind.check_schema(value)
-    except jsonschema.SchemaError as error:
-        raise DataError(f"is not a JSON schema ({error.message})", where="schema", fix="Mend the schema.") from error
+    except (ValueError, RecursionError, jsonschema.SchemaError) as error:
+        raise DataError(
+            f"is not a JSON schema ({first_line(error)})", where="schema", fix="Mend the schema."
+        ) from error
     return kind(value)
+
+
+def _valid(value: Any, schema: str) -> bool:
+    from referencing.exceptions import Unresolvable
+
+    try:
+        return bool(_validator(schema).is_valid(value))
+    except Unresolvable as error:
+        what = f"a JSON schema refers to what it does not hold ({first_line(error)})"
+        raise DataError(what, where="schema", fix="Put what it refers to into its $defs.") from error
+    except (OverflowError, RecursionError):  # of an answer: numbers or depths that nothing holds
+        return False
 
 
 def _schema_valid(answers: Answers) -> Floats:
@@ -72,7 +88,7 @@ def _schema_valid(answers: Answers) -> Floats:
         except (ValueError, RecursionError):
             found.append(0.0)
             continue
-        found.append(float(_validator(schema if isinstance(schema, str) else json.dumps(schema)).is_valid(value)))
+        found.append(float(_valid(value, schema if isinstance(schema, str) else json.dumps(schema))))
     return rows(found)
 
 
