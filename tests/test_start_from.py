@@ -127,9 +127,10 @@ def test_merged_adapters_are_the_weighted_sum_of_their_updates(
     expected = 0.7 * update(one, 2.0, layer) + 0.3 * update(two, 1.0, layer)
     assert torch.allclose(update(merged, config["lora_alpha"] / config["r"], layer), expected, atol=1e-5)
 
-    third = first | {"name": "third"}
+    assert said.json["alpha"] == config["lora_alpha"]
+    third = first | {"name": "third"}  # as the command says
     third["train"] = first["train"] | {
-        "start_from": "both", "max_steps": 0, "adapter": {"kind": "lora", "rank": 10, "alpha": config["lora_alpha"]}
+        "start_from": "both", "max_steps": 0, "adapter": {"kind": "lora", "rank": 10, "alpha": said.json["alpha"]}
     }  # fmt: skip
     said = tunesmith("run", write_recipe(tmp_path, third, "third.yaml"))
     assert said.code == 0, said.err
@@ -177,6 +178,9 @@ def test_each_way_of_merging_is_pefts(tunesmith: Any, first: dict[str, Any], tmp
         (("out", "tiny", "tiny", "--weight", "nan", "--weight", 1), "nan, 1.0 are no weights"),
         (("out", "tiny", "tiny", "--weight", 0, "--weight", 0), "0.0, 0.0 are no weights"),
         (("out", "tiny", "tiny", "--how", "magic"), "no way is called 'magic'"),
+        (("out", "tiny", "tiny"), "an adapter is named twice"),
+        (("out", "tiny", "tiny", "--how", "ties", "--density", 0), "0.0 keeps nothing"),
+        (("out", "tiny", "tiny", "--how", "ties", "--density", "nan"), "nan keeps nothing"),
         (("runs", "tiny", "tiny"), "is there already"),
         (("out", "tiny", "absent"), "no run is called 'absent'"),
     ],

@@ -90,6 +90,42 @@ def test_nothing_to_search_and_settings_that_fail(tunesmith: Any, searched: Path
     assert said.code == 2 and "a range goes up" in said.err
 
 
+def test_a_search_goes_on_with_what_it_began_with_alone(tunesmith: Any, searched: Path, tmp_path: Path) -> None:
+    once = ("--set", "tune.trials=1")
+    assert tunesmith("tune", searched, *once).code == 0
+    for more, what in (
+        (("--space", "train.learning_rate=[1e-7, 1e-3]"), "tune.space: train.learning_rate"),
+        (("--space", "train.learning_rate=1e-7..1e-3"), "tune.space: train.learning_rate"),
+        (("--set", "train.best_by=exact_match"), "train"),  # a higher one is better
+        (("--set", "data.split.validation=9"), "data"),
+    ):
+        said = tunesmith("tune", searched, *once, *more, "--json")
+        assert said.code == 2 and f"other settings of: {what};" in said.json["error"]["what"], said.out
+    assert tunesmith("tune", searched, *once, "--json").json["best"]["trial"] == "trial-0000"
+    said = tunesmith("tune", searched, "--space", "train.learning_rate=[", "--json")
+    assert said.code == 2 and "is not YAML" in said.json["error"]["what"]
+
+
+def test_the_best_recipe_runs_from_anywhere(
+    tunesmith: Any, searched: Path, recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With files of the user's own beside the recipe, and a start from another run."""
+    (tmp_path / "checks.py").write_text("def long(answer, reference, row):\n    return len(answer)\n")
+    (tmp_path / "answer.json").write_text('{"type": "object"}')
+    assert tunesmith("train", searched, "--set", "name=first").code == 0
+    recipe["goal"] = {"metric": "checks.py:long"}
+    recipe["evaluate"]["json_schema"] = "answer.json"
+    recipe["train"] |= {"start_from": "first", "max_steps": 1}
+    path = write_recipe(tmp_path, recipe)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    runs = ("--runs", tmp_path / "runs")
+    said = tunesmith("tune", path, "--set", "tune.trials=1", *runs, "--json")
+    assert said.code == 0, said.out
+    said = tunesmith("run", tmp_path / "runs/tiny-tune/best.yaml", *runs, "--json")
+    assert said.code == 0 and said.json["scorecard"]["goal_metric"] == "long", said.out
+
+
 @pytest.mark.long
 def test_ray_tune_searches_too(tunesmith: Any, searched: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")

@@ -34,6 +34,8 @@ def merge(
             where="--weight",
             fix="Give numbers that are not all zero, such as 0.7 and 0.3.",
         )
+    if not 0 < density <= 1:
+        raise RunError(f"{density} keeps nothing", where="--density", fix="Give a share above 0, such as 0.5.")
     if out.exists():
         raise RunError("is there already", where=str(out), fix="Name a folder that is not there yet.")
     adapters = [adapter_of(name, Path.cwd(), runs) for name in sources]
@@ -42,6 +44,10 @@ def merge(
 
     if how not in merging.WAYS:
         raise RunError(f"no way is called '{how}'", where="--how", fix=f"There are: {', '.join(merging.WAYS)}.")
+    if len(set(sources)) < len(sources):
+        raise RunError(
+            "an adapter is named twice", where="tunesmith merge", fix="Name each once; --weight says its share."
+        )
     shares = list(weights) or [1 / len(sources)] * len(sources)
     told = merging.merge(base, adapters, shares, how, density, seed, out)
     return {"adapter": str(out), "how": how, "of": dict(zip(sources, shares, strict=True)), **told}

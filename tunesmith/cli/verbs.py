@@ -318,7 +318,9 @@ def merge(
     found = merging.merge(out, sources, weight or [], how, density, seed, runs)
     if not answer(found, as_json):
         print(
-            f"Wrote {out} (rank {found['rank']}): {how} of {', '.join(f'{w:g} x {n}' for n, w in found['of'].items())}"
+            f"Wrote {out}: {how} of {', '.join(f'{w:g} x {n}' for n, w in found['of'].items())}\n"
+            f"Start from it: --set train.start_from={out} --set train.adapter.rank={found['rank']} "
+            f"--set train.adapter.alpha={found['alpha']}"
         )
 
 

@@ -33,7 +33,7 @@ def merge(
             sum of their ranks; linear sums A and B apart; ties and dare keep `density` of their entries.
 
     Returns:
-        the merged adapter's rank.
+        the merged adapter's rank and alpha.
 
     Raises:
         ModelError: one is of another base or no LoRA, or PEFT can't merge them in this way.
@@ -83,4 +83,5 @@ def merge(
             path.rename(folder / path.name)
         (folder / "merged").rmdir()
         mark_base(folder, base)
-    return {"rank": int(tuned.peft_config["merged"].r)}
+    merged = tuned.peft_config["merged"]
+    return {"rank": int(merged.r), "alpha": int(merged.lora_alpha)}

@@ -10,6 +10,7 @@ import psutil
 from tunesmith.errors import ModelError
 from tunesmith.models.attention import LONGEST_KEPT
 from tunesmith.models.head import tokens_at_once
+from tunesmith.models.load import silence
 from tunesmith.models.machine import Machine
 from tunesmith.models.quantise import FORMATS, parameter_count
 from tunesmith.models.resolve import ResolvedModel
@@ -148,6 +149,7 @@ def empty_model(model: ResolvedModel) -> PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    silence()
     try:
         config = AutoConfig.from_pretrained(model.path, trust_remote_code=model.trust_remote_code)
         with torch.device("meta"):

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from tunesmith import claims, pipeline, runs
 from tunesmith import recipe as recipes
 from tunesmith.errors import MachineError, RecipeError, RunError, TunesmithError
+from tunesmith.kit import adapter_of
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
 
@@ -93,7 +94,7 @@ def tune(
         key, equals, values = given.partition("=")
         if not equals:
             raise RecipeError(f"'{given}' is not key=values", where="--space", fix="As train.learning_rate=1e-4..1e-2.")
-        keys["tune"]["space"][key.strip()] = yaml.safe_load(values)
+        keys["tune"]["space"][key.strip()] = recipes.value_of(values, f"--space {key}")
     section = recipes.build(keys).tune
     keys["tune"] = section.model_dump(mode="json")
     if not section.space:
@@ -117,10 +118,13 @@ def tune(
             fix=f"pip install 'tunesmith[{extra}]'",
         )
     there = (runs.runs_folder(runs_folder) / f"{resolved.name}-tune").resolve()  # workers may start elsewhere
+    if keys["train"]["start_from"]:
+        keys["train"]["start_from"] = str(adapter_of(keys["train"]["start_from"], folder, runs_folder).resolve())
     search = Search(there, keys, _maximize(resolved.train.best_by))
     there.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(there / ".lock", timeout=0):
+            _refuse_anothers(search)
             if section.engine == "ray":
                 from tunesmith.tune.on_ray import search_on_ray
 
@@ -128,6 +132,25 @@ def tune(
             return _search(search)
     except Timeout:
         raise RunError("is being searched by another process", where=str(there), fix="Wait for it.") from None
+
+
+def _refuse_anothers(search: Search) -> None:
+    """Keep what trials have in common, and raise where an earlier search in this folder was over something else. How
+    many trials there are, and how far a range reaches, may change; so may what else the space holds."""
+    kept = search.folder / "search.json"
+    now = {key: search.recipe[key] for key in ("model", "data", "train", "seed")}
+    for key, values in search.section.space.items():
+        kind = values if isinstance(values, list) else {"whole": values.whole, "log": values.logarithmic}
+        now[f"tune.space: {key}"] = kind
+    before = runs.read_json(kept) if kept.is_file() else {}
+    differing = [key for key, value in now.items() if before.get(key, value) != value]
+    if differing:
+        raise RunError(
+            f"an earlier search there had other settings of: {', '.join(differing)}; their trials can't be compared",
+            where=str(search.folder),
+            fix="Search under another name (--set name=...), or remove that folder.",
+        )
+    runs.write_json(kept, before | now)
 
 
 def _maximize(metric: str) -> bool:
