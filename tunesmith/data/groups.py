@@ -44,7 +44,7 @@ class Groups:
     def __init__(self, size: int, leaders: np.ndarray | None = None) -> None:
         """`leaders` is what is joined already, as `leaders()` gives it."""
         self._parents = np.arange(size, dtype=np.int64) if leaders is None else leaders.astype(np.int64)
-        self._parent = memoryview(self._parents)  # the same numbers, quicker to be had one by one
+        self._parent = self._parents.data  # the same numbers, quicker to be had one by one
 
     def leader(self, i: int) -> int:
         parent = self._parent
