@@ -341,7 +341,7 @@ def test_rows_that_are_too_few_alike_or_too_long(tunesmith: Any, tiny_model: Pat
         call += ("--set", "evaluate.metrics=[rouge_l]")
         said = tunesmith(*call, "--set", "gate=[goal.difference > 0]", "--json")
         assert said.code == 4 and said.json["verdict"] == "not_proven", said.out  # though all of it got better
-        assert "1 held-out row\n" in tunesmith(*call).out.replace(" \n", "\n").replace("  ", "")
+        assert ": 1 held-out row " in " ".join(tunesmith(*call).out.split())
         write_jsonl(few, colour_rows(6) + colour_rows(2))
         assert "2 of 8 rows are there before" in tunesmith(*call).err
     long = write_jsonl(tmp_path / "long.jsonl", [*colour_rows(1), {"prompt": "word " * 600, "completion": "red"}])
