@@ -160,7 +160,9 @@ def _refuse_long(kit: Kit, rows: Sequence[Any]) -> None:
     from tunesmith.models.load import context_length
 
     context = context_length(kit.model)
-    for row in rows if context else ():
+    if context is None:
+        return
+    for row in rows:
         plain = isinstance(row, Text)
         texts = [row.text] if plain else [m.content for m in row.messages]
         if sum(len(text.encode()) for text in texts) < context // 2:
@@ -251,8 +253,8 @@ def leaderboard(
         what = f"{decider.name} can't be told from answers alone"
         raise RecipeError(what, where="--metric", fix="Choose another metric, such as --metric loss.")
     if decider.likelihood:
-        for name, lines in found.items():
-            if any(lines[key]["tuned"]["nll"] is None for key in shared):
+        for name, answers in found.items():
+            if any(answers[key]["tuned"]["nll"] is None for key in shared):
                 raise DataError(
                     f"{decider.name} needs likelihoods, which this run's answers have none of",
                     where=name,
