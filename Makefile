@@ -53,7 +53,7 @@ PROMPTFOO := $(CLIENTS)/promptfoo
 $(PROMPTFOO)/.installed: $(CLIENTS)/.installed
 	@echo "Installing promptfoo into $(PROMPTFOO)"
 	@mkdir -p $(PROMPTFOO)
-	@npm install --prefix $(PROMPTFOO) --silent --no-save --omit=optional --ignore-scripts \
+	@npm install --prefix $(PROMPTFOO) --fetch-retries=1 --fetch-timeout=60000 --silent --no-save --omit=optional --ignore-scripts \
 		promptfoo@0.121.20 @libsql/linux-x64-gnu@0.5.29 || echo "no promptfoo"
 	@touch $@
 WITH_CLIENTS := TUNESMITH_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python TUNESMITH_PROMPTFOO=$(CURDIR)/$(PROMPTFOO)/node_modules/.bin/promptfoo
