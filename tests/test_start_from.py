@@ -180,7 +180,6 @@ def test_each_way_of_merging_is_pefts(tunesmith: Any, first: dict[str, Any], tmp
         (("out", "tiny", "tiny", "--how", "magic"), "no way is called 'magic'"),
         (("out", "tiny", "tiny"), "an adapter is named twice"),
         (("out", "tiny", "tiny", "--how", "ties", "--density", 0), "0.0 keeps nothing"),
-        (("out", "tiny", "tiny", "--how", "ties", "--density", "nan"), "nan keeps nothing"),
         (("runs", "tiny", "tiny"), "is there already"),
         (("out", "tiny", "absent"), "no run is called 'absent'"),
     ],
