@@ -3,7 +3,7 @@ made them, which says nothing of any."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -58,16 +58,15 @@ def alike(rows: Rows, threshold: float, engine: Running, scratch: Path | None) -
 def common(texts: Sequence[str], words: int = WORDS) -> np.ndarray:
     """Runs of `words` words that a tenth of the texts have, as hashes, rising: of few texts half of them, or fifty. Of
     many texts some are looked at, evenly spread."""
-    texts = some(texts)
+    texts = list(some(texts))
     found, counts = np.unique(np.concatenate([NONE, *shingles(texts, words)]), return_counts=True)
     return found[counts >= max(len(texts) / 10, min(50, len(texts) / 2), 10)]
 
 
-def some(given: Sequence[T]) -> list[T]:
-    """Of many rows or texts two thousand, evenly spread."""
-    return [
-        given[i] for i in np.unique(np.linspace(0, len(given) - 1, min(len(given), LOOKED_AT)).astype(int)).tolist()
-    ]
+def some(given: Sequence[T]) -> Iterator[T]:
+    """Of many rows or texts two thousand, evenly spread, one by one."""
+    for i in np.unique(np.linspace(0, len(given) - 1, min(len(given), LOOKED_AT)).astype(int)).tolist():
+        yield given[i]
 
 
 def own_words(texts: Sequence[str], template: np.ndarray, words: int) -> list[str]:

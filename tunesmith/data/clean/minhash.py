@@ -125,7 +125,8 @@ def _runs(hashes: np.ndarray, lengths: np.ndarray, words: int) -> tuple[np.ndarr
     begins = np.cumsum(counts) - counts
     whole = lengths >= words  # the others are one run, told apart from those of other lengths
     inside = np.arange(counts.sum()) + np.repeat(starts - begins, counts)
-    mixed = _mixed([hashes[i : len(hashes) - words + 1 + i] for i in range(words)])
+    possible = max(len(hashes) - words + 1, 0)
+    mixed = _mixed([hashes[i : i + possible] for i in range(words)])
     runs = mixed[np.minimum(inside, max(len(mixed) - 1, 0))] if len(mixed) else np.empty(len(inside), dtype=np.uint64)
     for length in np.unique(lengths[~whole & (lengths > 0)]).tolist():
         short = lengths == length
