@@ -343,7 +343,7 @@ def test_rows_that_are_too_few_alike_or_too_long(tunesmith: Any, tiny_model: Pat
         assert said.code == 4 and said.json["verdict"] == "not_proven", said.out  # though all of it got better
         assert ": 1 held-out row " in " ".join(tunesmith(*call).out.split())
         write_jsonl(few, colour_rows(6) + colour_rows(2))
-        assert "2 of 8 rows are there before" in tunesmith(*call).err
+        assert "2 of 8 rows repeat an earlier one" in tunesmith(*call).err
     long = write_jsonl(tmp_path / "long.jsonl", [*colour_rows(1), {"prompt": "word " * 600, "completion": "red"}])
     said = tunesmith(*told, tiny_model, "--data", long, "--json")
     assert said.code == 2 and said.json["error"]["where"] == "long.jsonl:2", said.out

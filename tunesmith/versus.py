@@ -54,7 +54,7 @@ def evaluate(
         rows = rows_of(settings.data, Path.cwd())
         again = len(rows) - len({hash_json(row.as_dict() | {"id": "", "metadata": {}}) for row in rows})
         if again:
-            say(f"{again} of {len(rows)} rows are there before; intervals take each for a row of its own")
+            say(f"{again} of {len(rows)} rows repeat an earlier one; intervals take each for a row of its own")
         kind = answers_kind(rows) if settings.data.answers == "auto" else settings.data.answers
         subjects = {
             side: subject(name, settings, there, base, runs_folder, rows)
