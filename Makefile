@@ -60,7 +60,7 @@ WITH_CLIENTS := TUNESMITH_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python TUNESMITH_PROM
 
 # The service and its API: other people's clients, 2,000 odd requests to each, what is killed in the middle.
 proof: $(VENV)/.installed-test $(PROMPTFOO)/.installed
-	OMP_NUM_THREADS=1 $(WITH_CLIENTS) $(BIN)/python -m pytest -n 2 --dist worksteal -m proof -rs --durations=15
+	OMP_NUM_THREADS=1 $(WITH_CLIENTS) $(BIN)/python -m pytest -n 2 --dist worksteal -m proof -rs --durations=15 $(PROOF)
 
 test-all: $(VENV)/.installed-test-all $(PROMPTFOO)/.installed
 	$(WITH_CLIENTS) $(BIN)/python -m pytest -m ''

@@ -4,7 +4,8 @@
     python examples/openai_client.py
 
 It starts a service of its own in a temporary folder, trains the embedded model on a support desk's messages and stops;
-a minute and a half on two cores. With OPENAI_BASE_URL and OPENAI_API_KEY set, it uses the service that is there instead.
+a minute and a half on two cores. With OPENAI_BASE_URL and OPENAI_API_KEY set, it uses the service that is there
+instead.
 """
 
 from __future__ import annotations
