@@ -19,7 +19,7 @@ from tests.conftest import write_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "tunesmith"
 # From the ground up: a room may import rooms of the levels before its own, and no room of its own level.
-VERBS = {"versus", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
+VERBS = {"versus", "leaderboard", "review", "preview", "sets", "starter", "doctor", "merging", "show", "talk"}
 LEVELS = [
     {"charts", "errors", "intervals", "scores", "section"},
     {"agreement", "plugins", "progress", "store"},

@@ -1,4 +1,4 @@
-"""Models by name: any two on a file's rows, and a leaderboard of runs on the rows that they share."""
+"""Models by name: any two on a file's rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import yaml
 
 from tunesmith import recipe as recipes
 from tunesmith import runs
-from tunesmith.errors import DataError, ModelError, RecipeError, RunError, nearest
+from tunesmith.errors import DataError, ModelError, RunError, nearest
 from tunesmith.kit import Kit, endpoint
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
@@ -214,89 +214,3 @@ def add_golden(name: str, row: str, suite: Path, runs_folder: Any = None) -> str
         known = [line["id"] for line in lines]
         raise DataError(f"no row '{row}' was answered{nearest(row, known)}", where=name, fix="Its id is in the report.")
     return add(suite, found)
-
-
-def _goal(run: Run) -> str:
-    """The metric that a run's verdict was about, as a recipe names it."""
-    goal: str = (run.scores or {})["goal_metric"]
-    evaluated = recipes.load(run.recipe)[0]
-    own = [name for name in (evaluated.goal.metric, *(evaluated.evaluate.metrics or ())) if name and ":" in name]
-    return next((name for name in own if name.rpartition(":")[2] == goal), goal)
-
-
-def leaderboard(
-    names: Sequence[str], metric: str | None = None, runs_folder: str | Path | None = None
-) -> dict[str, Any]:
-    """Runs ranked by a metric on the test rows that all of them answered, each compared with the first, from the
-    answers that their evaluations kept. Paired on the rows; p values corrected (Holm) for the number of runs.
-
-    Raises:
-        RunError: a run that is not evaluated. DataError: the runs share no test row.
-    """
-    from tunesmith.evaluate.evaluate import metric_named
-    from tunesmith.evaluate.metrics import Answers
-    from tunesmith.evaluate.statistics import compared, holm, verdict
-
-    named, found = runs.told_apart([runs.get(name, runs_folder) for name in names]), {}
-    for name, run in named.items():
-        if run.scores is None:
-            raise RunError("is not evaluated yet", where=str(run.path), fix="Evaluate it: tunesmith evaluate RECIPE")
-        lines = read_jsonl(run.stage("evaluate") / "answers.jsonl")
-        found[name] = {hash_json([line["prompt"], line["reference"]]): line for line in lines}
-    shared = [key for key in next(iter(found.values())) if all(key in lines for lines in found.values())]
-    if not shared:
-        raise DataError(
-            "the runs share no test row", where=", ".join(found), fix="Compare runs that were tested on the same rows."
-        )
-    decider = metric_named(metric or _goal(next(iter(named.values()))), Path.cwd())
-    if decider.chooses or decider.name == "preference":
-        what = f"{decider.name} can't be told from answers alone"
-        raise RecipeError(what, where="--metric", fix="Choose another metric, such as --metric loss.")
-    if decider.likelihood:
-        for name, answers in found.items():
-            if any(answers[key]["tuned"]["nll"] is None for key in shared):
-                raise DataError(
-                    f"{decider.name} needs likelihoods, which this run's answers have none of",
-                    where=name,
-                    fix="Choose another metric: --metric exact_match, rouge_l, ...",
-                )
-
-    def measured(side: str, lines: dict[str, Any]) -> Any:
-        rows = [lines[key] for key in shared]
-        told = [row[side] for row in rows]
-        answers = Answers(
-            [t["answer"] for t in told],
-            [row["reference"] for row in rows],
-            [t["nll"] if t["nll"] is not None else float("nan") for t in told],
-            [t["tokens"] for t in told],
-            [row.get("metadata", {}) for row in rows],
-            list(zip(*(t["samples"] for t in told), strict=True)) if "samples" in told[0] else (),
-        )
-        return decider.measure(answers)
-
-    stats = {name: measured("tuned", lines) for name, lines in found.items()}
-    first = next(iter(stats))
-    scores = {name: compared(decider, {"baseline": stats[first], "tuned": x}, 2000, 7) for name, x in stats.items()}
-    holm({name: score for name, score in scores.items() if name != first})
-    sign = -1 if decider.higher_is_better else 1
-    ranked = sorted(scores, key=lambda name: sign * scores[name]["tuned"]["value"])
-    return {
-        "metric": decider.name,
-        "n": len(shared),
-        "against": first,
-        "runs": [
-            {
-                "run": name,
-                "score": scores[name]["tuned"],
-                **(
-                    {
-                        "difference": scores[name]["difference"],
-                        "verdict": verdict(decider, scores[name]["difference"]),
-                    }
-                    if name != first
-                    else {}
-                ),
-            }
-            for name in ranked
-        ],
-    }

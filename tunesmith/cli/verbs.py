@@ -150,9 +150,10 @@ def compare(
 ) -> None:
     """A leaderboard of runs, on the test rows that all of them answered."""
     hush(as_json)
-    from tunesmith import show, versus
+    from tunesmith import show
+    from tunesmith.leaderboard import leaderboard
 
-    found = versus.leaderboard(names, metric, runs)
+    found = leaderboard(names, metric, runs)
     if not answer(found, as_json):
         show.leaderboard(found)
 
