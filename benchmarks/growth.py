@@ -31,6 +31,7 @@ import torch
 from limit import product_rate
 from tunesmith.models.packed import PackedForward
 from tunesmith.conversation.render import Rendered
+from tunesmith.train.auto import with_pack
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.parallel.alone import Alone, Step
 from tunesmith.train.ranks import Ranks
@@ -46,7 +47,7 @@ config = AutoConfig.for_model("llama", vocab_size=49152, hidden_size=hidden, int
     max_position_embeddings=8192)
 precision = getattr(torch, here.precision)
 model = AutoModelForCausalLM.from_config(config, dtype=precision).eval()
-section = TrainSection(adapter={"kind": "lora", "rank": given["rank"]}, max_length=8192)
+section = with_pack(TrainSection(adapter={"kind": "lora", "rank": given["rank"]}, max_length=8192), here)
 shapes = [tuple(m.weight.shape) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
 adapted = section.adapter.attach(model)
 count = max(1, 2048 // given["length"])

@@ -7,11 +7,12 @@ Each peer is installed into an environment of its own (benchmarks/.peers/NAME) a
 it can (PEERS). A round is ours and then each peer, so that a machine's good and bad minutes fall on all; the figure is
 the median over the rounds of ours by theirs, and our share of what matrix products alone would allow (their rate is
 taken in the same process, before and after). Rates are real tokens (no padding; both endings of a pair whole) a second
-of wall time from the end of the first step to the end of the last, a step being 8 rows. Everyone gets the same guard
-against instructions that a machine only claims to have, and the same settings of the memory allocator.
+of wall time from the end of the first step to the end of the last, a step being 8 rows; for pairs, what the reference
+took for these rows is added to ours, which looks at all rows before the first step (TRL does in each). Everyone gets the
+same guard against instructions that a machine only claims to have, and the same settings of the memory allocator.
 
 `trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
-at a time, no gradient checkpointing. Where a machine hides its AMX tiles (tunesmith/models/tiles.py), peers are told
+at a time (`trl-grouped`: eight of like length), no gradient checkpointing. Where a machine hides its AMX tiles (tunesmith/models/tiles.py), peers are told
 them as we are: without that they would end, or have to do without. With --untold they do without, as for a user who has
 found the setting that lets them run at all.
 """
@@ -44,6 +45,7 @@ TRL = ("trl==1.16.0", "transformers==5.23.0", "peft==0.21.0", "accelerate==1.15.
 PEERS = {
     "trl": Peer("trl", TRL, "trl_train.py", "default", ("lora", "full", "dpo")),
     "trl-best": Peer("trl", TRL, "trl_train.py", "best", ("lora", "full", "dpo")),
+    "trl-grouped": Peer("trl", TRL, "trl_train.py", "grouped", ("lora", "full", "dpo")),
     "llamafactory": Peer("llamafactory", ("llamafactory==0.9.5",), "llamafactory_train.py", "best", ("lora", "full")),
     "litgpt": Peer(
         "litgpt", ("litgpt==0.5.13", "safetensors", "requests"), "litgpt_train.py", "best", ("lora", "full")
@@ -55,13 +57,19 @@ import tunesmith
 from tunesmith.models.machine import machine
 machine()  # sets what must be set before torch is there
 from tunesmith.runs import read_jsonl
-from tunesmith.train import follow
-ends, write = [], follow.append_jsonl
+from tunesmith.train import follow, reference
+ends, write, looked, look = [], follow.append_jsonl, [], reference._computed
 def noted(path, line):
     if path.name == "metrics.jsonl":
         ends.append(time.perf_counter())
     write(path, line)
 follow.append_jsonl = noted
+def timed(sequences, *rest):
+    start = time.perf_counter()
+    found = look(sequences, *rest)
+    looked.append((time.perf_counter() - start) / len(sequences))
+    return found
+reference._computed, reference._read = timed, lambda *given: None
 import torch
 from limit import product_rate
 from tunesmith.models.plan import empty_model, shape_of
@@ -74,7 +82,7 @@ rate = lambda: product_rate(shapes, getattr(torch, plan.precision), 1024)
 rates = [rate()]
 run = tunesmith.run(recipe, runs_folder=sys.argv[2], stages=("data", "train"))
 tokens = sum(l["tokens"] for l in read_jsonl(run.run.metrics)[1:])
-seconds = ends[-1] - ends[0]
+seconds = ends[-1] - ends[0] + sum(looked) * recipe["train"]["batch_size"] * (len(ends) - 1)
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 rates.append(rate())
 limit = sum(rates) / 2 * plan.tokens / plan.flops

@@ -111,7 +111,7 @@ def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
         rows = load_rows(Path(folder) / "train.jsonl")
     from tunesmith.train.encode import encode
 
-    train, choices = auto.with_length(train, kit.model)
+    train, choices = auto.with_length(auto.with_pack(train, kit.machine), kit.model)
     examples = encode(train, rows, kit.renderer)
     empty = empty_model(kit.model)
     if auto.wanted(train):

@@ -1,9 +1,10 @@
 """TRL's training on given rows; runs in an environment of its own and prints one JSON line.
 
-    python trl_train.py MODEL ROWS.jsonl lora|full|dpo default|best STEPS PRECISION
+    python trl_train.py MODEL ROWS.jsonl lora|full|dpo default|best|grouped STEPS PRECISION
 
 `default` is TRL as it comes; `best` gives it the cheap wins too: weights in the machine's faster precision, no gradient
-checkpointing, one row at a time. Rows are a prepared data stage's.
+checkpointing, one row at a time; `grouped` the same with eight rows of like length at a time, which is better where rows
+are short. Rows are a prepared data stage's.
 """
 
 import json
@@ -32,8 +33,11 @@ settings: dict = {"output_dir": tempfile.mkdtemp(), "max_steps": steps, "report_
 settings |= {"logging_steps": 1, "disable_tqdm": True, "seed": 7, "use_cpu": not torch.cuda.is_available()}
 model = model_path
 if mode == "best":
-    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8, "gradient_checkpointing": False}
-    settings |= {"bf16": False}
+    settings |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+if mode == "grouped":
+    settings |= {"train_sampling_strategy": "group_by_length"}
+if mode != "default":
+    settings |= {"gradient_checkpointing": False, "bf16": False}
     weights = "float32" if what == "full" else precision  # as ours: a full fine-tune's own weights are its masters
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, weights))
 trainer_class, config = (trl.DPOTrainer, trl.DPOConfig) if what == "dpo" else (trl.SFTTrainer, trl.SFTConfig)

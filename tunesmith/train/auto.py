@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from tunesmith.models.load import context_length
+from tunesmith.models.machine import Machine
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.section import AUTO, TrainSection
@@ -32,6 +33,7 @@ ROWS_SHARE, LEAST_BATCH, MOST_BATCH = 0.002, 8, 64
 USUAL_EPOCHS, LEAST_ROWS_SEEN, MOST_ROWS_SEEN, MOST_EPOCHS = 3, 100, 25_000, 25
 ONE_EPOCH = {"text", *METHODS}
 USUAL_CONTEXT, LONGEST = 2048, 4096
+FEW_TOKENS, MANY_TOKENS = 512, 1024
 RANKS = (8, 16, 32, 64, 128, 256)
 
 
@@ -49,6 +51,17 @@ def with_length(section: TrainSection, model: ResolvedModel) -> tuple[TrainSecti
         return section, {}
     choice = max_length(context_length(model))
     return section.model_copy(update={"max_length": choice.value}), {"max_length": choice}
+
+
+def with_pack(section: TrainSection, machine: Machine) -> TrainSection:
+    """The section with a number for a pack's tokens. More make products larger, and memory; on a processor float32's
+    are as fast with fewer (benchmarks/RESULTS.md), bfloat16's are not.
+    """
+    if section.pack_tokens != AUTO:
+        return section
+    precision = machine.precision if section.precision == AUTO else section.precision
+    few = machine.device == "cpu" and precision == "float32"
+    return section.model_copy(update={"pack_tokens": FEW_TOKENS if few else MANY_TOKENS})
 
 
 def max_length(context: int | None) -> Choice:

@@ -134,7 +134,7 @@ def _examples(
     section: TrainSection, inputs: TrainInputs
 ) -> tuple[TrainSection, dict[str, Any], list[Example], list[Example]]:
     """The section with numbers, why these, and the rows as the method takes them."""
-    section, choices = auto.with_length(section, inputs.model)
+    section, choices = auto.with_length(auto.with_pack(section, inputs.machine), inputs.model)
     examples = encode(section, inputs.training, inputs.renderer)
     held_out = encode(section, inputs.validation, inputs.renderer)
     if auto.wanted(section):

@@ -38,8 +38,9 @@ class TrainSection(Section):
     batch_size: Annotated[int, *or_auto(int, ge=1)] = 16
     """Rows in an optimizer step; auto: by how many rows there are. How they are packed for the machine does not change
     the result."""
-    pack_tokens: int = Field(1024, ge=1)
-    """Tokens in one forward pass; rows of a step are packed up to it, and gradients are added up."""
+    pack_tokens: Annotated[int, *or_auto(int, ge=1)] = AUTO  # type: ignore[assignment]
+    """Tokens in one forward pass; rows of a step are packed up to it, and gradients are added up. auto: 512 in float32
+    on a processor, 1,024 elsewhere."""
     max_length: Annotated[int, *or_auto(int, ge=8)] = 1024
     """Longest row in tokens; auto: the model's context, up to 4,096. `data.over_length` says what becomes of longer
     ones."""
