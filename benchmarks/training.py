@@ -8,13 +8,13 @@ it can (PEERS). A round is ours and then each peer, so that a machine's good and
 the median over the rounds of ours by theirs, and our share of what matrix products alone would allow (their rate is
 taken in the same process, before and after). Rates are real tokens (no padding; both endings of a pair whole) a second
 of wall time from the end of the first step to the end of the last, a step being 8 rows; for pairs, what the reference
-took for these rows is added to ours, which looks at all rows before the first step (TRL does in each). Everyone gets the
-same guard against instructions that a machine only claims to have, and the same settings of the memory allocator.
+took for these rows is added to ours, which looks at all rows before the first step (TRL does in each). Everyone gets
+the same guard against instructions that a machine only claims to have, and the same settings of the memory allocator.
 
-`trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one row
-at a time (`trl-grouped`: eight of like length), no gradient checkpointing. Where a machine hides its AMX tiles (tunesmith/models/tiles.py), peers are told
-them as we are: without that they would end, or have to do without. With --untold they do without, as for a user who has
-found the setting that lets them run at all.
+`trl` is TRL as it comes; the others have their best settings for this machine: weights in its faster precision, one
+row at a time (`trl-grouped`: eight of like length), no gradient checkpointing. Where a machine hides its AMX tiles
+(tunesmith/models/tiles.py), peers are told them as we are: without that they would end, or have to do without. With
+--untold they do without, as for a user who has found the setting that lets them run at all.
 """
 
 from __future__ import annotations

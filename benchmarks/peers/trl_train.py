@@ -2,9 +2,9 @@
 
     python trl_train.py MODEL ROWS.jsonl lora|full|dpo default|best|grouped STEPS PRECISION
 
-`default` is TRL as it comes; `best` gives it the cheap wins too: weights in the machine's faster precision, no gradient
-checkpointing, one row at a time; `grouped` the same with eight rows of like length at a time, which is better where rows
-are short. Rows are a prepared data stage's.
+`default` is TRL as it comes; `best` gives it the cheap wins too: weights in the machine's faster precision, no
+gradient checkpointing, one row at a time; `grouped` the same with eight rows of like length at a time, which is better
+where rows are short. Rows are a prepared data stage's.
 """
 
 import json
