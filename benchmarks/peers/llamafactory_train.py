@@ -31,6 +31,14 @@ tags = {
     "assistant_tag": "assistant",
     "system_tag": "system",
 }
+# It computes in what the model's files say they are in, bfloat16, and no setting says otherwise.
+model = folder / "model"
+model.mkdir()
+for part in Path(model_path).iterdir():
+    (model / part.name).symlink_to(part)
+told = json.loads((model / "config.json").read_text())
+(model / "config.json").unlink()
+(model / "config.json").write_text(json.dumps(told | {"dtype": precision, "torch_dtype": precision}))
 info = {"rows": {"file_name": "rows.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}}
 (folder / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
 
@@ -38,7 +46,7 @@ from llamafactory.train.tuner import run_exp  # noqa: E402
 
 seen, clock = count_tokens(), Clock()
 settings = {
-    "model_name_or_path": model_path,
+    "model_name_or_path": str(model),
     "stage": "sft",
     "do_train": True,
     "finetuning_type": what,
