@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import tunesmith
 from tunesmith.train.ranks import Ranks
@@ -33,6 +36,34 @@ def shared(recipe: Path, runs: RUNS) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+class Paired(Ranks):
+    """One of two ranks that are threads of this process."""
+
+    def __init__(self, rank: int, box: list[Any], barrier: threading.Barrier) -> None:
+        super().__init__(rank, 2, rank, 2)
+        self._box, self._barrier = box, barrier
+
+    def all(self, value: Any) -> list[Any]:
+        self._box[self.rank] = value
+        self._barrier.wait()
+        found = list(self._box)
+        self._barrier.wait()
+        return found
+
+    def gather(self, value: float) -> list[float]:
+        return self.all(value)
+
+    def from_main(self, made: Callable[[], Any]) -> Any:
+        return self.all(made() if self.main else None)[0]
+
+
+def in_pair(act: Callable[[Ranks], Any]) -> list[Any]:
+    """What each of two ranks returns of `act`."""
+    box, barrier = [None, None], threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(act, [Paired(rank, box, barrier) for rank in range(2)]))
 
 
 def cut(train: Path, step: int) -> None:

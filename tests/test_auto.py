@@ -13,6 +13,7 @@ from tunesmith.train import auto
 from tunesmith.train.adapters.full import Full
 from tunesmith.train.adapters.lora import Lora
 from tunesmith.train.adapters.others import Ia3
+from tunesmith.train.section import TrainSection
 
 
 def config(family: str, size: int) -> Any:
@@ -25,11 +26,19 @@ def config(family: str, size: int) -> Any:
     [("llama", 2048, 4.9e-4), ("llama", 4096, 2.9e-4), ("qwen3", 4096, 4.7e-4), ("phi3", 4096, 2.9e-4)],
 )
 def test_rates_are_the_published_rule(family: str, size: int, rate: float) -> None:
-    assert auto.learning_rate(config(family, size), Lora(), "sft").value == pytest.approx(rate, rel=0.05)
-    assert auto.learning_rate(config(family, size), Full(), "sft").value == pytest.approx(rate / 10, rel=0.05)
-    assert auto.learning_rate(config(family, size), Lora(), "dpo").value == pytest.approx(rate / 40, rel=0.05)
-    assert auto.learning_rate(config(family, size), Lora(alpha=64), "sft").value == pytest.approx(rate / 2, rel=0.05)
-    assert auto.learning_rate(config(family, size), Ia3(), "sft").value == 3e-3
+    def chosen(adapter: Any, method: str = "sft", optimizer: str = "adamw") -> float:
+        section = TrainSection(learning_rate="auto", optimizer=optimizer)
+        return auto.learning_rate(config(family, size), adapter, method, section.optimizer).value
+
+    assert chosen(Lora()) == pytest.approx(rate, rel=0.05)
+    assert chosen(Full()) == pytest.approx(rate / 10, rel=0.05)
+    assert chosen(Lora(), "dpo") == pytest.approx(rate / 40, rel=0.05)
+    assert chosen(Lora(alpha=64)) == pytest.approx(rate / 2, rel=0.05)
+    assert chosen(Ia3()) == 3e-3
+    assert rate / 10 < chosen(Lora(), optimizer="lion") < rate / 3  # as the paper has it
+    assert rate < chosen(Lora(), optimizer="schedule_free") < 10 * rate  # as its authors have it
+    for same in ("muon", "adamw_8bit"):
+        assert chosen(Lora(), optimizer=same) == chosen(Lora())
 
 
 @pytest.mark.parametrize(("rows", "passes"), [(10, 10), (3, 25), (33, 3), (50, 3), (8_000, 3), (12_500, 2), (10**6, 1)])
@@ -79,6 +88,17 @@ def test_a_run_with_auto_is_the_run_with_those_numbers(tunesmith: Any, recipe: A
     assert tunesmith("train", path, "--set=name=other", *sets).code == 0
     adapter = "train/adapter/adapter_model.safetensors"
     assert (run / adapter).read_bytes() == (tmp_path / "runs/other" / adapter).read_bytes()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adafactor", "galore", "{kind: muon, scale: original}"])
+def test_an_optimizer_without_a_rule_wants_a_number(
+    tunesmith: Any, recipe: Any, tmp_path: Path, optimizer: str
+) -> None:
+    path = write_recipe(tmp_path, recipe)
+    chosen = ("--set", f"train.optimizer={optimizer}")
+    assert tunesmith("check", path, *chosen).code == 0
+    said = tunesmith("check", path, *chosen, "--set", "train.learning_rate=auto")
+    assert said.code == 2 and "learning_rate auto has no rule for optimizer" in " ".join(said.err.split()), said.err
 
 
 def test_only_auto_and_numbers_are_taken(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_recipe
+from tests.conftest import write_jsonl, write_recipe
+from tests.test_method_runs import PAIRS, PLAIN
 from tunesmith.runs import read_json, read_jsonl, write_json
 
 ADAPTER = "train/adapter/adapter_model.safetensors"
@@ -57,10 +58,38 @@ def test_the_best_by_a_task_metric_is_kept_and_stops(tunesmith: Any, recipe: Any
         assert line["validation_exact_match"] == pytest.approx(right / 8)
 
 
+@pytest.mark.parametrize(
+    ("by", "method", "rows", "best"),
+    [
+        ("rewards_margin", "dpo", PAIRS, max),
+        ("rewards_rejected", "dpo", PAIRS, min),
+        ("accuracy", "classify", PLAIN, max),
+        ("loss_1", "sft", PLAIN, min),
+    ],
+)
+def test_the_best_by_a_figure_of_the_validation_is_kept(
+    tunesmith: Any, recipe: Any, tmp_path: Path, by: str, method: str, rows: Any, best: Any
+) -> None:
+    """Whichever way it is better; a method's own figure comes before a metric of that name."""
+    sources = [{"path": str(write_jsonl(tmp_path / f"{n}.jsonl", rows[n::2])), "tag": str(n)} for n in range(2)]
+    recipe["data"]["sources"] = sources
+    recipe["train"] |= {"method": method, "best_by": by, "validate_every": 1, "max_steps": 6, "samples": 0}
+    said = tunesmith("train", write_recipe(tmp_path, recipe))
+    assert said.code == 0, said.err
+    values = [line[f"validation_{by}"] for line in read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")]
+    told = json.loads((tmp_path / "runs/tiny/train/manifest.json").read_text())["summary"]
+    assert len(values) == 6 and told["best_by"] == by
+    assert told["best_value"] == best(values) and told["best_step"] == 1 + values.index(best(values))
+
+
 def test_best_by_what_is_not_there(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
     path = write_recipe(tmp_path, recipe)
     said = tunesmith("train", path, "--set", "train.best_by=exact_mach")
     assert said.code == 2 and "did you mean 'exact_match'" in said.err
+    said = tunesmith("train", path, "--set", "train.best_by=rewards_accuracy")  # sft has no rewards
+    assert said.code == 2 and "no metric and no figure of this method is called 'rewards_accuracy'" in said.err
+    said = tunesmith("train", path, "--set", "train.best_by=loss_shop")
+    assert said.code == 2 and "the validation rows have fewer than two tags" in " ".join(said.err.split())
     said = tunesmith("train", path, "--set", "train.best_by=rouge_l", "--set", "data.split.validation=0")
     assert said.code == 2 and "train.best_by needs validation rows" in said.err
 

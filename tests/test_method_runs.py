@@ -65,6 +65,16 @@ def test_each_method_trains_goes_on_exactly_and_is_proved(
     whole = files(run)
     lines = read_jsonl(run / "metrics.jsonl")
     assert "validation_loss" in lines[-1]
+    shown = read_jsonl(run / "train/samples.jsonl")
+    assert bool(shown) == (name not in ("reward", "classify"))
+    held = {row["id"]: row for row in read_jsonl(run / "data/validation.jsonl")}
+    for sample in shown:
+        row = held[sample["row"]]
+        if name == "text":
+            assert sample["asked"] and sample["asked"] + sample["reference"] == row["text"]
+        else:
+            assert sample["asked"] == row["messages"][-2]["content"] and row.get("good", True)
+            assert sample["reference"] == row["messages"][-1]["content"]
 
     for made in ("adapter", "model", "checkpoints/step-000004"):
         shutil.rmtree(run / "train" / made, ignore_errors=True)

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import COLOURS, make_model, make_tokenizer
+from tests.ranked import in_pair
 from tunesmith import plugins
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated, Text
 from tunesmith.conversation.render import Rendered, Renderer
@@ -211,6 +212,25 @@ def test_kto(tmp_path: Path, models: Any) -> None:
     assert found[2]["kl"] >= 0
 
 
+def test_ktos_strange_answer_belongs_to_another_prompt() -> None:
+    """Of rows with several answers to a prompt, too; where all have one prompt, it is the row's before."""
+    renderer = Renderer(make_tokenizer(TEMPLATE))
+
+    def strange(*asked: str) -> list[str]:
+        rows = [
+            Rated((Message("user", f"Item {a}?"), Message("assistant", f"{a}{i}")), f"r:{i}", good=True)
+            for i, a in enumerate(asked)
+        ]
+        section = TrainSection(method="kto", max_length=512)
+        learnt = [zip(b.ids, b.weights, strict=True) for e in encode(section, rows, renderer) for b in e.beside]
+        return [renderer.decode([token for token, weight in pairs if weight]) for pairs in learnt]
+
+    assert strange(*"abcd") == ["d3", "a0", "b1", "c2"]
+    assert strange(*"aabbba") == ["b4", "b4", "a1", "a1", "a1", "b4"]
+    assert strange(*"aaa") == ["a2", "a0", "a1"]
+    assert strange("a") == ["a0"]
+
+
 @pytest.fixture(scope="module")
 def scorers(models: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str]], Any]:
     """The model with a head of classes in place of its language head."""
@@ -382,6 +402,21 @@ def test_the_reference_is_kept_and_a_damaged_one_made_again(models: Any, monkeyp
     (kept,) = (tmp_path / "reference").iterdir()
     kept.write_bytes(kept.read_bytes()[:50])
     assert with_reference([example], forward, "m", 64)[0].reference == first.reference
+
+
+def test_two_ranks_share_the_reference_and_one_finds_it(models: Any, monkeypatch: Any, tmp_path: Path) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    rows = [Rendered(list(range(5, 8 + n)), [0.0] + [1.0] * (2 + n)) for n in range(5)]
+    examples = [Example(f"r{n}", (row,)) for n, row in enumerate(rows)]
+    forward = PackedForward(copy.deepcopy(models[0]), rows)
+    pairs = in_pair(lambda ranks: with_reference(examples, forward, "m", 64, ranks))
+    monkeypatch.setattr("tunesmith.train.reference._computed", lambda *a: pytest.fail("computed again"))
+    alone = with_reference(examples, forward, "m", 64)
+    assert pairs[0] == pairs[1] == alone and len(list((tmp_path / "reference").iterdir())) == 1
+    for example, row in zip(alone, rows, strict=True):
+        logits = models[0](torch.tensor([row.ids])).logits[0, :-1].log_softmax(-1)
+        expected = logits.gather(1, torch.tensor(row.ids[1:])[:, None]).sum().item()
+        assert example.reference == (pytest.approx(expected, abs=1e-3),)
 
 
 def test_the_reference_of_another_model_or_row_is_not_taken(models: Any, monkeypatch: Any, tmp_path: Path) -> None:

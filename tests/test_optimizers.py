@@ -168,10 +168,11 @@ def test_scales_are_not_decayed_and_lower_layers_learn_slower() -> None:
         "layers.0.norm",
         "layers.1.w",
         "layers.1.ia3_l",
+        "layers.1.lora_E.default",
         "norm.weight",
         "head.w",
     ]
-    shapes = [(9, 4), (4, 4), (4,), (4, 4), (4, 1), (4,), (9, 4)]
+    shapes = [(9, 4), (4, 4), (4,), (4, 4), (4, 1), (3, 1), (4,), (9, 4)]
     weights = {n: torch.nn.Parameter(torch.zeros(s)) for n, s in zip(names, shapes, strict=True)}
     optimizer = make(TrainSection(weight_decay=0.1, layer_decay=0.5), weights, lambda name: 1.0)
     told = {
@@ -185,7 +186,8 @@ def test_scales_are_not_decayed_and_lower_layers_learn_slower() -> None:
         "layers.0.w": (0.1, 0.25, True),
         "layers.0.norm": (0.0, 0.25, False),
         "layers.1.w": (0.1, 0.5, True),
-        "layers.1.ia3_l": (0.0, 0.5, True),
+        "layers.1.ia3_l": (0.0, 0.5, False),
+        "layers.1.lora_E.default": (0.0, 0.5, False),
         "norm.weight": (0.0, 1.0, False),
         "head.w": (0.1, 1.0, False),
     }
@@ -280,6 +282,13 @@ def test_neftunes_noise_is_of_each_rows_size(tiny_model: Path, packed: bool) -> 
     model.eval()
     forward.nll(batch)
     assert not torch.cat(seen).any()
+
+
+def test_neftune_trains_in_bfloat16(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Whose packs are filled up to sizes that come again: what fills them is no row, and gets no noise."""
+    recipe["train"] |= {"precision": "bfloat16", "neftune": 5, "max_steps": 2}
+    said = tunesmith("train", write_recipe(tmp_path, recipe))
+    assert said.code == 0 and len(read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")) == 2, said.err
 
 
 @pytest.mark.parametrize("trained", [False, True])

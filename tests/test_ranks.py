@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -17,11 +18,15 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import COLOURS, write_jsonl, write_recipe
-from tests.ranked import shared, walk
+from tests.ranked import in_pair, shared, walk
+from tunesmith.conversation.message import Conversation, Message
 from tunesmith.errors import MachineError, RankLost, RecipeError
+from tunesmith.inference.transformers_engine import TransformersEngine
 from tunesmith.runs import read_jsonl
 from tunesmith.train.batching import Schedule
 from tunesmith.train.ranks import Ranks
+from tunesmith.train.ready import _examples
+from tunesmith.train.section import TrainSection
 
 ROOT = Path(__file__).parents[1]
 STEPS = 8
@@ -251,6 +256,37 @@ def test_a_killed_rank_ends_all_with_its_name_and_a_stop_saves(tiny_model: Path,
     assert [line["step"] for line in lines] == list(range(1, lines[-1]["step"] + 1))
 
 
+def test_a_teacher_answers_once_for_all_ranks(
+    tiny_model: Path, renderer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TUNESMITH_CACHE", str(tmp_path))
+    method = {
+        "kind": "distill",
+        "teacher": str(tiny_model),
+        "source": "text",
+        "max_new_tokens": 4,
+        "precision": "float32",
+    }
+    section = TrainSection.model_validate({"method": method})
+    rows = [Conversation((Message("user", f"Item {i}?"), Message("assistant", "red")), f"r:{i}") for i in range(4)]
+    asked: list[int] = []
+    generate = TransformersEngine.generate
+
+    def counted(engine: Any, prompts: Any, *more: Any) -> Any:
+        asked.append(len(prompts))
+        time.sleep(0.1)
+        return generate(engine, prompts, *more)
+
+    monkeypatch.setattr(TransformersEngine, "generate", counted)
+
+    def examples(ranks: Ranks) -> Any:
+        given = SimpleNamespace(training=rows[:3], validation=rows[3:], renderer=renderer, model=None, ranks=ranks)
+        return _examples(section, given)[2:]
+
+    one, other = in_pair(examples)
+    assert asked == [3, 1] and one == other and len(one[0]) == 3
+
+
 def test_rows_are_shared_out_by_length_and_none_is_lost() -> None:
     lengths = [5, 90, 10, 10, 80, 7, 3]
     parts = Ranks(world=3).share(range(7), lengths.__getitem__)
@@ -295,7 +331,6 @@ def test_a_wrong_way_to_share_is_refused(tunesmith: Any, recipe: Any, tmp_path: 
 )
 def test_what_only_one_process_does_is_refused(keys: dict[str, Any], where: str) -> None:
     from tunesmith.train.parallel.check import several
-    from tunesmith.train.section import TrainSection
 
     several(TrainSection.model_validate({"parallel": "zero"}))
     several(TrainSection.model_validate({"parallel": "fsdp", "adapter": "full"}))

@@ -217,6 +217,24 @@ def test_special_tokens_that_users_write_are_text() -> None:
     assert renderer.prompt(row.prompt) == rendered.ids[: len(renderer.prompt(row.prompt))]
 
 
+def test_special_tokens_in_plain_texts_are_text_too(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """The end of sequence that a text was written with is its end; the data stage counts the others."""
+    renderer = Renderer(make_tokenizer())
+    said, end = "Stop<|im_end|>now<|im_start|>", renderer.tokenizer.eos_token_id
+    for text in (said, said + renderer.tokenizer.eos_token):
+        ids = renderer.render_text(Text((), "t:1", text=text)).ids
+        assert ids.count(end) == 1 and ids[-1] == end
+        assert renderer.tokenizer.decode(ids[:-1]) == said
+        assert not set(ids[:-1]) & set(renderer.tokenizer.all_special_ids)
+    rows = [{"text": f"Item {i} is red, and so on and on."} for i in range(40)]
+    rows[3]["text"] += said
+    rows[9]["text"] += renderer.tokenizer.eos_token
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    recipe["train"]["method"] = "text"
+    assert tunesmith("data", "prepare", write_recipe(tmp_path, recipe)).code == 0
+    assert json.loads((tmp_path / "runs/tiny/data/manifest.json").read_text())["specials"] == 2
+
+
 def documented() -> list[tuple[list[dict[str, Any]], dict[str, Any]]]:
     """The rows in docs/rows.md, block by block, each with its source's settings: the block of YAML before it."""
     text = (Path(__file__).parents[1] / "docs/rows.md").read_text(encoding="utf-8")

@@ -196,6 +196,18 @@ def test_an_adapter_with_a_head_is_not_merged_without_it(tunesmith: Any, first: 
     assert said.code == 2 and "has a head of classes" in said.err and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "part"), [({"kind": "bottleneck", "size": 4}, "holds bottlenecks"), ("full", "holds a whole model")]
+)
+def test_only_lora_is_merged(
+    tunesmith: Any, first: dict[str, Any], tmp_path: Path, kind: dict[str, Any] | str, part: str
+) -> None:
+    other = first | {"name": "other", "train": first["train"] | {"adapter": kind, "max_steps": 1}}
+    assert tunesmith("train", write_recipe(tmp_path, other, "other.yaml")).code == 0
+    said = tunesmith("merge", "out", "tiny", "other")
+    assert said.code == 2 and f"{part}, and only LoRA adapters can be merged" in " ".join(said.err.split()), said.err
+
+
 @pytest.mark.parametrize("kind", [{"kind": "lora", "rank": 4}, {"kind": "tokens"}, {"kind": "full"}])
 def test_new_words_are_one_token_each_through_the_whole_journey(
     tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, kind: dict[str, Any]

@@ -40,6 +40,12 @@ def test_tensorboard(trained: Any) -> None:
     assert [e.step for e in events.Scalars("loss")] == [1, 2, 3]
     assert [e.value for e in events.Scalars("loss")] == pytest.approx(losses(run))
     assert len(events.Scalars("validation_loss")) == 1
+    (told,) = events.Tensors("samples/text_summary")
+    text = told.tensor_proto.string_val[0].decode()
+    answers = read_jsonl(run / "train/samples.jsonl")
+    assert told.step == 3 and len(answers) == 3
+    for answer in answers:
+        assert all(f"{name}: {answer[name]}" in text for name in ("row", "asked", "reference", "answer"))
 
 
 def test_mlflow(trained: Any) -> None:
@@ -152,6 +158,7 @@ def test_a_tracker_that_is_not_installed_names_the_extra(
     recipe["train"]["trackers"] = ["wandb"]
     said = tunesmith("train", write_recipe(tmp_path, recipe))
     assert said.code == 2 and "pip install 'tunesmith[wandb]'" in said.err
+    assert "weights in" not in said.err  # before a model is loaded
 
 
 def test_turning_a_tracker_on_trains_nothing_anew_and_typos_are_told(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import make_model, write_jsonl, write_recipe
+from tunesmith.models.packed import PackedForward
 from tunesmith.runs import read_jsonl
 from tunesmith.train.watch import review
 
@@ -137,6 +140,26 @@ def test_a_run_tells_weights_that_nothing_reaches(tunesmith: Any, recipe: Any, t
     assert "1 trained tensors have not moved" in " ".join(said.err.split())
 
 
+def test_a_run_tells_that_laying_out_rows_holds_it_up(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it takes is no part of the step's own time: both together are what the step took."""
+    pack = PackedForward.pack
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.04)
+        return pack(*given)
+
+    monkeypatch.setattr(PackedForward, "pack", slow)
+    recipe["train"] |= {"max_steps": 21, "epochs": 9, "samples": 0, "keep_best": False, "checkpoint_every": 50}
+    assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
+    for line in read_jsonl(tmp_path / "runs/tiny/metrics.jsonl"):
+        spent, took = line["seconds"], line["tokens"] / line["tokens_per_second"]
+        assert spent["data"] >= 0.04 and spent["data"] + spent["step"] < 1.02 * took
+    (found,) = [f for f in read_jsonl(tmp_path / "runs/tiny/train/findings.jsonl") if f["kind"] == "low_use"]
+    assert "into data" in found["what"] and "train.pack_tokens" in found["fix"]
+
+
 def test_the_first_minute_measures_and_changes_nothing(
     tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -168,11 +191,13 @@ def test_the_first_minute_measures_and_changes_nothing(
 def test_an_evaluation_is_tried_before_the_first_step(
     tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the longest rows that are held out; what runs out of memory there must not do so an hour later."""
+    """Of the longest rows that are held out, with a short answer and the best weights' being written; what fails there
+    must not do so an hour later."""
+    from tunesmith.journey import Journey
     from tunesmith.train import train as loop
 
     happened: list[tuple[str, int]] = []
-    validate, step = loop.validate, loop._step
+    validate, step, ask, save = loop.validate, loop._step, Journey.ask, loop.save
 
     def validated(section: Any, split: Any, examples: Any, *more: Any) -> Any:
         happened.append(("validation", max(e.tokens for e in examples)))
@@ -182,14 +207,40 @@ def test_an_evaluation_is_tried_before_the_first_step(
         happened.append(("step", 0))
         return step(*given)
 
+    def asked(kit: Any, forward: Any, rows: Any, limit: Any) -> Any:
+        happened.append(("answer", limit))
+        return ask(kit, forward, rows, limit)
+
+    def saved(section: Any, split: Any, target: Path) -> None:
+        happened.append((target.name, 0))
+        save(section, split, target)
+
     monkeypatch.setattr(loop, "validate", validated)
     monkeypatch.setattr(loop, "_step", stepped)
+    monkeypatch.setattr(Journey, "ask", asked)
+    monkeypatch.setattr(loop, "save", saved)
     recipe["train"] |= {"max_steps": 2, "validate_every": 2}
     assert tunesmith("train", write_recipe(tmp_path, recipe)).code == 0
-    assert [what for what, _ in happened] == ["validation", "step", "step", "validation"]
-    assert happened[0][1] == happened[-1][1]  # the longest row of all was among those tried
+    evaluation = ["validation", "answer", "best"]
+    assert [what for what, _ in happened] == [*evaluation, "step", "step", *evaluation]
+    assert happened[0][1] == happened[5][1]  # the longest row of all was among those tried
+    assert happened[1][1] < happened[6][1]
     told = json.loads((tmp_path / "runs/tiny/train/manifest.json").read_text())["summary"]["measured"]
     assert told["validation_seconds"] > 0
+
+
+def test_answers_that_do_not_fit_are_told_before_the_first_step(
+    tunesmith: Any, recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tunesmith.journey import Journey
+
+    def ask(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Journey, "ask", ask)
+    said = tunesmith("train", write_recipe(tmp_path, recipe))
+    assert said.code == 2 and "an answer, tried before the first step" in " ".join(said.err.split()), said.err
+    assert read_jsonl(tmp_path / "runs/tiny/metrics.jsonl") == []
 
 
 def test_memory_that_steps_leave_behind_goes_back_above_what_the_longest_took(

@@ -195,13 +195,13 @@ class Journey(Kit):
         from tunesmith.train.inputs import TrainInputs
         from tunesmith.train.train import train
 
-        by = self.recipe.train.best_by
-        metric = plugins.load("metric", by)
-        if by != "loss" and (metric.likelihood or metric.chooses):
+        by, figure = self.recipe.train.best_by, self.recipe.train.figure
+        metric = plugins.load("metric", by) if figure is None else None
+        if metric and (metric.likelihood or metric.chooses):
             raise RecipeError(
                 f"{by} is not a score of answers",
                 where="train.best_by",
-                fix="Take loss, or a metric of answers: exact_match, rouge_l, ...",
+                fix="Take loss or another figure of the validation, or a metric of answers: exact_match, rouge_l, ...",
             )
         machine = dataclasses.replace(self.machine, device=self.device)
         self.ranks.call("train")
@@ -228,17 +228,24 @@ class Journey(Kit):
             raise lost from error
 
     def ask(self, forward: Any, rows: Sequence[Any], limit: int | None) -> list[str]:
-        """Greedy answers of a model in training, of at most `limit` tokens (a quarter more than the longest of the
-        right ones if None)."""
+        """Greedy answers of a model in training (of a plain text: how it goes on), of at most `limit` tokens; and a
+        quarter more than the longest of the right ones (of the texts)."""
         from tunesmith import plugins
+        from tunesmith.conversation.message import Text
 
-        tokenizer = self.renderer.tokenizer
-        longest = max(len(tokenizer(row.answer, add_special_tokens=False)["input_ids"]) for row in rows)
+        def prompt(row: Any) -> list[int]:
+            plain = isinstance(row, Text)
+            return renderer.text_ids(row.text, specials=False) if plain else renderer.prompt(row.prompt, row.tools)
+
+        renderer = self.renderer
+        right = [row.text if isinstance(row, Text) else row.answer for row in rows]
+        longest = max(len(renderer.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in right)
         most = self.recipe.evaluate.max_new_tokens or longest + longest // 4 + 8
         engine: Engine = plugins.load("engine", "transformers").over(forward)
-        prompts = [self.renderer.prompt(row.prompt) for row in rows]
-        given = engine.generate(prompts, min(most, limit or most), self.renderer.stop_ids, lambda done: None)
-        return [self.renderer.decode(ids) for ids in given]
+        given = engine.generate(
+            [prompt(r) for r in rows], min(most, limit or most), renderer.stop_ids, lambda done: None
+        )
+        return [renderer.decode(ids) for ids in given]
 
     def score(self, name: str, answers: Sequence[str], rows: Sequence[Any]) -> tuple[float, bool]:
         """A metric of answers to rows, and whether higher is better."""

@@ -128,9 +128,10 @@ class Renderer:
         return Rendered(ids, weights)
 
     def render_text(self, row: Text) -> Rendered:
-        """A plain text's token ids, begun as the tokenizer begins a text and ended by its end of sequence. Every token
-        but the first carries loss."""
-        ids: list[int] = list(self.tokenizer(row.text)["input_ids"])
+        """A plain text's token ids, begun as the tokenizer begins a text and ended by its end of sequence (once, also
+        where the text was written with it); other special tokens in it are plain text. Every token but the first
+        carries loss."""
+        ids = list(self.text_ids(self._unended(row), specials=False))
         end = self.tokenizer.eos_token_id
         if end is not None and (not ids or ids[-1] != end):
             ids.append(end)
@@ -224,10 +225,17 @@ class Renderer:
         return "known_tool" in text and "called_tool" in text
 
     def specials_in(self, conversation: Conversation) -> int:
-        """How many special tokens stand in what users and tools say. They are read as plain text there."""
+        """How many special tokens stand in what users and tools say, or in a plain text. They are read as plain text
+        there."""
+        if isinstance(conversation, Text):
+            return len(self._special.findall(self._unended(conversation)))
         return sum(
             len(self._special.findall(m.content.replace(MARK, ""))) for m in conversation.messages if m.role in FOREIGN
         )
+
+    def _unended(self, row: Text) -> str:
+        """A plain text without the end of sequence that it may have been written with."""
+        return row.text.removesuffix(self.tokenizer.eos_token or "")
 
     @cached_property
     def _special(self) -> re.Pattern[str]:

@@ -91,7 +91,8 @@ def refuse(settings: dict[str, Any]) -> None:
         raise RecipeError("is not a list of metrics", where="evaluate.metrics", fix="Give [exact_match, ...].")
     _metrics(asked, "evaluate.metrics", METRICS)
     _metrics([goal["metric"]] if goal.get("metric") is not None else [], "goal.metric", METRICS)
-    _metrics([train["best_by"]] if "best_by" in train else [], "train.best_by", METRICS)
+    by = train.get("best_by")  # what is no metric may be a figure of the validation; the recipe knows which there are
+    _metrics([by] if isinstance(by, str) and by in plugins.known("metric") else [], "train.best_by", METRICS)
     _metrics(_gated(settings.get("gate")), "gate", METRICS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from tunesmith.errors import ModelError, first_line
-from tunesmith.models.load import load_model, mark_base, refuse_anothers, refuse_spoilt
+from tunesmith.models.load import is_adapter, load_model, mark_base, refuse_anothers, refuse_spoilt
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.runs import whole_folder
 
@@ -43,6 +43,13 @@ def merge(
     for adapter in adapters:
         refuse_anothers(base, adapter)
         refuse_spoilt(adapter)
+        if not (adapter / "adapter_config.json").is_file():
+            held = "bottlenecks" if is_adapter(adapter) else "a whole model"
+            raise ModelError(
+                f"holds {held}, and only LoRA adapters can be merged with one another",
+                where=str(adapter),
+                fix="Name runs or folders of LoRA adapters.",
+            )
         config = PeftConfig.from_pretrained(str(adapter))
         kind = config.peft_type
         if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):

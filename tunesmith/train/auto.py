@@ -1,7 +1,7 @@
 """What `auto` stands for: learning rate, batch size, epochs, rank and length, by rules that are written down here.
 
-Each rule uses nothing but the rows, the model's sizes, the method and the adapter, so the same recipe and data always
-resolve alike. docs/control.md has the rules and their sources in words.
+Each rule uses nothing but the rows, the model's sizes, the method, the adapter and the optimizer, so the same recipe
+and data always resolve alike. docs/control.md has the rules and their sources in words.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def resolve(
         adapter = adapter.model_copy(update={"rank": found["adapter.rank"].value})
     method = section.method.kind
     if section.learning_rate == AUTO:
-        found["learning_rate"] = learning_rate(model.config.get_text_config(), adapter, method)
+        found["learning_rate"] = learning_rate(model.config.get_text_config(), adapter, method, section.optimizer)
     if section.batch_size == AUTO:
         found["batch_size"] = batch_size(len(examples))
     if section.epochs == AUTO:
@@ -95,12 +95,22 @@ def resolve(
     return section.model_copy(update=changed | {"adapter": adapter}), found
 
 
-def learning_rate(config: Any, adapter: Any, method: str) -> Choice:
-    """5e-5 (2000 / hidden size)^p, ten times that for adapters: Schulman and Thinking Machines Lab, LoRA Without Regret
-    (2025), with p as fitted there for Llama and Qwen; for other families the lower of the two rates.
+def learning_rate(config: Any, adapter: Any, method: str, optimizer: Any) -> Choice:
+    """AdamW's rate, times what the optimizer wants beside it. 5e-5 (2000 / hidden size)^p, ten times that for adapters:
+    Schulman and Thinking Machines Lab, LoRA Without Regret (2025), with p as fitted there for Llama and Qwen; for other
+    families the lower of the two rates.
     """
+    rate, why = _adamws_rate(config, adapter, method)
+    beside = optimizer.rate_beside_adamw
+    if beside != 1:
+        rate *= beside
+        why.append(f"times {beside:g} for {optimizer.kind}")
+    return Choice(float(f"{rate:.2g}"), ", ".join(why))
+
+
+def _adamws_rate(config: Any, adapter: Any, method: str) -> tuple[float, list[str]]:
     if adapter.kind in FIXED:
-        return Choice(FIXED[adapter.kind], f"usual for {adapter.kind}")
+        return FIXED[adapter.kind], [f"usual for {adapter.kind}"]
     size, family = max(config.hidden_size, LEAST_SIZE), str(config.model_type).lower()
     fitted = [p for name, p in EXPONENTS.items() if name in family] or list(EXPONENTS.values())
     rate = BASE_RATE * min((BASE_SIZE / size) ** p for p in fitted)
@@ -116,7 +126,7 @@ def learning_rate(config: Any, adapter: Any, method: str) -> Choice:
     if method in METHODS:
         rate *= METHODS[method]
         why.append(f"times {METHODS[method]:g} for {method}")
-    return Choice(float(f"{rate:.2g}"), ", ".join(why))
+    return rate, why
 
 
 def batch_size(rows: int) -> Choice:

@@ -87,21 +87,12 @@ def compared(
     """The examples of each part with the log-probabilities that the model gives them before it is trained; every
     rank computes a share."""
     model.eval()
-    ranks = inputs.ranks
     forward = PackedForward(model, [example.sequences[0] for example in parts[0]])
     started = [hash_file(path) for path in sorted(inputs.start.glob("*.safetensors"))] if inputs.start else []
     name = " ".join([f"{inputs.model.identity} in {section.quantise or precision}", *started])
-    found = []
-    for part in parts:
-        shares = ranks.share(range(len(part)), lambda i, part=part: part[i].tokens)  # type: ignore[misc]
-        mine = with_reference([part[i] for i in shares[ranks.rank]], forward, name, section.pack_tokens)
-        whole = list(part)
-        for share, made in zip(shares, ranks.all(mine), strict=True):
-            for i, example in zip(share, made, strict=True):
-                whole[i] = example
-        found.append(whole)
+    found = tuple(with_reference(part, forward, name, section.pack_tokens, inputs.ranks) for part in parts)
     forward.undo()
-    return tuple(found)
+    return found
 
 
 def split_over(section: TrainSection, inputs: TrainInputs, step: Step, learned: Trained) -> Alone:

@@ -17,7 +17,7 @@ from tunesmith.runs import read_json, whole_folder, write_json
 from tunesmith.train.parallel.alone import Alone
 
 # Of what a checkpoint holds and means. Whoever changes that raises it, so that no code reads another's.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from tunesmith.runs import Run, append_jsonl, json_line, read_jsonl, write_text
@@ -17,21 +18,26 @@ from tunesmith.train.watch import Finding, Watch
 
 
 class Clock:
-    """Where the time between two steps' ends goes, in seconds by name."""
+    """Where the time between two steps' ends goes, in seconds by name. What is clocked within something else is no
+    longer that one's."""
 
     def __init__(self) -> None:
         self._spent: dict[str, float] = {}
         self._busy = 0.0
+        self._within = np.zeros(2)  # what the parts of what is being clocked took
 
     @contextlib.contextmanager
     def __call__(self, what: str) -> Iterator[None]:
-        start, busy = time.perf_counter(), time.process_time()
+        start, around, self._within = _now(), self._within, np.zeros(2)
         try:
             yield
         finally:
-            self._spent[what] = self._spent.get(what, 0.0) + time.perf_counter() - start
+            took = _now() - start
+            seconds, busy = (took - self._within).tolist()
+            self._within = around + took
+            self._spent[what] = self._spent.get(what, 0.0) + seconds
             if what == "step":
-                self._busy += time.process_time() - busy
+                self._busy += busy
 
     def use(self) -> float | None:
         """The share of the device's time that it was at work in the step since the last lap; None if not known."""
@@ -46,6 +52,11 @@ class Clock:
         spent = {what: round(seconds, 4) for what, seconds in self._spent.items()}
         self._spent, self._busy = {}, 0.0
         return spent
+
+
+def _now() -> np.ndarray:
+    """Seconds [2]: of the clock on the wall, and of the cores' work."""
+    return np.array([time.perf_counter(), time.process_time()])
 
 
 class Follower:
@@ -87,11 +98,23 @@ class Follower:
             rows = culprits() if finding.kind == "spike" else []
             self._tell(Finding(finding.kind, finding.step, finding.what, finding.fix, rows))
 
+    def samples(self, told: Sequence[dict[str, Any]]) -> None:
+        """Keep a validation's answers that are to be read: of each its `step`, `row`, `asked`, `reference` and
+        `answer`."""
+        for one in told:
+            append_jsonl(self.run.samples, one)
+        if told:
+            self._trackers.text(told[0]["step"], "samples", "\n\n".join(map(_readable, told)))
+
     def _tell(self, finding: Finding) -> None:
         append_jsonl(self.run.findings, finding.as_dict())
         self.run.event("finding", finding=finding.as_dict())
         self.shown.finding(finding)
         self._trackers.text(finding.step, "finding", str(finding))
+
+
+def _readable(sample: dict[str, Any]) -> str:
+    return "\n".join(f"{name}: {sample[name]}" for name in ("row", "asked", "reference", "answer"))
 
 
 class Silent:
@@ -102,6 +125,8 @@ class Silent:
 
     def step(self, *told: Any) -> None:
         pass
+
+    samples = step
 
 
 @contextlib.contextmanager

@@ -6,9 +6,10 @@ devices. One process alone is a rank of one, and exchanges nothing.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -113,6 +114,15 @@ class Ranks:
         box = [made() if self.main else None]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    @contextlib.contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Within this, the first rank goes first: what it keeps on disk, the others find there."""
+        if not self.main:
+            self.meet()
+        yield
+        if self.main:
+            self.meet()
 
     def same(self, tensors: Iterable[Any]) -> None:
         """Make tensors the first rank's, in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,7 @@ from tunesmith.train.optimizers.make import make
 from tunesmith.train.parallel.alone import Step
 from tunesmith.train.parallel.check import several
 from tunesmith.train.section import TrainSection
-from tunesmith.train.step import gradients
+from tunesmith.train.step import Clock, gradients, no_clock
 from tunesmith.train.weights import Trained
 
 
@@ -62,14 +63,16 @@ class Ready:
     job: Job
     parameters: int
 
-    def gradients(self, step: int, chosen: Sequence[Example]) -> tuple[float, dict[str, float], float]:
+    def gradients(
+        self, step: int, chosen: Sequence[Example], clock: Clock = no_clock
+    ) -> tuple[float, dict[str, float], float]:
         """See `step.gradients`; of what a step trains of the model."""
         adapter = self.section.adapter
         if hasattr(adapter, "trained_at"):  # layers in turns
             names = adapter.trained_at(step, list(self.learned.weights), self.inputs.seed)
             self.learned.only(names, self.split.optimizer)
         self.keep.add(step, shared=True)
-        return gradients(self.section, self.split, chosen, self.known, partial(self._also, step))
+        return gradients(self.section, self.split, chosen, self.known, partial(self._also, step), clock)
 
     def _also(self, step: int) -> None:
         self.keep.add(step, shared=False)
@@ -85,6 +88,8 @@ def ready(section: TrainSection, inputs: TrainInputs, run: Run) -> Ready:
     if inputs.ranks.world > 1:
         several(section)
     section.optimizer.check(inputs.machine.device)
+    for tracker in section.trackers:
+        tracker.check()
     section, choices, examples, held_out = _examples(section, inputs)
     schedule = Schedule.of(len(examples), section.batch_size, section.epochs, section.max_steps, inputs.seed)
     state = _state(section, inputs, run)
@@ -135,8 +140,9 @@ def _examples(
 ) -> tuple[TrainSection, dict[str, Any], list[Example], list[Example]]:
     """The section with numbers, why these, and the rows as the method takes them."""
     section, choices = auto.with_length(auto.with_pack(section, inputs.machine), inputs.model)
-    examples = encode(section, inputs.training, inputs.renderer)
-    held_out = encode(section, inputs.validation, inputs.renderer)
+    with inputs.ranks.main_first() if section.method.models else contextlib.nullcontext():  # another model may answer
+        examples = encode(section, inputs.training, inputs.renderer)
+        held_out = encode(section, inputs.validation, inputs.renderer)
     if auto.wanted(section):
         section, more = auto.resolve(section, examples, empty_model(inputs.model))
         choices |= more

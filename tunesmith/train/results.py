@@ -14,6 +14,11 @@ from tunesmith.train.parallel.alone import Alone
 from tunesmith.train.section import TrainSection
 
 
+def best_of(run: Run) -> Path:
+    """Where the best weights so far lie."""
+    return run.stage("train") / "best"
+
+
 def save(section: TrainSection, split: Alone, target: Path) -> None:
     """Write the tuned weights; every rank gives its part, the first one writes."""
     with split.whole() as model:
@@ -27,7 +32,7 @@ def keep_weights(
 ) -> None:
     """Write the best weights, or the last, to where the next stages look for them."""
     target = run.stage("train") / ("model" if section.adapter.whole_model else "adapter")
-    best = run.stage("train") / "best" if section.keep_best and state.best_step is not None else None
+    best = best_of(run) if section.keep_best and state.best_step is not None else None
     with split.whole() if best is None else contextlib.nullcontext(split.model) as model:
         if not split.ranks.main:
             return

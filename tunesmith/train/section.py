@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from tunesmith import plugins
 from tunesmith.errors import nearest
 from tunesmith.models.ways import Ways
 from tunesmith.section import AUTO, Section, or_auto
 
-__all__ = ["AUTO", "TrainSection"]
+__all__ = ["AUTO", "TAGGED", "TrainSection"]
+
+TAGGED = "loss_"  # what the validation loss of a tag's rows is called, before the tag
 
 
 def _ways(value: Any) -> Any:
@@ -45,7 +47,7 @@ class TrainSection(Section):
     """Longest row in tokens; auto: the model's context, up to 4,096. `data.over_length` says what becomes of longer
     ones."""
     learning_rate: Annotated[float, *or_auto(float, ge=0)] = 2e-4
-    """The peak rate; auto: by the model's size, the method and the adapter."""
+    """The peak rate; auto: by the model's size, the method, the adapter and the optimizer."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """How the rate falls after the warm-up, towards zero after the last step. wsd stays until `decay` is left."""
     decay: float = Field(0.2, gt=0, le=1)
@@ -87,8 +89,9 @@ class TrainSection(Section):
     keep_best: bool = True
     """End with the best weights (see `best_by`) instead of the last ones."""
     best_by: str = "loss"
-    """What the best weights are best by, and what early stopping waits for: the validation loss, or a metric of answers
-    to validation rows, such as exact_match."""
+    """What the best weights are best by, and what early stopping waits for: the validation loss, another figure of the
+    validation (loss_TAG, or what the method tells, such as rewards_accuracy), or a metric of answers to validation
+    rows, such as exact_match."""
     scored_rows: int = Field(64, ge=1)
     """Validation rows that are answered for `best_by`, drawn by seed."""
     samples: int = Field(3, ge=0)
@@ -100,11 +103,24 @@ class TrainSection(Section):
 
     @field_validator("best_by")
     @classmethod
-    def _best_by(cls, value: str) -> str:
-        known = plugins.known("metric")
-        if value not in known:
-            raise ValueError(f"no metric is called '{value}'{nearest(value, known)} (known: {', '.join(known)})")
+    def _best_by(cls, value: str, info: ValidationInfo) -> str:
+        method = info.data.get("method")
+        known = [*getattr(method, "figures", {}), *plugins.known("metric")]
+        if value not in known and not value.startswith(TAGGED):
+            raise ValueError(
+                f"no metric and no figure of this method is called '{value}'{nearest(value, known)} "
+                f"(known: {', '.join(dict.fromkeys(known))}; and {TAGGED}TAG)"
+            )
         return value
+
+    @property
+    def figure(self) -> bool | None:
+        """Where `best_by` is a figure that validation tells, whether a higher one is better; None where it is a score
+        of answers."""
+        if self.best_by == "loss" or self.best_by.startswith(TAGGED):
+            return False
+        found: bool | None = self.method.figures.get(self.best_by)
+        return found
 
     @model_validator(mode="before")
     @classmethod
@@ -117,6 +133,14 @@ class TrainSection(Section):
     def _the_rate_stays(self) -> TrainSection:
         if self.optimizer.constant_rate and self.schedule != "constant":
             raise ValueError(f"optimizer {self.optimizer.kind} wants schedule constant, not {self.schedule}")
+        return self
+
+    @model_validator(mode="after")
+    def _auto_has_a_rule(self) -> TrainSection:
+        if self.learning_rate == AUTO and self.optimizer.rate_beside_adamw is None:
+            raise ValueError(
+                f"learning_rate auto has no rule for optimizer {self.optimizer.kind} as it is set: give a number"
+            )
         return self
 
     @model_validator(mode="after")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ from tunesmith.train.parallel.alone import Alone, Turn
 from tunesmith.train.ranks import Ranks
 from tunesmith.train.section import TrainSection
 
+Clock = Callable[[str], AbstractContextManager[Any]]  # counts what a block takes under a name
+
+
+def no_clock(what: str) -> AbstractContextManager[Any]:
+    return nullcontext()
+
 
 def gradients(
     section: TrainSection,
@@ -22,13 +29,16 @@ def gradients(
     examples: Sequence[Example],
     known: Any,
     also: Callable[[], None],
+    clock: Clock = no_clock,
 ) -> tuple[float, dict[str, float], float]:
     """Gradients of one optimizer step, clipped: its loss, figures beside it, and the norm before clipping.
 
-    `also` adds other terms' gradients before they are clipped.
+    Args:
+        also: adds other terms' gradients before they are clipped.
+        clock: counts as `data` what laying out the rows takes.
     """
     total, told = 0.0, Means()
-    sizes, batches = in_packs(section, split, examples, known)
+    sizes, batches = in_packs(section, split, examples, known, clock=clock)
     for batch, turn in batches:
         found = split(batch, turn.last)
         # Each pack adds its sum, divided by the whole step's size: neither packing nor ranks change anything.
@@ -98,6 +108,7 @@ def in_packs(
     examples: Sequence[Example],
     known: Any,
     parts: Sequence[Sequence[Example]] = (),
+    clock: Clock = no_clock,
 ) -> tuple[Counter[str], Iterator[tuple[Batch, Turn]]]:
     """The sizes that the terms of these examples' loss are divided by, and this rank's examples in packs. `parts`: the
     same examples in parts of which no pack holds two."""
@@ -106,9 +117,13 @@ def in_packs(
     def packed(
         chosen: Sequence[Example], sequences: list[tuple[Any, ...]], shared: bool
     ) -> Iterator[tuple[list[Example], Any, Turn]]:
-        for turn in split.turns(sequences, section.pack_tokens, shared):
+        with clock("data"):
+            turns = split.turns(sequences, section.pack_tokens, shared)
+        for turn in turns:
             rows, counts = [s for i in turn.group for s in sequences[i]], [len(sequences[i]) for i in turn.group]
-            yield [chosen[i] for i in turn.group], split.step.packed.pack(rows, counts), turn
+            with clock("data"):
+                pack = split.step.packed.pack(rows, counts)
+            yield [chosen[i] for i in turn.group], pack, turn
 
     context = None
     if any(example.beside for example in examples):  # the whole step's, so every rank looks at all of them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from tunesmith.conversation.message import tags
-from tunesmith.errors import Interrupted, TrainingError
+from tunesmith.errors import DataError, Interrupted, TrainingError
 from tunesmith.models.machine import give_back_above, peak_memory
 from tunesmith.models.plan import Plan, estimate
 from tunesmith.progress import bar, say
@@ -30,7 +31,7 @@ from tunesmith.train.judge import Judge
 from tunesmith.train.objectives.method import Example
 from tunesmith.train.ranks import Ranks
 from tunesmith.train.ready import Ready, ready
-from tunesmith.train.results import keep_weights, save, snapshot
+from tunesmith.train.results import best_of, keep_weights, save, snapshot
 from tunesmith.train.section import TrainSection
 from tunesmith.train.step import by_loss, update, validate
 
@@ -49,12 +50,12 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     at, ranks = ready(section, inputs, run), inputs.ranks
     section, state, total = at.section, at.state, at.schedule.total
     ask = inputs.ask if at.split.whole_here else None
-    judge = Judge(section, inputs.validation, inputs.seed, ask, inputs.score, run)
+    judge = Judge(section, inputs.validation, inputs.seed, ask, inputs.score)
     used = speed.used(section, at.forward, state.precision)
     say("speed: " + ", ".join(used))
     expected, measured = estimate(at.job, inputs.machine), None
     if not state.step and total:
-        measured = _tried(at)
+        measured = _tried(at, judge)
         say(measured.correct(expected))
     if ranks.main:
         run.event("train_started", step=state.step, total=total, forward=at.forward.why, ranks=ranks.world)
@@ -74,7 +75,7 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
                 _validated(at, judge, tasks, line, follow)
             follow.step(line, norms, partial(by_loss, section, at.split, chosen, at.known))
             if inputs.validated and ranks.main and "validation_loss" in line:
-                inputs.validated(state.step, line[f"validation_{section.best_by}"])
+                inputs.validated(state.step, _value(section, line))
             stopping = ranks.any(stop.is_set())
             _saved(at, stopping, follow)
             if inputs.machine.device == "cpu":
@@ -89,8 +90,9 @@ def train(section: TrainSection, inputs: TrainInputs, run: Run) -> dict[str, Any
     return _told(at, used, expected, measured, tasks)
 
 
-def _tried(at: Ready) -> Measured:
-    """What the longest step, one of usual size, a validation and a checkpoint take; all is as it was after that."""
+def _tried(at: Ready, judge: Judge) -> Measured:
+    """What the longest step, one of usual size, a validation and a checkpoint take; all is as it was after that. An
+    answer is tried, too, and writing the best weights."""
     start = State(at.state.precision, at.state.threads)
 
     def attempt(chosen: Sequence[int]) -> None:
@@ -109,12 +111,20 @@ def _tried(at: Ready) -> Measured:
             lambda some: validate(at.section, at.split, [at.held_out[i] for i in some], at.known),
             lambda: checkpoints.save(at.run.checkpoints, start, at.split, at.section.keep_checkpoints),
         )
+    if at.held_out:
+        with at.learned.as_used(at.split.optimizer):
+            with out_of_memory(at.job, "an answer, tried before the first step"):
+                at.inputs.ranks.from_main(lambda: judge.attempt(at.forward))
+            if at.section.keep_best:
+                with at.learned.unrounded():
+                    save(at.section, at.split, best_of(at.run))
     at.forget()
     checkpoints.restore(at.run.checkpoints, start, at.split)
     at.learned.show()
     at.inputs.ranks.meet()
     if at.inputs.ranks.main:
         checkpoints.remove(at.run.checkpoints, start)
+        shutil.rmtree(best_of(at.run), ignore_errors=True)
     return measured
 
 
@@ -126,7 +136,7 @@ def _step(at: Ready, chosen: Sequence[Example], follow: Any) -> tuple[dict[str, 
     )
     began = time.perf_counter()
     with follow.clock("step"):
-        loss, told, norm = at.gradients(state.step, chosen)
+        loss, told, norm = at.gradients(state.step, chosen, follow.clock)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         kept = section.adapter.state(at.model)
         checkpoints.save(at.run.checkpoints, state, split, section.keep_checkpoints, kept)
@@ -165,11 +175,13 @@ def _validated(at: Ready, judge: Judge, tasks: dict[str, str], line: dict[str, A
         if not math.isfinite(found):
             raise _not_finite({"validation loss": found}, at, at.held_out[:5])
         with follow.clock("samples"):
-            judged, higher = ranks.from_main(lambda: (judge(at.forward, state.step), judge.higher_is_better))
+            judged, higher = ranks.from_main(
+                lambda: (judge(at.forward, state.step, follow.samples), judge.higher_is_better)
+            )
             line |= judged
-        if _improved(state, found, line[f"validation_{section.best_by}"], higher) and section.keep_best:
+        if _improved(state, found, _value(section, line), higher) and section.keep_best:
             with follow.clock("checkpoint"), at.learned.unrounded():
-                save(section, split, at.run.stage("train") / "best")
+                save(section, split, best_of(at.run))
 
 
 def _saved(at: Ready, stopping: bool, follow: Any) -> None:
@@ -220,6 +232,19 @@ def _told(
 def _following(ranks: Ranks, *told: Any) -> contextlib.AbstractContextManager[Any]:
     """What looks on, on the first rank alone."""
     return following(*told) if ranks.main else contextlib.nullcontext(Silent())
+
+
+def _value(section: TrainSection, line: dict[str, Any]) -> float:
+    """What the best weights are best by, of a line with a validation."""
+    told = {name.removeprefix("validation_"): value for name, value in line.items() if name.startswith("validation_")}
+    if section.best_by not in told:
+        raise DataError(
+            f"is {section.best_by}, and the validation rows only tell {', '.join(told)}",
+            where="train.best_by",
+            fix="Take one of those.",
+        )
+    value: float = told[section.best_by]
+    return value
 
 
 def _improved(state: State, loss: float, value: float, higher: bool) -> bool:

@@ -25,7 +25,8 @@ NOISY = 0.75  # median change of the gradient's norm from step to step, over its
 VANISHED = 1e-3  # of the norm that the gradient began with, while the loss is still above half of what it began with
 LOW_USE, LOW_SHARE = 0.5, 0.8  # of the device; of the time that goes into steps
 ADVICE = {
-    "data": "Reading rows holds the steps up: put them on a faster disk, or give the machine more memory.",
+    "data": "Laying out rows holds the steps up: take larger packs (train.pack_tokens), and see that the machine does "
+    "not swap and no other program takes the cores.",
     "validation": "Validate less often (train.validate_every), or on fewer rows (data.split.validation).",
     "samples": "Answer fewer validation rows (train.samples, train.scored_rows), or validate less often.",
     "checkpoint": "Write checkpoints less often (train.checkpoint_every), or to a faster disk.",

@@ -20,6 +20,7 @@ from tunesmith.errors import MachineError, RecipeError, RunError, TunesmithError
 from tunesmith.kit import adapter_of
 from tunesmith.progress import say
 from tunesmith.recipe import Recipe
+from tunesmith.train.section import TrainSection
 
 if TYPE_CHECKING:
     import optuna
@@ -120,7 +121,7 @@ def tune(
     there = (runs.runs_folder(runs_folder) / f"{resolved.name}-tune").resolve()  # workers may start elsewhere
     if keys["train"]["start_from"]:
         keys["train"]["start_from"] = str(adapter_of(keys["train"]["start_from"], folder, runs_folder).resolve())
-    search = Search(there, keys, _maximize(resolved.train.best_by))
+    search = Search(there, keys, _maximize(resolved.train))
     there.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(there / ".lock", timeout=0):
@@ -153,10 +154,11 @@ def _refuse_anothers(search: Search) -> None:
     runs.write_json(kept, before | now)
 
 
-def _maximize(metric: str) -> bool:
+def _maximize(train: TrainSection) -> bool:
     from tunesmith import plugins
 
-    return bool(plugins.load("metric", metric).higher_is_better)
+    figure = train.figure
+    return bool(plugins.load("metric", train.best_by).higher_is_better) if figure is None else figure
 
 
 def _search(search: Search) -> dict[str, Any]:

@@ -25,6 +25,10 @@ class Classify(Method):
     """Weight of each class's rows: none, balanced (rows / (classes * rows of the class), as scikit-learn has it), or by
     name."""
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"accuracy": True}
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         for row in rows:
             ids = renderer.prompt(row.prompt, row.tools)

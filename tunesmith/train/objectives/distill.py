@@ -46,6 +46,10 @@ class Distill(Sft):
     def models(self) -> dict[str, str]:
         return {"teacher": self._teacher().identity}
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"divergence": False} if self.source == "logits" else super().figures
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         if self.source == "text":
             from tunesmith.train.teacher import answers

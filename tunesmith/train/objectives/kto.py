@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class Kto(Method):
     """Raise good answers and lower bad ones, measured from where the model started and from how far it has moved on
-    answers that do not belong to their prompts (each prompt with the answer of the row before it)."""
+    answers that do not belong to their prompts (each with the answer of the last row before it that has another)."""
 
     takes = "rated"
 
@@ -36,11 +36,15 @@ class Kto(Method):
     def compares(self) -> bool:
         return True
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"rewards_good": True, "rewards_bad": False, "kl": False}
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
-        for number, row in enumerate(rows):
+        for row, other in _with_strangers(rows):
             assert isinstance(row, Rated)
             own = renderer.render(_only_the_answer(row))
-            answer = rows[number - 1].messages[-1]
+            answer = other.messages[-1]
             strange = renderer.render(_only_the_answer(replace(row, messages=(*row.messages[:-1], answer))))
             strange = type(strange)(strange.ids[:max_length], strange.weights[:max_length])
             yield [Example(row.id, (own,), (strange,), float(row.good))]
@@ -72,6 +76,20 @@ class Kto(Method):
             }
         told["kl"] = (batch.context * len(good_R), len(good_R))
         return Loss({"rows": (weight_R * (1 - away_R.sigmoid())).sum()}, told)
+
+
+def _with_strangers(rows: Sequence[Conversation]) -> Iterator[tuple[Conversation, Conversation]]:
+    """Each row with the last one before it (before the first row come the last ones) that has another prompt; with the
+    row before it where all have the same."""
+    if not rows:
+        return
+    before = rows[-1]
+    other = next((row for row in reversed(rows) if row.prompt != rows[0].prompt), before)
+    for row in rows:
+        if before.prompt != row.prompt or other.prompt == row.prompt:
+            other = before
+        yield row, other
+        before = row
 
 
 def _only_the_answer(row: Rated) -> Conversation:

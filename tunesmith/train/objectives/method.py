@@ -85,6 +85,12 @@ class Method(Section):
     """What the model ends with: a `language` head, one score a class (`classes`) or one score (`reward`)."""
 
     @property
+    def figures(self) -> dict[str, bool]:
+        """What its losses tell beside their terms by which weights may be judged (`train.best_by`), and whether higher
+        is better."""
+        return {}
+
+    @property
     def compares(self) -> bool:
         """Whether it needs the log-probabilities that the model had before training."""
         return False

@@ -32,6 +32,10 @@ class PairMethod(Method):
     sft_weight: float = Field(0.0, ge=0)
     """Weight of the better ending's cross-entropy (per token) beside the pairs' loss."""
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"rewards_accuracy": True, "rewards_margin": True, "rewards_chosen": True, "rewards_rejected": False}
+
     @abstractmethod
     def pair_loss(self, chosen_P: Tensor, rejected_P: Tensor) -> Tensor:
         """Each pair's loss [P] from its endings' scores."""

@@ -25,6 +25,10 @@ class Reward(Method):
     """Weight of the squared sum of a pair's scores, which keeps them around zero (Eisenstein et al. 2023, arXiv
     2312.09244)."""
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"rewards_accuracy": True, "rewards_margin": True}
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         for row in rows:
             sequences = tuple(to_score(renderer.render(conversation).ids) for conversation in row.conversations)

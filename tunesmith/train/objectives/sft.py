@@ -30,6 +30,10 @@ class Sft(Method):
     """Also tell which share of the answers' tokens is what the model finds likeliest: `token_accuracy` in the
     metrics."""
 
+    @property
+    def figures(self) -> dict[str, bool]:
+        return {"token_accuracy": True} if self.accuracy else {}
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         for row in rows:
             yield [Example(row.id, (renderer.render(row, only_last=self.loss_on == "last"),))]

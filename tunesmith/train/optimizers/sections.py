@@ -26,11 +26,18 @@ class OptimizerSection(Section):
         constant_rate: whether the rate must stay where the warm-up leaves it.
         state_per_weight: bytes of state that a weight costs.
         needs: a package that it comes from, and the extra that installs it.
+        beside_adamw: the rate that it wants as a multiple of AdamW's; None where nobody has told one that holds.
     """
 
     constant_rate: ClassVar[bool] = False
     state_per_weight: ClassVar[float] = 8
     needs: ClassVar[tuple[str, str] | None] = None
+    beside_adamw: ClassVar[float | None] = None
+
+    @property
+    def rate_beside_adamw(self) -> float | None:
+        """`beside_adamw`, of the optimizer as it is set."""
+        return self.beside_adamw
 
     @abstractmethod
     def build(self, groups: Groups, rate: float) -> Optimizer:
@@ -66,6 +73,7 @@ class AdamW(OptimizerSection):
     """Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv:1711.05101): torch's own."""
 
     kind: Literal["adamw"] = "adamw"
+    beside_adamw: ClassVar[float | None] = 1.0
     betas: Betas = (0.9, 0.999)
     """Decay rates of the two moments."""
     eps: float = Field(1e-8, gt=0)
@@ -115,6 +123,7 @@ class Lion(OptimizerSection):
 
     kind: Literal["lion"] = "lion"
     state_per_weight: ClassVar[float] = 4
+    beside_adamw: ClassVar[float | None] = 1 / 5  # the paper's section 5: 3 to 10 times smaller
     betas: Betas = (0.9, 0.99)
     """Decay rates of what is stepped along, and of what is remembered."""
 
@@ -158,6 +167,10 @@ class Muon(OptimizerSection):
     def state_of(self, shape: tuple[int, ...], hidden: bool) -> float:
         return (4 if hidden else 8) * math.prod(shape)
 
+    @property
+    def rate_beside_adamw(self) -> float | None:
+        return 1.0 if self.scale == "match_rms_adamw" else None
+
 
 class ScheduleFree(OptimizerSection):
     """AdamW that averages its own steps in place of a falling rate (Defazio et al. 2024, arXiv:2405.15682): the
@@ -166,6 +179,7 @@ class ScheduleFree(OptimizerSection):
     kind: Literal["schedule_free"] = "schedule_free"
     needs: ClassVar[tuple[str, str] | None] = ("schedulefree", "optimizers")
     constant_rate: ClassVar[bool] = True
+    beside_adamw: ClassVar[float | None] = 3.0  # the authors' README: 1 to 10 times larger
     betas: Betas = (0.9, 0.999)
     """How far gradients are taken towards the average, and the decay rate of the second moment."""
     r: float = Field(0.0, ge=0)
@@ -184,6 +198,7 @@ class AdamW8bit(OptimizerSection):
     arXiv:2110.02861)."""
 
     kind: Literal["adamw_8bit"] = "adamw_8bit"
+    beside_adamw: ClassVar[float | None] = 1.0
     needs: ClassVar[tuple[str, str] | None] = ("bitsandbytes", "bitsandbytes")
     state_per_weight: ClassVar[float] = 2 + 8 / 256
     betas: Betas = (0.9, 0.999)
@@ -200,6 +215,7 @@ class PagedAdamW(OptimizerSection):
     """AdamW whose state moves to the computer's memory where the GPU's runs out, through bitsandbytes."""
 
     kind: Literal["paged_adamw"] = "paged_adamw"
+    beside_adamw: ClassVar[float | None] = 1.0
     needs: ClassVar[tuple[str, str] | None] = ("bitsandbytes", "bitsandbytes")
     betas: Betas = (0.9, 0.999)
     """Decay rates of the two moments."""

@@ -47,7 +47,7 @@ def several(section: TrainSection) -> None:
             where="train.quantise",
             fix="Take train.parallel: ddp, or leave train.quantise away.",
         )
-    if section.best_by != "loss" and not section.parallel.whole_here:
+    if section.figure is None and not section.parallel.whole_here:
         raise RecipeError(
             f"is {section.best_by}, and no rank has the whole model to answer with",
             where="train.best_by",

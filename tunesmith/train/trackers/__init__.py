@@ -61,8 +61,6 @@ class Trackers:
     """All trackers of a run, as one. Nothing here raises or waits (but `close`, for a while)."""
 
     def __init__(self, sections: Sequence[TrackerSection], name: str, folder: Path, settings: dict[str, Any]) -> None:
-        for section in sections:
-            section.check()
         self._workers = [_Worker(section, name, folder, settings) for section in sections]
 
     def numbers(self, step: int, line: dict[str, Any]) -> None:
