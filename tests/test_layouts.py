@@ -3,6 +3,8 @@ of a layout."""
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,10 @@ from hypothesis import strategies as st
 from tests.conftest import CHATML, make_tokenizer, write_jsonl
 from tests.test_media import PNG, WAV
 from tests.test_rows import documented
+from tunesmith.conversation.media import OBJECT
+from tunesmith.conversation.message import Conversation, Preference, Text
 from tunesmith.conversation.render import Renderer
+from tunesmith.data.section import placeholders
 from tunesmith.errors import DataError
 
 
@@ -126,6 +131,24 @@ def changed(data: Any, value: Any) -> Any:
     return copy
 
 
+def leaves(value: Any) -> list[str]:
+    """Every text in a JSON value."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [value] if isinstance(value, str) else [text for part in inner for text in leaves(part)]
+
+
+def told(row: Conversation, raw: Any, source: dict[str, Any]) -> bool:
+    """Whether all that a row says stands in what it was read from, as a text or as its JSON."""
+    said = [row.text] if isinstance(row, Text) else []
+    rejected = row.rejected if isinstance(row, Preference) else ()
+    for message in (*row.messages, *rejected):
+        said += [message.content, message.more.get("reasoning_content", "")]
+    wording = [text for text, _ in placeholders(source.get("template", "")) if text]
+    parts = re.compile("|".join(map(re.escape, [*wording, "\n\n", OBJECT])))  # what layouts put between texts
+    known = [json.dumps(raw, ensure_ascii=False, separators=(",", ":")), *leaves(raw)]
+    return all(any(part in text for text in known) for whole in said for part in parts.split(whole))
+
+
 TOOLS = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML.replace(
     "m['content'] +", "m['content'] + ((m.tool_calls | tojson) if m.tool_calls else '') +"
 )
@@ -155,6 +178,8 @@ def test_rows_almost_of_a_layout(prepared: Any, writes_tools: Renderer, tmp_path
     except DataError as error:
         assert error.what and error.where and error.fix
         return
+    for row in made.parts["train"]:
+        assert told(row, written[int(row.id.rpartition(":")[2]) - 1], source), row
     kept = [row.id for row in made.parts["train"]]
     assert sorted([*kept, *(row["row"] for row in made.rejected)]) == [f"a.jsonl:{n}" for n in range(1, 8)]
     assert all(row["reason"] and row["why"] for row in made.rejected)

@@ -99,6 +99,106 @@ def test_rated_answers(tmp_path: Path, row: dict[str, Any]) -> None:
     assert read(tmp_path, row) == Rated((ASKED, GOOD), "f:1", good=True)
 
 
+NAMED = {"prompt": "q", "chosen": "a", "rejected": "b"}
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "expected"),
+    [
+        ({"q": "2+2?", "a": "4", "b": "5"}, {"columns": NAMED}, PAIR),
+        ({"q": [turn(ASKED)], "a": [turn(GOOD)], "b": turn(BAD)}, {"columns": NAMED}, PAIR),
+        (
+            {"a": [turn(ASKED), turn(GOOD)], "b": [turn(ASKED), turn(BAD)]},
+            {"columns": {"chosen": "a", "rejected": "b"}},
+            PAIR,
+        ),
+        ({"n": 2, "a": "4", "b": "5"}, {"columns": {"chosen": "a", "rejected": "b"}, "template": "{n}+{n}?"}, PAIR),
+        (
+            {"q": "2+2?", "a": "4", "b": "5", "about": "Sums.", "rules": {"brief": True}},
+            {"columns": NAMED | {"context": "about", "system": "rules"}},
+            Preference(
+                (Message("system", '{"brief":true}'), Message("user", "Sums.\n\n2+2?"), GOOD),
+                "f:1", rejected=(BAD,), shared=2,
+            ),
+        ),
+        ({"q": "2+2?", "a": "4", "b": None}, {"columns": NAMED}, "lacks 'b'"),
+        ({"a": "4", "b": "5", "q": None}, {"columns": NAMED}, "lacks 'q'"),
+        (
+            {"q": "2+2?", "a": "4", "good": " True "},
+            {"columns": {"prompt": "q", "completion": "a", "label": "good"}},
+            Rated((ASKED, GOOD), "f:1", good=True),
+        ),
+        (
+            {"q": "2+2?", "a": "4", "good": "perhaps"},
+            {"columns": {"prompt": "q", "completion": "a", "label": "good"}},
+            "true or false, not 'perhaps'",
+        ),
+        ({"t": "Once.", "text": "x"}, {"columns": {"text": "t"}}, Text((), "f:1", text="Once.")),
+        ({"t": None}, {"columns": {"text": "t"}}, "lacks 't'"),
+    ],
+)  # fmt: skip
+def test_any_kind_of_row_under_names_of_its_own(tmp_path: Path, row: Any, keys: Any, expected: Any) -> None:
+    if not isinstance(expected, str):
+        assert read(tmp_path, row, **keys) == expected
+        return
+    with pytest.raises(Unusable, match=expected):
+        read(tmp_path, row, **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"columns": {"text": "t", "prompt": "q"}}, "`text` is plain text, with no `prompt` beside it"),
+        ({"columns": {"text": "t"}, "template": "{q}"}, "nothing to fill in plain text"),
+        ({"columns": {"prompt": "q", "chosen": "a"}}, "`chosen` and `rejected` go together"),
+        ({"columns": {"prompt": "q", "completion": "c", "rejected": "b"}}, "`chosen` and `rejected` go together"),
+        ({"columns": NAMED | {"completion": "c"}}, "leave `completion` and `label` out"),
+        ({"columns": NAMED | {"label": "c"}}, "leave `completion` and `label` out"),
+        ({"columns": {"prompt": "q", "label": "c"}}, "`columns` needs an answer"),
+        ({"columns": {"prompt": "q"}}, "`columns` needs an answer"),
+        ({"columns": {"completion": "c", "label": "l"}}, "needs a prompt column"),
+    ],
+)
+def test_columns_that_cannot_be_meant(keys: Any, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SourceSection(path="a.csv", **keys)
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"instruction": "a", "output": "b", "history": [["c", None]]}, "bad_history"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}, turn(GOOD)]}, "not_text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}, turn(GOOD)]}, "not_text"),
+        ({"messages": [turn(ASKED), turn(GOOD) | {"reasoning_content": {"so": True}}]}, "not_text"),
+    ],
+)
+def test_what_is_no_text_is_no_row(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(Unusable) as caught:
+        read(tmp_path, row)
+    assert caught.value.reason == reason
+
+
+JSON = {"a": [1.0, None, True, "é"]}
+WRITTEN = '{"a":[1.0,null,true,"é"]}'
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"instruction": "a", "output": True, "history": [[JSON, False]], "system": JSON},
+         [WRITTEN, WRITTEN, "false", "a", "true"]),
+        ({"prompt": "a", "completion": JSON, "system": JSON}, [WRITTEN, "a", WRITTEN]),
+        ({"question": JSON, "answer": 0.5}, [WRITTEN, "0.5"]),
+        ({"prompt": JSON, "chosen": "b", "rejected": "c", "system": JSON}, [WRITTEN, WRITTEN, "b"]),
+        ({"instruction": JSON, "input": JSON, "chosen": "b", "rejected": "c"}, [f"{WRITTEN}\n\n{WRITTEN}", "b"]),
+        ({"prompt": True, "completion": "b", "label": True}, ["true", "b"]),
+    ],
+)  # fmt: skip
+def test_what_is_no_text_is_written_as_json(tmp_path: Path, row: dict[str, Any], said: list[str]) -> None:
+    assert [m.content for m in read(tmp_path, row).messages] == said
+
+
 def test_plain_text_is_never_guessed_beside_a_label(tmp_path: Path) -> None:
     assert read(tmp_path, {"text": "Once.", "url": "x"}) == Text((), "f:1", text="Once.")
     from tunesmith.errors import DataError
@@ -265,10 +365,12 @@ def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
     assert found[6] == [said("user: Product: Card\nMessage: It was eaten.\nWhich queue?", "assistant: support")]
     assert found[7] == [PAIR] * 6
     before = (Message("user", "Hi"), Message("assistant", "Yes?"), ASKED)
-    assert found[8] == [Preference((*before, GOOD), "f:1", rejected=(BAD,), shared=3)] * 2
-    assert found[9] == [Rated((ASKED, GOOD), "f:1", good=True), *[Rated((ASKED, BAD), "f:1", good=False)] * 2]
-    assert found[10] == [Text((), "f:1", text="Once upon a time ...")]
-    openai, factory = found[11]
+    assert found[8] == [PAIR]
+    assert found[9] == [Preference((*before, GOOD), "f:1", rejected=(BAD,), shared=3)] * 2
+    assert found[10] == [Rated((ASKED, GOOD), "f:1", good=True), *[Rated((ASKED, BAD), "f:1", good=False)] * 2]
+    assert found[11] == [Rated((ASKED, BAD), "f:1", good=False)]
+    assert found[12] == found[13] == [Text((), "f:1", text="Once upon a time ...")]
+    openai, factory = found[14]
     assert [m.role for m in openai.messages] == ["user", "assistant", "tool", "assistant", "user", "assistant"]
     assert openai.tools == factory.tools and openai.answer == factory.answer
     for one, other in zip(openai.messages, factory.messages, strict=True):
@@ -276,8 +378,8 @@ def test_the_rows_in_the_docs_are_read(tmp_path: Path) -> None:
         assert (one.role, one.content, calls[0]) == (other.role, other.content, calls[1])
     usable(openai)
     usable(factory)
-    for rows, kind, names in ((found[12], "image", ["cat.png"] * 5),
-                              (found[13], "audio", ["cat.wav"] * 3 + ["data:audio;base64,UklGRg=="])):  # fmt: skip
+    for rows, kind, names in ((found[15], "image", ["cat.png"] * 5),
+                              (found[16], "audio", ["cat.wav"] * 3 + ["data:audio;base64,UklGRg=="])):  # fmt: skip
         seen = [Message("user", f"{OBJECT}What is it?", media=(Media(kind, name),)) for name in names]
         assert rows == [Conversation((one, Message("assistant", "A cat.")), "f:1") for one in seen]
-    assert len(found) == 14
+    assert len(found) == 17

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -31,21 +32,83 @@ def rows(n: int, **columns: Any) -> list[dict[str, Any]]:
     ]
 
 
-def values(made: Any, part: str, column: str) -> list[Any]:
-    return [row.metadata.get("columns", {}).get(column) for row in made.parts[part]]
+def values(made: Any, part: str, read: list[dict[str, Any]], column: str) -> list[Any]:
+    """What a column holds in the rows of a part, as they were written before the stage read them from a JSONL file."""
+    return [read[int(row.id.rpartition(":")[2]) - 1][column] for row in made.parts[part]]
 
 
 # ------------------------------------------------------------------ splits
 
 
 def test_a_group_is_on_one_side(prepared: Any, tmp_path: Path) -> None:
-    path = str(write_jsonl(tmp_path / "a.jsonl", rows(120, customer=lambda i: i % 17 if i % 10 else None)))
+    asked = rows(120, customer=lambda i: i % 17 if i % 10 else None)
+    path = str(write_jsonl(tmp_path / "a.jsonl", asked))
     made = prepared(path, split={**SPLIT, "by": "customer"})
-    sides = [set(values(made, part, "customer")) - {None} for part in PARTS]
+    sides = [set(values(made, part, asked, "customer")) - {None} for part in PARTS]
     assert sum(map(len, sides)) == 17 == len(set.union(*sides))
     assert made.counts["test"] == 24 and made.counts["validation"] == 24
     with pytest.raises(DataError, match=r"data\.split\.by: no row has a column 'costumer'"):
         prepared(path, split={**SPLIT, "by": "costumer"})
+
+
+@pytest.mark.parametrize(
+    ("customer", "clean", "keep"),
+    [
+        ("customer{:02}@example.com", {"personal": {"action": "mask", "names": "none"}}, ["customer"]),
+        ("customer{:02}@example.com", {"personal": {"action": "pseudonymise", "names": "none"}}, ["customer"]),
+        ("customer{:02}@example.com", {"personal": {"action": "drop", "names": "none"}}, []),
+        ("AKIAIOSFODNN7EXAMP{:02}", {"secrets": "mask"}, ["customer"]),
+    ],
+)
+def test_a_group_stays_one_whatever_cleaning_makes_of_its_name(
+    prepared: Any, tmp_path: Path, customer: str, clean: dict[str, Any], keep: list[str]
+) -> None:
+    asked = rows(60, customer=lambda i: customer.format(i % 12))
+    path = str(write_jsonl(tmp_path / "a.jsonl", asked))
+    split = {"validation": 5, "test": 10, "by": "customer"}
+    made = prepared({"path": path, "keep": keep}, split=split, clean=clean)
+    sides = [set(values(made, part, asked, "customer")) for part in PARTS]
+    assert [len(side) for side in sides] == [9, 1, 2] and len(set.union(*sides)) == 12
+    assert all("columns" not in row.metadata for part in PARTS for row in made.parts[part])
+    for file in (tmp_path / "out").iterdir():
+        assert not re.search(customer.partition("{")[0] + "[01]", file.read_text()), file.name
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_rows_without_a_group_are_on_their_own(prepared: Any, tmp_path: Path, form: str) -> None:
+    """An empty cell of a table of text, and a number that is none, are no customer that many rows share."""
+    asked = rows(40, customer=lambda i: None if i % 4 else i // 8)
+    if form == "csv":
+        lines = [f"{r['prompt']},{r['completion']},{'' if r['customer'] is None else r['customer']}" for r in asked]
+        (tmp_path / "a.csv").write_text("\n".join(["prompt,completion,customer", *lines]))
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        numbers = [float("nan") if row["customer"] is None else float(row["customer"]) for row in asked]
+        columns = {name: [row[name] for row in asked] for name in ("prompt", "completion")}
+        pq.write_table(pa.table(columns | {"customer": pa.array(numbers, pa.float64())}), tmp_path / "a.parquet")
+    made = prepared(f"a.{form}", split={"validation": 10, "test": 10, "by": "customer"})
+    assert [made.counts[part] for part in PARTS] == [20, 10, 10]
+    number = {row["prompt"]: row["customer"] for row in asked}
+    sides = [[number[row.question] for row in made.parts[part]] for part in PARTS]
+    assert all(None in side for side in sides)
+    assert sum(len(set(side) - {None}) for side in sides) == 5
+
+
+def test_a_tag_that_is_personal_stays_a_tag(prepared: Any, tmp_path: Path) -> None:
+    tags = {"ann@example.com": 0.75, "bob@example.com": 0.25}
+    sources = []
+    for tag in tags:
+        path = write_jsonl(
+            tmp_path / f"{tag[:3]}.jsonl", [r | {"prompt": f"{tag[:3]} {i}"} for i, r in enumerate(rows(30))]
+        )
+        sources.append({"path": str(path), "tag": tag})
+    made = prepared(*sources, mix=tags, clean={"personal": {"action": "mask", "names": "none"}})
+    assert {tag: told["rows"] for tag, told in made.told["mix"].items()} == {
+        "ann@example.com": 30,
+        "bob@example.com": 10,
+    }
 
 
 def test_a_group_is_on_one_side_of_given_files(prepared: Any, tmp_path: Path) -> None:
@@ -57,10 +120,11 @@ def test_a_group_is_on_one_side_of_given_files(prepared: Any, tmp_path: Path) ->
 
 
 def test_strata(prepared: Any, tmp_path: Path) -> None:
-    path = str(write_jsonl(tmp_path / "a.jsonl", rows(100, region=lambda i: "ns"[i % 10 == 0])))
+    asked = rows(100, region=lambda i: "ns"[i % 10 == 0])
+    path = str(write_jsonl(tmp_path / "a.jsonl", asked))
     made = prepared(path, split={**SPLIT, "stratify": "region"})
     for part, n in (("test", 20), ("validation", 20), ("train", 60)):
-        assert Counter(values(made, part, "region")) == {"n": n * 0.9, "s": n * 0.1}
+        assert Counter(values(made, part, asked, "region")) == {"n": n * 0.9, "s": n * 0.1}
 
 
 @pytest.mark.parametrize("form", ["iso", "date", "number", "text number", "zones"])
@@ -71,9 +135,10 @@ def test_the_newest_are_the_test(prepared: Any, tmp_path: Path, form: str) -> No
         shapes |= {"text number": str(shapes["number"]), "zones": day.isoformat() + ("Z" if i % 2 else "+02:00")}
         return shapes[form]
 
-    path = str(write_jsonl(tmp_path / "a.jsonl", rows(50, at=when)))
+    asked = rows(50, at=when, day=lambda i: (i * 37) % 50)
+    path = str(write_jsonl(tmp_path / "a.jsonl", asked))
     made = prepared(path, split={**SPLIT, "time": "at"})
-    train, validation, test = (values(made, part, "at") for part in PARTS)
+    train, validation, test = (values(made, part, asked, "day") for part in PARTS)
     assert max(train) < min(validation) and max(validation) < min(test)
     assert (len(train), len(validation), len(test)) == (30, 10, 10)
     bad = [*rows(50, at=when), {"prompt": "x", "completion": "a", "at": "soon"}, {"prompt": "y", "completion": "a"}]

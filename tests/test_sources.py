@@ -202,7 +202,77 @@ def test_mixed_types_and_layouts(prepared: Any, tmp_path: Path) -> None:
     ]  # fmt: skip
     made = prepared(str(write_jsonl(tmp_path / "m.jsonl", rows)), max_rejected=1)
     assert made.counts["read"] == 6
-    assert [t[1][1] for t in made.turns()][:3] == ["1", "1", "[1]"]
+    assert made.turns() == [
+        [("user", asked), ("assistant", said)] for asked, said in [("a", "1"), ("b", "1"), ("c", "[1]"), ("3", "x")]
+    ]
+    assert [(r["row"], r["reason"], r["why"]) for r in made.rejected] == [
+        ("m.jsonl:5", "lacks_field", "lacks 'prompt' (it has: question, answer)"),
+        ("m.jsonl:6", "lacks_field", "lacks 'prompt' (it has: messages)"),
+    ]
+
+
+def test_columns_of_a_table_are_kept_as_json_has_them(prepared: Any, tmp_path: Path) -> None:
+    """Dates, decimals, bytes and numbers that are none; as the text, as what a split looks at, and as kept columns."""
+    import datetime
+    import decimal
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    nan, inf = float("nan"), float("inf")
+    table = pa.table(
+        {
+            "prompt": list("abcdef"),
+            "completion": pa.array([1.5, nan, 2.0, inf, -0.25, 1e22], pa.float64()),
+            "day": [datetime.date(2026, 1, 1 + i // 2) for i in range(6)],
+            "at": pa.array([datetime.datetime(2026, 1, 1, 8, i) for i in range(6)], pa.timestamp("us", "UTC")),
+            "price": pa.array([decimal.Decimal(f"{i}.00000000") for i in range(6)], pa.decimal128(12, 8)),
+            "key": pa.array([bytes([i, 255]) for i in range(6)], pa.binary()),
+            "rate": pa.array([nan, inf, None, 0.5, -inf, 2.0], pa.float64()),
+            "inner": [{"x": nan, "on": [datetime.date(2026, 1, 1)]}] * 6,
+        }
+    )
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pa.OSFile(str(tmp_path / "t.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as file:
+        file.write_table(table)
+    keep = ["day", "at", "price", "key", "rate", "inner"]
+    for name in ("t.parquet", "t.arrow"):
+        made = prepared({"path": name, "keep": keep}, max_rejected=1)
+        assert [row.answer for row in made.parts["train"]] == ["1.5", "2.0", "-0.25", "1e+22"]
+        assert [(r["row"], r["reason"]) for r in made.rejected] == [(f"{name}:{n}", "lacks_field") for n in (2, 4)]
+        first, *_, last = (row.metadata for row in made.parts["train"])
+        assert first == {
+            "day": "2026-01-01", "at": "2026-01-01T08:00:00+00:00", "price": "0.00000000", "key": "AP8=",
+            "inner": {"x": None, "on": ["2026-01-01"]},
+        }  # fmt: skip
+        assert last["rate"] == 2.0
+        for part in (tmp_path / "out").glob("*.jsonl"):
+            for line in part.read_text().splitlines():
+                json.loads(line, parse_constant=pytest.fail)  # NaN is no JSON
+        for column in keep[:-1]:
+            split = {"validation": 0, "test": 2, "by": column, "stratify": column}
+            assert prepared(name, max_rejected=1, split=split).counts["test"] == 2
+        newest = prepared(name, max_rejected=1, split={"validation": 0, "test": 1, "time": "at"})
+        assert [row.question for row in newest.parts["test"]] == ["f"]
+        found = prepared({"path": name, "where": {"price": [2, 4.0]}}, max_rejected=1)
+        assert [row.question for row in found.parts["train"]] == ["c", "e"]
+    with pytest.raises(DataError, match=r"t\.parquet:1: 'key' holds bytes, not text"):
+        prepared({"path": "t.parquet", "columns": {"prompt": "key", "completion": "day"}}, max_rejected=1)
+
+
+def test_held_out_files_are_read_as_the_sources_are(prepared: Any, tmp_path: Path) -> None:
+    """With the columns that are kept, the format of files of that ending, and the tag where there is one."""
+    for name in ("a", "b", "t"):
+        lines = [f"{name} {i}\tyes\tteam{i % 2}" for i in range(4)]
+        (tmp_path / f"{name}.data").write_text("\n".join(["prompt\tcompletion\tteam", *lines]))
+    (tmp_path / "v.csv").write_text("prompt,completion,team\nv,no,team1\n")
+    like = {"format": "tsv", "keep": ["team"]}
+    split = {"validation": "v.csv", "test": "t.data"}
+    made = prepared({"path": "a.data", "tag": "mine", **like}, {"path": "b.data", "tag": "mine", **like}, split=split)
+    assert [row.metadata for row in made.parts["test"]] == [{"tag": "mine", "team": f"team{i % 2}"} for i in range(4)]
+    assert [row.metadata for row in made.parts["validation"]] == [{"tag": "mine", "team": "team1"}]
+    made = prepared({"path": "a.data", "tag": "mine", **like}, {"path": "b.data", "tag": "other", **like}, split=split)
+    assert [row.metadata for row in made.parts["validation"]] == [{"team": "team1"}]
 
 
 # ------------------------------------------------------------------ Label Studio
@@ -239,6 +309,7 @@ def test_label_studio_exports(tmp_path: Path, prepared: Any) -> None:
         ({"path": "a", "revision": "main"}, "belong to a `hub`"),
         ({"path": "a", "format": "jsonll"}, "did you mean 'jsonl'"),
         ({"path": "a", "weight": 0}, "greater than 0"),
+        ({"path": "a", "keep": ["team", "tag"]}, "rows have a 'tag' of their own"),
     ],
 )
 def test_sources_that_cannot_be_meant(recipe: Any, keys: Any, told: str, tunesmith: Any, tmp_path: Path) -> None:

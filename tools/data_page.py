@@ -37,7 +37,8 @@ LINES: dict[str, dict[str, str]] = {
     "bias/crows_pairs_anonymized.csv": {"prompt": "sent_more", "completion": "bias_type"},
     "code/human_eval_return_simple.jsonl": {"prompt": "prompt", "completion": "canonical_solution"},
     "formats/llm_foundry_arc_easy_train.jsonl": {"context": "choices", "prompt": "query", "completion": "gold"},
-    "formats/torchtune/stack_exchange_paired_tiny.json": {"prompt": "question", "completion": "response_j"},
+    "formats/torchtune/stack_exchange_paired_tiny.json": {
+        "prompt": "question", "chosen": "response_j", "rejected": "response_k"},
     "formats/torchtune/vqa_tiny.json": {"prompt": "input", "completion": "output"},
     "legal/abercrombie_test.tsv": {"prompt": "text", "completion": "label"},
     "legal/abercrombie_train.tsv": {"prompt": "text", "completion": "label"},

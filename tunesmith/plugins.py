@@ -115,7 +115,7 @@ BUILT_IN: dict[str, dict[str, str]] = {
         "prompt": "tunesmith.data.layouts:Prompt",
         "question": "tunesmith.data.layouts:Question",
         "text": "tunesmith.data.layouts:PlainText",
-        "columns": "tunesmith.data.layouts:Columns",
+        "columns": "tunesmith.data.columns:Columns",
     },
     # Who works on rows: `data.engine`. An Engine (tunesmith/data/engines/engine.py) with start(folder).
     "data_engine": {

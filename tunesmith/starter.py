@@ -19,6 +19,7 @@ from tunesmith.data.reading import DETECTION_ROWS, detect
 from tunesmith.data.section import ColumnsSection, SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.data.unusable import Unusable
+from tunesmith.data.values import is_text
 from tunesmith.errors import DataError, RecipeError
 from tunesmith.evaluate.metrics import FITTING
 from tunesmith.runs import write_text
@@ -126,7 +127,7 @@ def _source(data: Path) -> tuple[SourceSection, dict[str, str] | None]:
         texts: dict[str, list[str]] = {}
         for row in rows:
             for column, value in row.items():
-                if isinstance(value, str) and value.strip():
+                if is_text(value) and value.strip():
                     texts.setdefault(column, []).append(value)
         if len(texts) < 2:
             raise

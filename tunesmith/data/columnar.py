@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.opening import PACKED, Rows
+from tunesmith.data.values import plain
 from tunesmith.errors import DataError
 
 
@@ -51,8 +52,21 @@ def _rows(path: Path, kind: str, batches: Any) -> Rows:
                     f"two columns have the same name ({', '.join(names)})", where=str(path), fix="Rename one."
                 )
             batch.validate(full=True)  # offsets of a damaged file lead anywhere in memory
+            odd = [field.name for field in batch.schema if not _is_plain(field.type)]
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, row | {name: plain(row[name]) for name in odd} if odd else row
     except (pa.ArrowException, OSError, UnicodeDecodeError, ValueError) as error:  # damage shows as any of these
         raise DataError(f"is not {kind}, or damaged ({error})", where=str(path), fix="Check the file.") from error
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a column's values are JSON's as they are. Numbers with a point are not: they may be NaN."""
+    import pyarrow.types as of
+
+    if of.is_struct(kind):
+        return all(_is_plain(kind.field(i).type) for i in range(kind.num_fields))
+    if of.is_list(kind) or of.is_large_list(kind):
+        return _is_plain(kind.value_type)
+    known = (of.is_string, of.is_large_string, of.is_integer, of.is_boolean, of.is_null)
+    return any(is_one(kind) for is_one in known)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tunesmith.data.remote import keeping
+from tunesmith.data.values import written
 from tunesmith.errors import DataError, MachineError, first_line
 from tunesmith.progress import bar
 
@@ -87,11 +88,11 @@ def run_query(url: str, query: str, folder: Path, key: str) -> Path:
 
 
 def _plain(value: Any) -> str:
-    """What JSON has no form for, as text: dates in ISO 8601, bytes as UTF-8 or else in hexadecimal."""
+    """What JSON has no form for, as text; bytes as UTF-8 or else in hexadecimal."""
     if isinstance(value, bytes | memoryview):
         raw = bytes(value)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return raw.hex()
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
+    return written(value)

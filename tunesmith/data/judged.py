@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from tunesmith.conversation.message import Conversation, Message, Preference, Rated
-from tunesmith.data.layouts import COMPLETIONS, Layout, Row, tools, turns
+from tunesmith.data.layouts import COMPLETIONS, Layout, Row, system_in, text_in, tools, turns
 from tunesmith.data.section import SourceSection
 from tunesmith.data.unusable import Unusable
+from tunesmith.data.values import is_text
 
 TURN = re.compile(r"\n\n(Human|Assistant):")
 
@@ -83,7 +84,7 @@ class RatedAnswer(Layout):
 
 def _prompt(row: Row) -> list[Message]:
     """What a row's answers follow, whichever column holds it."""
-    system = [Message("system", str(row["system"]))] if row.get("system") else []
+    system = system_in(row, "system")
     for name in ("messages", "conversations", "input", "prompt"):
         found = row.get(name)
         if isinstance(found, dict):  # OpenAI's input
@@ -91,16 +92,17 @@ def _prompt(row: Row) -> list[Message]:
         if isinstance(found, list):
             return system + turns(found)
     if row.get("prompt") is not None:
-        return system + (_transcript(str(row["prompt"])) or [Message("user", str(row["prompt"]))])
+        asked = text_in(row, "prompt")
+        return system + (_transcript(asked) or [Message("user", asked)])
     if row.get("instruction") is not None:
-        asked = [str(row[name]) for name in ("instruction", "input") if row.get(name)]
-        return [*system, Message("user", "\n\n".join(asked))]
+        asked = "\n\n".join(text_in(row, name) for name in ("instruction", "input") if row.get(name))
+        return [*system, Message("user", asked)]
     return system
 
 
 def _ending(value: Any) -> list[Message]:
     """An answer: a text, a transcript, one message or several."""
-    if isinstance(value, str):
+    if is_text(value):
         return _transcript(value) or [Message("assistant", value)]
     if isinstance(value, dict):
         return turns([value])

@@ -16,6 +16,7 @@ from tunesmith.conversation.message import Conversation, Message, Text
 from tunesmith.data.media import content
 from tunesmith.data.section import SourceSection, placeholders
 from tunesmith.data.unusable import Unusable
+from tunesmith.data.values import Bytes, is_text
 
 Row = dict[str, Any]
 LARGEST_WEIGHT = 1_000_000
@@ -74,7 +75,7 @@ class Chat(MessagesLayout):
         found = turns(_list(row, "messages"))
         beside = _first(row, ANSWERS)
         if beside is not None and found and found[-1].role == "user":
-            found.append(Message("assistant", _value(row, beside)))
+            found.append(Message("assistant", text_in(row, beside)))
         return found
 
 
@@ -90,7 +91,7 @@ class ShareGpt(MessagesLayout):
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        return _system(row, "system") + turns(_list(row, "conversations"))
+        return system_in(row, "system") + turns(_list(row, "conversations"))
 
 
 class Instruction(MessagesLayout):
@@ -107,14 +108,14 @@ class Instruction(MessagesLayout):
         history: list[Message] = []
         earlier = row.get("history") or []
         for turn in earlier if isinstance(earlier, list) else [earlier]:
-            if not (isinstance(turn, list) and len(turn) == 2):
+            if not (isinstance(turn, list) and len(turn) == 2 and None not in turn):
                 raise Unusable("bad_history", "history must be a list of [question, answer]")
-            history += [Message("user", str(turn[0])), Message("assistant", str(turn[1]))]
-        asked = _joined(row, ("instruction", "input", "context"), source)
+            history += _pair(*(as_text(said, "history") for said in turn))
+        asked = joined(row, ("instruction", "input", "context"), source)
         return [
-            *_system(row, "system"),
+            *system_in(row, "system"),
             *history,
-            *_pair(asked, _value(row, _first(row, COMPLETIONS) or "output")),
+            *_pair(asked, text_in(row, _first(row, COMPLETIONS) or "output")),
         ]
 
 
@@ -133,10 +134,10 @@ class Prompt(MessagesLayout):
         answer = _first(row, ANSWERS) or "completion"
         if source.template is None and isinstance(row.get("prompt"), list):
             said = row.get(answer)
-            ending = turns(said) if isinstance(said, list) else [Message("assistant", _value(row, answer))]
-            return _system(row, "system") + turns(row["prompt"]) + ending
-        asked = _joined(row, ("context", "prompt"), source)
-        return _system(row, "system") + _pair(asked, _value(row, answer))
+            ending = turns(said) if isinstance(said, list) else [Message("assistant", text_in(row, answer))]
+            return system_in(row, "system") + turns(row["prompt"]) + ending
+        asked = joined(row, ("context", "prompt"), source)
+        return system_in(row, "system") + _pair(asked, text_in(row, answer))
 
 
 class Question(MessagesLayout):
@@ -150,26 +151,9 @@ class Question(MessagesLayout):
 
     @classmethod
     def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        asked = _joined(row, ("context", "question"), source)
-        answer = _value(row, _first(row, ("answer", "response", "output")) or "answer")
-        return _system(row, "system") + _pair(asked, answer)
-
-
-class Columns(MessagesLayout):
-    """Any columns, named in the recipe."""
-
-    name, needs = "columns", "the columns that the recipe names"
-
-    @classmethod
-    def fits(cls, row: Row) -> bool:
-        return False  # only ever named, never guessed
-
-    @classmethod
-    def messages(cls, row: Row, source: SourceSection) -> list[Message]:
-        columns = source.columns
-        assert columns is not None  # the section refuses layout columns without them
-        asked = _joined(row, [c for c in (columns.context, columns.prompt) if c], source)
-        return (_system(row, columns.system) if columns.system else []) + _pair(asked, _value(row, columns.completion))
+        asked = joined(row, ("context", "question"), source)
+        answer = text_in(row, _first(row, ("answer", "response", "output")) or "answer")
+        return system_in(row, "system") + _pair(asked, answer)
 
 
 class PlainText(Layout):
@@ -187,19 +171,19 @@ class PlainText(Layout):
 
     @classmethod
     def read(cls, row: Row, source: SourceSection, where: str) -> Conversation:
-        return Text((), where, text=_value(row, "text"))
+        return Text((), where, text=text_in(row, "text"))
 
 
 def _list(row: Row, column: str) -> list[Any]:
     value = row.get(column)
     if value is None:
-        raise _lacks(row, column)
+        raise lacks(row, column)
     if not isinstance(value, list):
         raise Unusable("bad_message", f"'{column}' is not a list of messages")
     return value
 
 
-def _lacks(row: Row, column: str) -> Unusable:
+def lacks(row: Row, column: str) -> Unusable:
     return Unusable("lacks_field", f"lacks '{column}' (it has: {', '.join(row) or 'nothing'})")
 
 
@@ -242,6 +226,9 @@ def _message(turn: Any) -> Message:
     if role not in ("system", "user", "assistant", "tool"):
         raise Unusable("unknown_role", f"role '{turn[role_key]}' is not system, user, assistant or tool")
     more = {key: turn[key] for key in MORE if turn.get(key)}
+    odd = next((key for key in more if key != "tool_calls" and not is_text(more[key])), None)
+    if odd is not None:
+        raise Unusable("not_text", f"a message's {odd} is {type(more[odd]).__name__}, not text")
     called = turn.get("tool_calls") or turn.get("function_call")
     if called:
         if role != "assistant":
@@ -269,7 +256,7 @@ def _calls(given: Any) -> list[dict[str, Any]]:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Unusable("bad_tool_call", "a tool call names no function")
-        arguments = function.get("arguments", {})
+        arguments = {} if function.get("arguments") is None else function["arguments"]
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
@@ -284,31 +271,38 @@ def _first(row: Row, names: Iterable[str]) -> str | None:
     return next((name for name in names if name in row), None)
 
 
-def _value(row: Row, column: str) -> str:
-    """A column as text. Objects and lists are written as compact JSON, which is how a model would give them."""
-    if column not in row or row[column] is None:
-        raise _lacks(row, column)
-    value = row[column]
-    if isinstance(value, str):
-        return value
-    if isinstance(value, dict | list):
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), default=str)
-    return str(value)
+def text_in(row: Row, column: str) -> str:
+    """A column as text.
+
+    Raises:
+        Unusable: the row lacks it, or it holds bytes.
+    """
+    if row.get(column) is None:
+        raise lacks(row, column)
+    return as_text(row[column], column)
 
 
-def _system(row: Row, column: str) -> list[Message]:
-    return [Message("system", str(row[column]))] if row.get(column) else []
+def as_text(value: Any, column: str) -> str:
+    """A column's value as text: what is none, as compact JSON, which is how a model would give it."""
+    if isinstance(value, Bytes):
+        raise Unusable("not_text", f"'{column}' holds bytes, not text")
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _joined(row: Row, columns: Iterable[str], source: SourceSection) -> str:
+def system_in(row: Row, column: str) -> list[Message]:
+    """The row's own system prompt, where it has one."""
+    return [Message("system", text_in(row, column))] if row.get(column) else []
+
+
+def joined(row: Row, columns: Iterable[str], source: SourceSection) -> str:
     """The user's text: the source's template filled in, or the columns that there are, a blank line apart."""
     if source.template is not None:
-        return "".join(text + (_value(row, name) if name else "") for text, name in placeholders(source.template))
+        return "".join(text + (text_in(row, name) if name else "") for text, name in placeholders(source.template))
     columns = list(columns)
     main = [c for c in columns if c not in ("input", "context")]
     for column in main:
-        _value(row, column)
-    return "\n\n".join(_value(row, c) for c in columns if row.get(c))
+        text_in(row, column)
+    return "\n\n".join(text_in(row, c) for c in columns if row.get(c))
 
 
 def _pair(asked: str, answer: str) -> list[Message]:

@@ -13,6 +13,7 @@ from tempfile import SpooledTemporaryFile
 from typing import Any
 
 from tunesmith.conversation.message import Conversation
+from tunesmith.data.marks import bare
 from tunesmith.errors import DataError
 from tunesmith.runs import json_line
 
@@ -110,12 +111,12 @@ class Ledger:
         self.rejected.append({"row": where, "reason": reason, "why": why, "text": text})
 
     def remove(self, row: Conversation | None, where: str, step: str, why: str) -> None:
-        self.removed.append({"row": where, "step": step, "why": why} | (row.as_dict() if row else {}))
+        self.removed.append({"row": where, "step": step, "why": why} | (bare(row).as_dict() if row else {}))
         self.steps[step] += 1
 
     def flag(self, row: Conversation, step: str, why: str) -> None:
         """List a row for a person to look at; it stays among the others."""
-        self.flagged.append({"row": row.id, "step": step, "why": why} | row.as_dict())
+        self.flagged.append({"row": row.id, "step": step, "why": why} | bare(row).as_dict())
 
     def save(self, stem: Path) -> Saved:
         """Put it where another process can take it from: files that begin with `stem`."""

@@ -1,5 +1,9 @@
 """What a row carries besides its text: its source's tag and weight, and the columns that splitting and balancing
-look at."""
+look at.
+
+Those columns are for the stage alone: no cleaning step changes them, so that a customer whose name is masked or made up
+stays one customer, and they are written nowhere, so that the name is not. What is to be written is named in `keep`.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +33,24 @@ def marked(row: Conversation, raw: Row, source: SourceSection, kept: Collection[
         marks["tag"] = source.tag
     if source.weight != 1:
         marks["weight"] = source.weight
-    columns = {name: raw[name] for name in kept if raw.get(name) is not None}
+    columns = {name: raw[name] for name in kept if not _empty(raw.get(name))}
     if time is not None:
         columns[time] = seconds(raw.get(time), time)
     if columns:
         marks["columns"] = columns
     return replace(row, metadata=row.metadata | marks) if marks else row
+
+
+def _empty(value: Any) -> bool:
+    """Whether a cell holds nothing, as a table of text has it too."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def bare(row: Conversation) -> Conversation:
+    """The row as it may be written."""
+    if "columns" not in row.metadata:
+        return row
+    return replace(row, metadata={key: value for key, value in row.metadata.items() if key != "columns"})
 
 
 def column(row: Conversation, name: str) -> Any:
@@ -71,5 +87,7 @@ def know_columns(rows: Sequence[Conversation], section: DataSection) -> None:
     for key, name in section.columns_named.items():
         if rows and name != "tag" and all(column(row, name) is None for row in rows):
             raise DataError(
-                f"no row has a column '{name}'", where=f"data.{key}", fix="Name a column of the sources' files."
+                f"no row has a column '{name}' with anything in it",
+                where=f"data.{key}",
+                fix="Name a column of the sources' files.",
             )

@@ -22,6 +22,7 @@ from tunesmith.conversation.media import Media, Piece, pieces, together
 from tunesmith.conversation.message import Conversation, Message, Text
 from tunesmith.data.section import SourceSection
 from tunesmith.data.unusable import Unusable
+from tunesmith.data.values import Bytes, is_text
 
 KINDS = ("image", "audio", "video")
 COLUMNS = {name: kind for kind in KINDS for name in (kind, f"{kind}s")}
@@ -48,7 +49,7 @@ def content(value: Any, may_lack: bool = False) -> tuple[str, tuple[Media, ...]]
     """
     if value is None and may_lack:
         return "", ()
-    if isinstance(value, str):
+    if is_text(value):
         return value, ()
     if not isinstance(value, list):
         raise Unusable("not_text", f"a message's content is {type(value).__name__}, not text")
@@ -58,7 +59,10 @@ def content(value: Any, may_lack: bool = False) -> tuple[str, tuple[Media, ...]]
 def _part(part: Any) -> Piece:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return str(part.get("text", ""))
+        text = part.get("text")
+        if not is_text(text):
+            raise Unusable("not_text", f"a message's part of type text holds {type(text).__name__}")
+        return text
     if kind not in PARTS:
         raise Unusable("not_text", f"a message's part is {kind or type(part).__name__}, not text, image or audio")
     for name in (kind, PARTS[kind], "path", "url", "base64", "data", "source"):
@@ -70,9 +74,7 @@ def _part(part: Any) -> Piece:
 def _source(value: Any, kind: str, encoded: bool = False) -> str:
     """Where one lies: of a path, a URL, a data: URI, or bytes, plain or in an object as `datasets` has it."""
     if isinstance(value, str) and value.strip():
-        return f"data:{kind};base64,{value}" if encoded else value.strip()
-    if isinstance(value, bytes) and value:
-        return f"data:{kind};base64,{base64.b64encode(value).decode()}"
+        return f"data:{kind};base64,{value}" if encoded or isinstance(value, Bytes) else value.strip()
     for name in ("bytes", "data", "base64", "path", "url") if isinstance(value, dict) else ():
         if value.get(name):
             return _source(value[name], kind, name in ("bytes", "data", "base64"))

@@ -25,7 +25,7 @@ from tunesmith.data.engines.engine import Running
 from tunesmith.data.fit import Fit, fits, measured
 from tunesmith.data.groups import DIGEST, digest
 from tunesmith.data.ledger import LISTS, Ledger, nothing_left, too_many_rejected
-from tunesmith.data.marks import know_columns
+from tunesmith.data.marks import bare, know_columns
 from tunesmith.data.reading import read_parts, usable
 from tunesmith.data.section import DataSection
 from tunesmith.data.shape import mixture, shape
@@ -114,7 +114,7 @@ def _prepared(
         ledger.made += len(planted)
         parts["train"] += shelf.put(planted)
     ledger.balance(sum(map(len, parts.values())))
-    _write(target, parts, ledger, cleaning)
+    _write(target, parts, ledger, cleaning, bool(section.columns_named))
     accounts = [account.as_dict() for account in cleaning.accounts.values()]
     write_json(target / "steps.json", accounts)
     labels = Counter(row.answer for row in every) if kind == "label" else {}
@@ -138,11 +138,12 @@ def _prepared(
     return told
 
 
-def _write(target: Path, parts: Mapping[str, Rows], ledger: Ledger, cleaning: Cleaning) -> None:
-    """The rows of each part, and those that were not taken as they were."""
+def _write(target: Path, parts: Mapping[str, Rows], ledger: Ledger, cleaning: Cleaning, marked: bool) -> None:
+    """The rows of each part, and those that were not taken as they were. `marked`: they have columns of the stage's."""
     for part in PARTS:
+        lines = (line.decode("utf-8", "surrogatepass") for line in parts[part].lines())
         with (target / f"{part}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(line.decode("utf-8", "surrogatepass") for line in parts[part].lines())
+            file.writelines((json_line(bare(row).as_dict()) for row in parts[part]) if marked else lines)
     for name in LISTS:
         with (target / f"{name}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json_line(_hidden(entry, cleaning)) for entry in getattr(ledger, name))

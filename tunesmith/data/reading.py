@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
             conversation = replace(conversation, metadata=conversation.metadata | kept) if kept else conversation
             usable(conversation)
         except Unusable as error:
-            ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False, default=str))
+            ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False))
             continue
         yield conversation.with_system(system) if system is not None else conversation
 
@@ -201,8 +202,13 @@ def _wanted(row: Row, source: SourceSection, where: str) -> bool:
 
 def _same(found: Any, wanted: Any) -> bool:
     """Whether a row's value is the one asked for; CSV only has text, so a number or yes-no is compared as such."""
-    if isinstance(found, str) and not isinstance(wanted, str):
+    if isinstance(found, str) and isinstance(wanted, bool):
         return found.strip().casefold() == str(wanted).casefold()
+    if isinstance(found, str) and not isinstance(wanted, str):
+        try:
+            return Decimal(found.strip()) == Decimal(str(wanted))
+        except InvalidOperation:
+            return False
     return found == wanted and isinstance(found, bool) == isinstance(wanted, bool)
 
 

@@ -12,6 +12,8 @@ from tunesmith import plugins
 from tunesmith.errors import nearest
 from tunesmith.section import Section
 
+MARKS = ("tag", "weight", "columns")  # a row's metadata that are the recipe's, not its own
+
 
 def placeholders(template: str) -> list[tuple[str, str | None]]:
     """A template as [(text, the column that follows it, or None), ...]; {{ and }} stand for braces.
@@ -36,8 +38,16 @@ class ColumnsSection(Section):
 
     prompt: str | None = None
     """The column that the user says."""
-    completion: str
+    completion: str | None = None
     """The column that is to be answered."""
+    label: str | None = None
+    """A column that says of the completion whether it is good: true or false."""
+    chosen: str | None = None
+    """The better of two answers."""
+    rejected: str | None = None
+    """The worse of two answers."""
+    text: str | None = None
+    """Plain text to go on learning from."""
     context: str | None = None
     """A column put before the prompt."""
     system: str | None = None
@@ -46,6 +56,24 @@ class ColumnsSection(Section):
     """A column with one image or several: paths, addresses or their bytes."""
     audio: str | None = None
     """A column with one sound or several."""
+
+    @property
+    def judged(self) -> bool:
+        """Whether rows are pairs of answers, or rated ones."""
+        return self.chosen is not None or self.label is not None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ColumnsSection:
+        given = [name for name, column in self if column is not None]
+        if self.text is not None and len(given) > 1:
+            raise ValueError(f"`text` is plain text, with no `{next(n for n in given if n != 'text')}` beside it")
+        if (self.chosen is None) != (self.rejected is None):
+            raise ValueError("`chosen` and `rejected` go together")
+        if self.chosen is not None and (self.completion is not None or self.label is not None):
+            raise ValueError("`chosen` and `rejected` are the answers; leave `completion` and `label` out")
+        if self.completion is None and self.chosen is None and self.text is None:
+            raise ValueError("`columns` needs an answer: `completion`, or `chosen` and `rejected`; or `text` alone")
+        return self
 
 
 class SourceSection(Section):
@@ -96,6 +124,14 @@ class SourceSection(Section):
             raise ValueError(f"no format is called '{value}'{nearest(value, known)}; known: {', '.join(known)}")
         return value
 
+    @field_validator("keep")
+    @classmethod
+    def _not_ours(cls, value: list[str]) -> list[str]:
+        ours = next((name for name in value if name in MARKS), None)
+        if ours is not None:
+            raise ValueError(f"rows have a '{ours}' of their own as metadata; give the column another name")
+        return value
+
     @field_validator("path", "sql")
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
@@ -134,7 +170,9 @@ class SourceSection(Section):
             raise ValueError(f"a template has nothing to fill in rows of layout {self.layout}")
         if self.layout == "columns" and self.columns is None:
             raise ValueError("layout columns needs `columns: {prompt: ..., completion: ...}`")
-        if self.columns and self.columns.prompt is None and self.template is None:
+        if self.columns and self.columns.text is not None and self.template is not None:
+            raise ValueError("a template has nothing to fill in plain text: leave it or `columns.text` out")
+        if self.columns and self.columns.completion and self.columns.prompt is None and self.template is None:
             raise ValueError("`columns` needs a prompt column, or a `template` beside it")
         return self
 

@@ -33,12 +33,20 @@ def source_files(section: DataSection, folder: Path) -> Files:
     for part in ("validation", "test"):
         given = getattr(section.split, part)
         if isinstance(given, str):
-            first = found["train"][0][0]
-            names = {"layout", "columns", "template", "system", "where", "media_folder"}
-            kept = first.model_dump(include=names, exclude_unset=True)
-            like = SourceSection(path=given, **kept)
-            found[part] = [(like, path) for path in matching(given, folder, f"data.split.{part}")]
+            paths = matching(given, folder, f"data.split.{part}")
+            like = {ending: _like(found["train"], given, ending) for ending in {path.suffix for path in paths}}
+            found[part] = [(like[path.suffix], path) for path in paths]
     return found
+
+
+def _like(sources: list[tuple[SourceSection, Path]], given: str, ending: str) -> SourceSection:
+    """The source of held-out rows in files of their own: as the first one, with the tag that all of them have. A named
+    format counts for files that end as its own do."""
+    first, there = sources[0]
+    names = {"layout", "columns", "template", "system", "where", "media_folder", "keep"}
+    names |= {"format"} if ending == there.suffix else set()
+    names |= {"tag"} if len({source.tag for source, _ in sources}) == 1 else set()
+    return SourceSection(path=given, **first.model_dump(include=names, exclude_unset=True))
 
 
 def told_apart(paths: Iterable[Path]) -> dict[Path, str]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from tunesmith.conversation.message import ROLES, Conversation, Message, Preference, Text
+from tunesmith.data.section import MARKS
 
 SIDES = {"prompt": ("user",), "answer": ("assistant",), "both": ("user", "assistant")}
 
@@ -19,7 +20,7 @@ def map_texts(row: Conversation, change: Callable[[str], str], roles: Collection
 
 
 def map_all(row: Conversation, change: Callable[[str], str]) -> Conversation:
-    """The row with `change` applied to every text in it: what is said, thought, and given to tools."""
+    """The row with `change` applied to every text in it: what is said, thought, given to tools, and kept."""
 
     def deep(value: Any) -> Any:
         if isinstance(value, str):
@@ -42,7 +43,8 @@ def map_all(row: Conversation, change: Callable[[str], str]) -> Conversation:
         return replace(message, more=kept | mapped) if mapped else message
 
     changed = map_texts(row, change)
-    changed = replace(changed, messages=tuple(map(more, changed.messages)), metadata=deep(changed.metadata))
+    metadata = {k: v if k in MARKS else deep(v) for k, v in changed.metadata.items()}
+    changed = replace(changed, messages=tuple(map(more, changed.messages)), metadata=metadata)
     if isinstance(changed, Preference):
         changed = replace(changed, rejected=tuple(map(more, changed.rejected)))
     return row if changed == row else changed
