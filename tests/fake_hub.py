@@ -19,12 +19,14 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class FakeHub:
-    """Serves folders as repositories. `gated` ones open to `token` only; `asked` tells what was wanted."""
+    """Serves folders as repositories. `gated` ones open to `token` only; `asked` tells what was wanted; `also` are
+    names of files that it claims to have besides."""
 
     repositories: dict[str, Path]
     gated: set[str] = field(default_factory=set)
     token: str = "hf_test"
     asked: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list)
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -62,7 +64,8 @@ class FakeHub:
             ]
             return _send(request, 200, json.dumps(tree).encode())
         if path.startswith("/api/"):
-            page = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": _name(p, folder)} for p in files]}
+            names = [*(_name(p, folder) for p in files), *self.also]
+            page = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in names]}
             return _send(request, 200, json.dumps(page).encode())
         wanted = folder / "/".join(rest[2:])
         if not wanted.is_file():

@@ -21,7 +21,7 @@ from tunesmith.data.clean import minhash, near
 from tunesmith.data.clean.markdown import Markdown
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.data.groups import Groups
-from tunesmith.errors import RecipeError
+from tunesmith.errors import DataError, RecipeError
 from tunesmith.recipe import build
 
 
@@ -330,6 +330,11 @@ def test_training_rows_that_a_test_asks_again_are_removed(cleaned: Any, tmp_path
     (tmp_path / "bench.jsonl").write_text(json.dumps({"q": {"text": THIRTEEN}, "choices": ["yes", "no"]}) + "\n")
     made, told = cleaned(rows, {"contamination": ["test", "bench.jsonl"]})
     assert told["contamination"]["found"] == {"bench.jsonl": 2} and answers(made) == ["a", "c", "d"]
+    with (tmp_path / "bench.jsonl").open("a") as file:
+        file.write('{"q": "Where is')
+    with pytest.raises(DataError, match="is not JSON") as refused:
+        cleaned(rows, {"contamination": ["test", "bench.jsonl"]})
+    assert str(refused.value.where).endswith("bench.jsonl:2")
 
 
 RULES = " ".join(f"Rule {i} says {i * 7}." for i in range(30))

@@ -111,6 +111,9 @@ def test_label_studio_there_and_back(tunesmith: Any, tmp_path: Path) -> None:
     said = tunesmith("data", "agreement", tmp_path / "export.json", "--adjudicate", "majority", "--out", out)
     assert said.code == 0 and "Krippendorff" in said.out
     assert [(r["item"], r["label"]) for r in read_jsonl(out)] == [("1", "good"), ("2", "bad"), ("3", "good")]
+    (tmp_path / "export.json").write_text(json.dumps([*export, {"id": 4, "text": "JSON-MIN"}]))
+    said = tunesmith("data", "agreement", tmp_path / "export.json", "--json")
+    assert_refused(said, "has no `data` and `annotations`", "export.json:4")
 
 
 def test_a_wide_export_of_the_real_world(shared: Path) -> None:

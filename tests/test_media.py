@@ -124,6 +124,16 @@ def test_what_cant_be_used_is_rejected_with_a_reason(prepared: Any, folder: Path
     assert [r["reason"] for r in made.rejected] == [reason] and made.counts["train"] == 1
 
 
+def test_a_link_out_of_the_folder_is_not_followed(prepared: Any, folder: Path) -> None:
+    (folder / "in.png").symlink_to("a.png")
+    (folder / "out.png").symlink_to(folder.parent / "outside.png")
+    (folder / "up").symlink_to(folder.parent)
+    names = ("in.png", "out.png", "up/outside.png", "up/rows/a.png")
+    path = write_jsonl(folder / "m.jsonl", [chat("See?", images=[name]) for name in names])
+    made = prepared(str(path), max_rejected=1)
+    assert [(r["row"], r["reason"]) for r in made.rejected] == [(f"m.jsonl:{i}", "media_outside") for i in (2, 3)]
+
+
 def test_a_folder_of_their_own(prepared: Any, folder: Path, tmp_path: Path) -> None:
     file = write_jsonl(tmp_path / "m.jsonl", [chat("See?", images=["a.png"])])
     assert prepared({"path": str(file), "media_folder": "rows"}).counts["accepted"] == 1

@@ -49,7 +49,7 @@ def test_packed_and_columnar(tmp_path: Path) -> None:
 
     rows = [{"a": i, "b": "é" * i} for i in range(3)]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    (tmp_path / "a.jsonl.zst").write_bytes(pa.compress(text, codec="zstd", asbytes=True))
+    (tmp_path / "a.jsonl.zst").write_bytes(packed(text, "zst"))
     assert rows_of(tmp_path, path="a.jsonl.zst") == rows
     table = pa.Table.from_pylist(rows)
     with pa.OSFile(str(tmp_path / "f.arrow"), "wb") as out, pa.ipc.new_file(out, table.schema) as file:
@@ -107,11 +107,30 @@ def test_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         rows_of(tmp_path, path="a.docx")
 
 
-def test_a_gzip_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def packed(content: bytes, ending: str) -> bytes:
+    import pyarrow as pa
+
+    whole: bytes = gzip.compress(content) if ending == "gz" else pa.compress(content, codec="zstd", asbytes=True)
+    return whole
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_bomb_is_not_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str) -> None:
     monkeypatch.setattr("tunesmith.data.opening.UNPACKED_AT_LEAST", 2**24)
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(bytes(2**26)))
+    (tmp_path / f"a.txt.{ending}").write_bytes(packed(bytes(2**26), ending))
     with pytest.raises(DataError, match="unpacks to more than"):
-        rows_of(tmp_path, path="a.txt.gz")
+        rows_of(tmp_path, path=f"a.txt.{ending}")
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+def test_a_packed_file_cut_short(tmp_path: Path, ending: str) -> None:
+    """Wherever it is cut, no row is taken for the last."""
+    whole = packed("".join(json.dumps({"n": i, "x": i * 7919 % 1009}) + "\n" for i in range(300)).encode(), ending)
+    for end in range(1, len(whole), 97):
+        (tmp_path / f"a.jsonl.{ending}").write_bytes(whole[:end])
+        with pytest.raises(DataError, match="can't be unpacked") as refused:
+            rows_of(tmp_path, path=f"a.jsonl.{ending}")
+        assert "cut short" in str(refused.value.fix)
 
 
 @pytest.mark.parametrize("name", ["m.pkl", "m.pt", "a.zip", "a.tar.gz", "a.tar"])
@@ -295,6 +314,8 @@ def test_label_studio_exports(tmp_path: Path, prepared: Any) -> None:
     made = prepared(keys, max_rejected=1)
     assert made.turns() == [[("user", "a"), ("assistant", "good")], [("user", "b"), ("assistant", "bad")]]
     assert [r["reason"] for r in made.rejected] == ["annotators_disagree", "not_annotated", "lacks_field"]
+    (tmp_path / "export.json").write_text(json.dumps([task(1, "HALF", "good"), tasks[0]]).replace("HALF", "\\uD83D"))
+    assert rows_of(tmp_path, path="export.json") == ["half_character", {"text": "a", "sentiment": "good"}]
     (tmp_path / "other.json").write_text('[{"a": 1}]')
     with pytest.raises(DataError, match="no Label Studio export"):
         rows_of(tmp_path, path="other.json", format="label_studio")

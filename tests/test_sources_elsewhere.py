@@ -56,6 +56,8 @@ configs:
 - config_name: big
   data_dir: big
   data_files: "*.csv"
+- config_name: deep
+  data_files: "small/**/*.jsonl"
 ---
 # A set
 """
@@ -67,10 +69,13 @@ def row(name: str) -> str:
 
 def test_hub_sets_by_their_card(hub: Any, tmp_path: Path) -> None:
     hub({"README.md": CARD, "small/tr1.jsonl": row("a"), "small/tr2.jsonl": row("b") + "{oh\n",
-         "small/held.jsonl": row("c"), "big/x.csv": "name\nd\n"})  # fmt: skip
+         "small/held.jsonl": row("c"), "big/x.csv": "name\nd\n", "small/tr/old.jsonl": row("o"), "big/old/x.csv": "x\n",
+         "small/.tr.jsonl": row("h")})  # fmt: skip
     assert rows_of(tmp_path, hub="team/set") == [{"name": "a"}, {"name": "b"}, "broken_json"]
     assert rows_of(tmp_path, hub="team/set", split="held", revision="main") == [{"name": "c"}]
     assert rows_of(tmp_path, hub="team/set", subset="big") == [{"name": "d"}]
+    deep = rows_of(tmp_path, hub="team/set", subset="deep")
+    assert deep == [{"name": "c"}, {"name": "o"}, {"name": "a"}, {"name": "b"}, "broken_json"]
     [(source, _), *_] = source_files(DataSection(sources=[{"hub": "team/set"}]), tmp_path)["train"]
     assert source.revision == COMMIT
     for keys, told in (
@@ -98,6 +103,15 @@ def test_hub_sets_by_their_files(hub: Any, tmp_path: Path) -> None:
     hub({"set.py": "raise SystemExit"})
     with pytest.raises(DataError, match="never run"):
         rows_of(tmp_path, hub="team/set")
+
+
+@pytest.mark.parametrize("name", ["../train.jsonl", "data/../../train.jsonl", "/etc/train.jsonl", "..\\train.jsonl"])
+def test_a_set_that_names_a_file_outside_of_itself(hub: Any, tmp_path: Path, name: str) -> None:
+    server = hub({"train.jsonl": row("a")})
+    server.also.append(name)
+    with pytest.raises(DataError, match="names a file outside of itself") as refused:
+        rows_of(tmp_path, hub="team/set")
+    assert name in str(refused.value) and not [asked for asked in server.asked if "/resolve/" in asked]
 
 
 def test_the_manifest_pins_the_hubs_commit(hub: Any, prepared: Any) -> None:

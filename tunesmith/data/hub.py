@@ -8,7 +8,6 @@ the names, as `datasets` reads them (huggingface.co/docs/datasets/repository_str
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -113,10 +112,20 @@ def _by_card(configs: list[dict[str, Any]], there: Sequence[str], source: Source
             fix=f"Name one (data.sources[].split): {', '.join(patterns)}.",
         )  # fmt: skip
     whole = [f"{base}/{p}" if base else p for p in patterns[wanted_split]]
-    chosen = [f for f in inside if any(fnmatch.fnmatchcase(f, p.replace("**/", "*")) or f == p for p in whole)]
+    chosen = [f for f in inside if f in whole or any(_matches(f, p) for p in whole)]
     if not chosen:
         raise DataError(f"holds no file for {', '.join(whole)}", where=where, fix="Choose another split or revision.")
     return sorted(chosen)
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a glob pattern takes a file, as on a disk: `*` stays within a folder and takes no hidden file, `**/` is
+    any number of folders."""
+    from fsspec.utils import glob_translate
+
+    parts = [part if part == "**" else re.sub(r"\*+", "*", part) for part in pattern.split("/")]
+    hidden = re.search(r"(^|/)\.", name) and not re.search(r"(^|/)\.", pattern)
+    return not hidden and re.match(glob_translate("/".join(parts)), name) is not None
 
 
 def _by_name(there: Sequence[str], source: SourceSection, where: str) -> list[str]:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tunesmith.data.opening import Broken, Row, Rows
-from tunesmith.data.readers import json_row, load_file
+from tunesmith.data.opening import Broken, Row, Rows, unbroken
+from tunesmith.data.readers import json_rows, load_file
 from tunesmith.errors import DataError
 
 
@@ -27,10 +27,12 @@ def read_label_studio(path: Path) -> Rows:
 
 
 def judgements(path: Path) -> Iterator[tuple[str, str, str, str]]:
-    """Every annotation of an export: (item, annotator, control, label)."""
-    for _, task in _tasks(path):
-        if isinstance(task, Broken):
-            continue
+    """Every annotation of an export: (item, annotator, control, label).
+
+    Raises:
+        DataError: a task can't be read.
+    """
+    for _, task in unbroken(_tasks(path), path):
         for annotation in _finished(task):
             who = annotation.get("completed_by", annotation.get("id", ""))
             who = who.get("email", who.get("id")) if isinstance(who, dict) else who
@@ -44,8 +46,7 @@ def _tasks(path: Path) -> Rows:
         raise DataError(
             "is no Label Studio export", where=str(path), fix="Export as JSON (not JSON-MIN): tasks with annotations."
         )
-    for number, task in enumerate(value, 1):
-        row = json_row(task, text if "\\ud" in text else "")
+    for number, row in json_rows(value, text):
         if isinstance(row, dict) and not is_task(row):
             row = Broken("not_a_task", "has no `data` and `annotations`", json.dumps(row, ensure_ascii=False)[:2000])
         yield number, row

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -167,7 +166,7 @@ class Looked:
     """Looks at the images and sounds of rows: each must be there and of a known format.
 
     Attributes:
-        folder: that paths are relative to; nothing outside of it is opened.
+        folder: that paths are relative to; nothing outside of it is opened, nor what a link in it leads to out there.
     """
 
     folder: Path
@@ -195,13 +194,12 @@ class Looked:
             held = _decoded(source, kind)
             _known(held, kind, "within the row")
             return replace(media, digest=hashlib.sha256(held).hexdigest()[:16])
-        folder = Path(os.path.normpath(self.folder.absolute()))
-        path = Path(os.path.normpath(folder / source))
-        if not path.is_relative_to(folder):
-            raise Unusable(
-                "media_outside", f"{kind} {_short(source)} lies outside of {folder}; see data.sources[].media_folder"
-            )
+        folder = self.folder.resolve()
         try:
+            path = (folder / source).resolve()
+            if not path.is_relative_to(folder):
+                why = f"{kind} {_short(source)} lies outside of {folder}; see data.sources[].media_folder"
+                raise Unusable("media_outside", why)
             with path.open("rb") as file:
                 _known(file.read(START), kind, _short(source))
                 file.seek(0)

@@ -35,6 +35,18 @@ class Broken:
 Rows = Iterator[tuple[int, Row | Broken]]
 
 
+def unbroken(rows: Rows, path: Path) -> Iterator[tuple[int, Row]]:
+    """A file's rows, for where none may be missing.
+
+    Raises:
+        DataError: one can't be read; says which.
+    """
+    for number, row in rows:
+        if isinstance(row, Broken):
+            raise DataError(row.why, where=f"{path}:{number}", fix="Mend the row, or take it out.")
+        yield number, row
+
+
 def endings(path: Path) -> list[str]:
     """A file's endings without dots and without those of packing: `rows.csv.gz` has csv."""
     return [s.lstrip(".").lower() for s in path.suffixes if s.lower() not in PACKED]

@@ -87,13 +87,28 @@ def _twice(value: Any) -> str | None:
 
 def _half_characters(row: Row, text: str) -> bool:
     r"""Whether JSON escapes leave half a character (\ud83d alone), which no tokenizer or UTF-8 file can hold."""
-    if "\\ud" not in text and "\\uD" not in text:
+    if not _escaped(text):
         return False
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         return True
     return False
+
+
+def _escaped(text: str) -> bool:
+    """Whether JSON has an escape that may be half a character."""
+    return "\\ud" in text or "\\uD" in text
+
+
+def json_rows(values: list[Any], text: str) -> Rows:
+    """The rows of a JSON file that holds a list of them; `text` is the file's."""
+    escaped = "\\ud" if _escaped(text) else ""  # looked for once, not in each row
+    for number, value in enumerate(values, 1):
+        row = json_row(value, escaped)
+        if isinstance(row, Broken):
+            row = Broken(row.reason, row.why.replace("a JSON ", "a "), json.dumps(value))
+        yield number, row
 
 
 def read_jsonl(path: Path, span: Span | None = None) -> Rows:
@@ -160,13 +175,9 @@ def read_json(path: Path) -> Rows:
         value = inner[0] if len(inner) == 1 else [value]
     if not isinstance(value, list):
         raise DataError("holds no list of rows", where=str(path), fix="Expected a JSON list of objects.")
-    texts = all(isinstance(row, str) for row in value)
-    for number, row in enumerate(value, 1):
-        row = {"text": row} if texts else row
-        told = json_row(row, text if "\\ud" in text or "\\uD" in text else "")
-        if isinstance(told, Broken):
-            told = Broken(told.reason, told.why.replace("a JSON ", "a "), json.dumps(row))
-        yield number, told
+    if all(isinstance(row, str) for row in value):
+        value = [{"text": row} for row in value]
+    yield from json_rows(value, text)
 
 
 def read_csv(path: Path, delimiter: str = ",") -> Rows:

@@ -98,37 +98,47 @@ def read_parts(section: DataSection, files: Files, engine: Running, shelf: Shelf
 
 def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conversation]:
     """A piece's usable rows as conversations; the others go to the ledger."""
-    source, layout = piece.source, piece.layout
-    system = source.system if source.system is not None else section.system
+    source = piece.source
     columns = section.columns_kept
     look = Looked(Path(source.media_folder) if source.media_folder else piece.path.parent)
+
+    def conversation(row: Row, where: str) -> Conversation | None:
+        made: Conversation | None = placed(piece.layout.read(row, source, where), beside(row, source))
+        if made.media and (made := _with_media(made, where, section.media, look, ledger)) is None:
+            return None
+        made = marked(made, row, source, columns, section.split.time)
+        kept = {column: row[column] for column in source.keep if row.get(column) is not None}
+        made = replace(made, metadata=made.metadata | kept) if kept else made
+        usable(made)
+        system = source.system if source.system is not None else section.system
+        return made.with_system(system) if system is not None else made
+
     for number, row in read_rows(source, piece.path, piece.span):
         ledger.read += 1
         where = f"{piece.name}:{number}"
         if isinstance(row, Broken):
             ledger.reject(where, row.reason, row.why, row.text)
-            continue
-        if not _wanted(row, source, where):
+        elif not _wanted(row, source, where):
             ledger.remove(None, where, "where", "does not meet the source's `where`")
-            continue
-        try:
-            conversation = placed(layout.read(row, source, where), beside(row, source))
-            if conversation.media and section.media == "drop":
-                ledger.remove(conversation, where, "media", f"holds {counted(conversation)}")
+        else:
+            try:
+                made = conversation(row, where)
+            except Unusable as error:
+                ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False))
                 continue
-            if conversation.media and section.media == "words":
-                ledger.cut.append({"row": where, "why": f"{counted(conversation)} left out"})
-                conversation = conversation.words
-            elif conversation.media:
-                conversation = look(conversation)
-            conversation = marked(conversation, row, source, columns, section.split.time)
-            kept = {column: row[column] for column in source.keep if row.get(column) is not None}
-            conversation = replace(conversation, metadata=conversation.metadata | kept) if kept else conversation
-            usable(conversation)
-        except Unusable as error:
-            ledger.reject(where, error.reason, error.why, json.dumps(row, ensure_ascii=False))
-            continue
-        yield conversation.with_system(system) if system is not None else conversation
+            if made is not None:
+                yield made
+
+
+def _with_media(row: Conversation, where: str, policy: str, look: Looked, ledger: Ledger) -> Conversation | None:
+    """A row with images or sounds as `data.media` wants it; None where it goes."""
+    if policy == "drop":
+        ledger.remove(row, where, "media", f"holds {counted(row)}")
+        return None
+    if policy == "words":
+        ledger.cut.append({"row": where, "why": f"{counted(row)} left out"})
+        return row.words
+    return look(row)
 
 
 def detect(source: SourceSection, path: Path) -> type[Layout]:

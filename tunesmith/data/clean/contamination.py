@@ -16,7 +16,7 @@ from tunesmith.data.clean.benchmarks import benchmark_files
 from tunesmith.data.clean.step import Around, Step, Verdict
 from tunesmith.data.clean.texts import text_of, texts
 from tunesmith.data.groups import digest
-from tunesmith.data.readers import Broken
+from tunesmith.data.opening import unbroken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.shelf import in_chunks
 from tunesmith.data.sources import read_rows
@@ -116,16 +116,17 @@ class Template:
 
 def benchmark_texts(path: Path) -> list[tuple[str, str]]:
     """Every text in a benchmark's rows, whatever its columns are called: (file:row, text). Texts of one or two words,
-    such as labels, are left out."""
-    found = []
-    for number, row in read_rows(SourceSection(path=str(path)), path):
-        if not isinstance(row, Broken):
-            found += [
-                (f"{path.name}:{number}", text)
-                for text in _strings(row)
-                if len(minhash.normalised(text).split()) >= SHORTEST
-            ]
-    return found
+    such as labels, are left out.
+
+    Raises:
+        DataError: a row can't be read.
+    """
+    return [
+        (f"{path.name}:{number}", text)
+        for number, row in unbroken(read_rows(SourceSection(path=str(path)), path), path)
+        for text in _strings(row)
+        if len(minhash.normalised(text).split()) >= SHORTEST
+    ]
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from tunesmith.data.formats import format_of
 from tunesmith.data.labelstudio import judgements as of_label_studio
-from tunesmith.data.opening import Broken, Row
+from tunesmith.data.opening import Row, unbroken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import DataError, nearest
@@ -36,7 +36,7 @@ def read_judgements(path: Path, item: str, annotator: str, label: str) -> list[J
             (`from_name`), and the others are not needed.
 
     Raises:
-        DataError: a column is in no row, or no item was judged at all.
+        DataError: a column is in no row, no item was judged at all, or a row can't be read.
     """
     if not path.is_file():
         raise DataError(f"no such file: {path}", where="DATA", fix="Give the file that holds the labels.")
@@ -58,9 +58,7 @@ def read_judgements(path: Path, item: str, annotator: str, label: str) -> list[J
 
 def _of_table(path: Path, item: str, annotator: str, label: str) -> Iterator[Judgement]:
     seen: dict[str, None] = {}
-    for number, row in read_rows(SourceSection(path=str(path)), path):
-        if isinstance(row, Broken):
-            raise DataError(row.why, where=f"{path}:{number}", fix="Mend the row, or take it out.")
+    for number, row in unbroken(read_rows(SourceSection(path=str(path)), path), path):
         seen |= dict.fromkeys(row)
         for i, who, said in _columns(row, item, annotator, label):
             if all(row.get(column) not in (None, "") for column in (i, who, said)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tunesmith.data.opening import Broken
+from tunesmith.data.opening import unbroken
 from tunesmith.data.section import SourceSection
 from tunesmith.data.sources import read_rows
 from tunesmith.errors import DataError
@@ -20,10 +20,6 @@ def write_tasks(data: Path, out: Path) -> int:
     """
     if not data.is_file():
         raise DataError(f"no such file: {data}", where="DATA", fix="Give the file that holds your rows.")
-    tasks = []
-    for number, row in read_rows(SourceSection(path=str(data)), data):
-        if isinstance(row, Broken):
-            raise DataError(row.why, where=f"{data}:{number}", fix="Mend the row, or take it out.")
-        tasks.append({"data": row})
+    tasks = [{"data": row} for _, row in unbroken(read_rows(SourceSection(path=str(data)), data), data)]
     write_text(out, json.dumps(tasks, ensure_ascii=False, indent=1, default=str) + "\n")
     return len(tasks)
