@@ -19,7 +19,8 @@ class Prepared:
         self.parts = {part: load_rows(folder / f"{part}.jsonl") for part in PARTS}
         self.rejected, self.removed = (read_jsonl(folder / f"{n}.jsonl") for n in ("rejected", "removed"))
         every = sum(map(len, self.parts.values()))
-        assert self.counts["read"] + self.counts.get("made", 0) == every + len(self.rejected) + len(self.removed)
+        made = sum(self.counts.get("made", {}).values())
+        assert self.counts["read"] + made == every + len(self.rejected) + len(self.removed)
         assert self.counts["accepted"] == every and self.counts["rejected"] == len(self.rejected)
         assert sum(self.counts["removed"].values()) == len(self.removed)
         assert all(row["row"] and row["why"] for row in self.rejected + self.removed)

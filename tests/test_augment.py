@@ -66,7 +66,7 @@ def test_variants(prepared: Any, tmp_path: Path, kind: str) -> None:
     made = prepared(path, **keys)
     new = made_rows(made)
     [told] = made.told["augment"]
-    assert told["asked"] == 16 and told["made"] == len(new) == made.counts["made"] and len(new) >= 12
+    assert told["asked"] == 16 and told["made"] == len(new) == made.counts["made"]["augment"] and len(new) >= 12
     assert sum(told.get("filtered", {}).values()) == 16 - len(new)
     train = {row.id: row for row in made.parts["train"]}
     for row in new:
@@ -192,6 +192,57 @@ def test_synthesis_by_a_schema(prepared: Any, tmp_path: Path, writer: Writer) ->
     assert made.told["augment"][0]["filtered"]["not of the schema"] == 2
 
 
+def test_synthesis_by_a_schema_alone(prepared: Any, tmp_path: Path, writer: Writer) -> None:
+    rows = [{"prompt": f"I ask about thing {i}", "completion": ("cards", "loans")[i % 2]} for i in range(8)]
+    writer.answer = lambda text: json.dumps({"question": f"Order {text[-41:-36]} please", "answer": {"n": 1}})
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    way = {"kind": "synthesise", "url": writer.url, "model": "m", "rows": 2, "examples": 0, "too_alike": 1.0}
+    way |= {"about": "orders of a shop", "answers_like": schema}
+    made = prepared({"path": str(write_jsonl(tmp_path / "a.jsonl", rows)), "tag": "mine"}, augment=[way], system="Be.")
+    new = made_rows(made)
+    assert [row.answer for row in new] == ['{"n": 1}'] * 2 and made.told["augment"][0]["made"] == 2
+    assert all(row.metadata["tag"] == "mine" and row.messages[0].content == "Be." for row in new)
+    assert new[0].metadata["made"]["from"] == []
+    request = writer.asked[0]["messages"][-1]["content"]
+    assert "About: orders of a shop" in request and '"integer"' in request and "question and answer" in request
+    assert "thing" not in request and "cards" not in request
+
+
+KINDS = {
+    "text": {"text": "Where is the card of mine?"},
+    "preference": {"prompt": "Where is the card?", "chosen": "Here.", "rejected": "There."},
+    "rated": {"prompt": "Where is the card?", "completion": "Here.", "label": True},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "way"),
+    [
+        ("text", "typos"),
+        ("text", "case"),
+        ("text", "paraphrase"),
+        ("preference", "synthesise"),
+        ("rated", "synthesise"),
+    ],
+)
+def test_rows_that_a_way_cannot_start_from(prepared: Any, tmp_path: Path, writer: Writer, kind: str, way: str) -> None:
+    """Told before anything is asked for, though the way before it could have been."""
+    asking = {"url": writer.url, "model": "m"}
+    first = [] if kind == "text" else [{"kind": "paraphrase", "share": 1.0} | asking]
+    last = {"kind": way} | (asking if way in ("paraphrase", "synthesise") else {})
+    path = str(write_jsonl(tmp_path / "a.jsonl", [KINDS[kind]] * 6))
+    with pytest.raises(DataError, match=f"{way} starts from .* rows, and these are {kind} rows") as refused:
+        prepared(path, augment=[*first, last])
+    assert refused.value.where == f"data.augment.{len(first)}" and writer.asked == []
+
+
+def test_variants_leave_both_endings_as_they_are(prepared: Any, tmp_path: Path) -> None:
+    path = str(write_jsonl(tmp_path / "a.jsonl", [KINDS["preference"]] * 3))
+    new = made_rows(prepared(path, augment=[{"kind": "case", "share": 1.0}]))
+    assert new and all(row.question != "Where is the card?" for row in new)
+    assert all((row.answer, row.rejected[0].content) == ("Here.", "There.") for row in new)
+
+
 def test_the_base_model_makes_rows(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
     """Through the recipe; a tiny model says nothing sensible, and every answer of it is accounted for."""
     recipe["data"] |= {"augment": [{"kind": "paraphrase", "share": 0.2, "max_tokens": 5}, "case"]}
@@ -200,7 +251,7 @@ def test_the_base_model_makes_rows(tunesmith: Any, recipe: Any, tmp_path: Path) 
     manifest = json.loads((tmp_path / "runs/tiny/data/manifest.json").read_text())
     asked, cased = manifest["augment"]
     assert asked["asked"] == 9 == asked["made"] + sum(asked["filtered"].values())
-    assert cased["made"] >= 4 and manifest["counts"]["made"] == asked["made"] + cased["made"]
+    assert cased["made"] >= 4 and manifest["counts"]["made"] == {"augment": asked["made"] + cased["made"]}
 
 
 @pytest.mark.parametrize(
@@ -209,6 +260,7 @@ def test_the_base_model_makes_rows(tunesmith: Any, recipe: Any, tmp_path: Path) 
         ({"kind": "typo"}, "did you mean 'typos'"),
         ({"kind": "paraphrase", "url": "http://x"}, "`url` and `model` go together"),
         ({"kind": "case", "rate": 1}, "rate"),
+        ({"kind": "synthesise", "examples": 0, "about": "x"}, "`about` and `answers_like` must say what a row is"),
     ],
 )
 def test_ways_that_cannot_be_meant(tunesmith: Any, recipe: Any, tmp_path: Path, way: Any, told: str) -> None:

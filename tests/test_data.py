@@ -255,7 +255,7 @@ def test_over_length(prepared: Any, renderer: Renderer, tmp_path: Path) -> None:
     split = made("split")
     ids = [row.id for row in split.parts["train"]]
     assert ids == ["a.jsonl:1", *(f"a.jsonl:3#{i}" for i in range(1, len(ids)))] and len(ids) > 2
-    assert split.counts["made"] == len(ids) - 2 and split.counts["removed"] == {"over_length": 2}
+    assert split.counts["made"] == {"over_length": len(ids) - 2} and split.counts["removed"] == {"over_length": 2}
     pieces = [m.content for row in split.parts["train"][1:] for m in row.messages if m.role != "system"]
     assert pieces == [m.content for m in whole["a.jsonl:3"].messages if m.role != "system"]
     assert all(row.messages[0].content == "S" for row in split.parts["train"])
@@ -350,8 +350,9 @@ def mutated(data: Any, seed_bytes: bytes) -> bytes:
         if kind == "set" and raw:
             raw[at] = data.draw(st.integers(0, 255))
         elif kind == "insert":
-            pieces = [b'"', b"\n", b"\r", b",", b"\\ud83d", b"[[", b"{", b"null", b"1e999", b"\x00", b"\xff", b"NaN"]
-            raw[at:at] = data.draw(st.sampled_from(pieces) | st.binary(max_size=4))
+            pieces = [b'"', b"\n", b"\r", b",", b"[[", b"{", b"null", b"1e999", b"\x00", b"\xff", b"NaN"]
+            halves = [b"\\ud83d", b"\\uD83D"]
+            raw[at:at] = data.draw(st.sampled_from(pieces + halves) | st.binary(max_size=4))
         elif kind == "delete":
             del raw[at : at + data.draw(st.integers(1, 30))]
         else:

@@ -77,7 +77,7 @@ def test_prepare_report_and_what_to_fix(tunesmith: Any, dirty: Path, tmp_path: P
     advice = " | ".join(f"{one['what']}: {one['do']}" for one in found["fix first"])
     assert "keys or passwords" in advice and "can't be used" in advice and "personal data (EMAIL_ADDRESS)" in advice
     assert found["labels"]["train"].keys() == {"red", "green", "blue", "black"}
-    assert len(found["shown"]) == 20 and 0 < found["lengths"]["share of tokens with loss"] < 1
+    assert len(found["shown"]) == 20
     train = {json.loads(line)["id"] for line in (tmp_path / "runs/tiny/data/train.jsonl").open()}
     assert {row["row"] for row in found["shown"]} <= train
 
@@ -110,9 +110,11 @@ def test_checks_labels_and_bias_are_on_the_page(tunesmith: Any, recipe: dict[str
         {"prompt": f"Tell me: {THIRTEEN}!", "completion": "<b>odd</b>"},
     ]
     write_jsonl(tmp_path / "rows.jsonl", rows)
-    write_jsonl(tmp_path / "test.jsonl", [{"prompt": THIRTEEN, "completion": "granted"}])
+    woman = {"prompt": "A woman asks for a form.", "completion": "granted"}
+    write_jsonl(tmp_path / "test.jsonl", [{"prompt": THIRTEEN, "completion": "granted"}, woman])
     split = {"validation": 0, "test": "test.jsonl", "near": None}
-    recipe["data"] |= {"clean": {"bias": True}, "split": split, "answers": "label"}
+    steps = {"bias": True, "personal": {"names": "none"}}
+    recipe["data"] |= {"clean": steps, "split": split, "answers": "label"}
     said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json")
     assert said.code == 0, said.out + said.err
     found = said.json
@@ -131,13 +133,44 @@ def test_checks_labels_and_bias_are_on_the_page(tunesmith: Any, recipe: dict[str
     bars = dict(zip(re.findall(r'end">([^<]*)</text>', chart), re.findall(r'start">(\d+)</text>', chart), strict=True))
     assert bars == {"refused": "17", "granted": "16", "&lt;b&gt;odd&lt;/b&gt;": "1"}
     assert looked["refused"].split("</td>")[:3] == ['<td class="n">17', '<td class="n">0', '<td class="n">0']
-    assert looked["granted"].split("</td>")[:3] == ['<td class="n">16', '<td class="n">0', '<td class="n">1']
+    assert looked["granted"].split("</td>")[:3] == ['<td class="n">16', '<td class="n">0', '<td class="n">2']
     assert re.search(r"<td>women</td><td>12</td><td>35.3%</td><td>nurse \(12\)", text)
     assert re.search(r"<td>men</td><td>8</td><td>23.5%</td><td>[^<]*engineer \(8\)", text)
-    rates = found["steps"][0]["tables"]["label rates"]
+    assert re.findall("<caption>(.*?)</caption>", text)[:3] == ["groups, train", "label rates, train", "groups, test"]
+    assert re.search(r"<td>women</td><td>1</td><td>50.0%</td>", text)
+    assert text.count("Names of people were not looked for: as the recipe says.") == 1
+    rates = found["steps"][0]["tables"]["label rates, train"]
     assert any(rate["group"] == "women" and rate["label"] == "refused" for rate in rates)
     for rate in rates:
         assert "".join(f"<td>{cell}</td>" for cell in rate.values()) in text
+
+
+def test_what_was_made_and_how_it_packs_is_on_the_page(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
+    """Each way that rows are made by its name; figures of tokens are those of all rows, not of the rows shown."""
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(7)])
+    recipe["data"]["sources"][0]["weight"] = 2
+    recipe["data"] |= {
+        "augment": [{"kind": "case", "share": 0.2}],
+        "canaries": 1,
+        "split": {"validation": 0, "test": 2},
+    }
+    said = tunesmith("data", "report", write_recipe(tmp_path, recipe), "--json")
+    assert said.code == 0, said.out + said.err
+    found = said.json
+    assert found["counts"]["made"] == {"augment": 1, "weight": 6, "canaries": 4}
+    read = [["read", 7], ["after rejecting", 7]]
+    made = [["after augment", 8], ["after weight", 14], ["after canaries", 18]]
+    assert found["waterfall"] == [*read, *made, ["train", 16], ["validation", 0], ["test", 2]]
+    told = found["tokens"]["train"]
+    weights = [w > 0 for row in found["shown"] for sequence in row["sequences"] for _, w in sequence]
+    assert len(found["shown"]) == 16 and told["total"] == len(weights)
+    assert told["trained share"] == pytest.approx(sum(weights) / len(weights), abs=1e-4)
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    cells = re.findall(
+        r"<td class=\"n\">(.*?)</td>", page.partition('<table id="tokens">')[2].partition("</tr>\n</tbody>")[0]
+    )
+    assert cells[1] == f"{told['trained share']:.1%}" and cells[4:6] == [f"{told[k]:.1%}" for k in ("packed", "padded")]
+    assert "after weight" in page and "cutting up" not in page
 
 
 def test_sides_of_a_split_are_on_the_page(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

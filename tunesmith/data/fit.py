@@ -180,7 +180,8 @@ def _fitted(row: Conversation, policy: str, fit: Fit, ledger: Ledger) -> tuple[l
         ledger.cut.append({"row": row.id, "why": f"{why}: {_what_became(kept)}"})
     else:
         ledger.remove(row, row.id, "over_length", why)
-    ledger.made += max(len(kept) - 1, 0)
+    if len(kept) > 1:
+        ledger.made["over_length"] += len(kept) - 1
     return kept, 0
 
 

@@ -85,7 +85,7 @@ class Saved:
     """A ledger that another process kept: its counts, and where its lists lie."""
 
     read: int
-    made: int
+    made: Counter[str]
     steps: Counter[str]
     lists: dict[str, tuple[Path, int]]
 
@@ -96,12 +96,13 @@ class Ledger:
 
     Attributes:
         folder: where long lists go; the system's folder for such files if not given.
+        made: how many rows each step added.
         steps: how many rows each step removed.
     """
 
     folder: Path | None = None
     read: int = 0
-    made: int = 0
+    made: Counter[str] = field(default_factory=Counter)
     steps: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -132,14 +133,14 @@ class Ledger:
     def add(self, saved: Saved) -> None:
         """Take over what another process kept."""
         self.read += saved.read
-        self.made += saved.made
+        self.made.update(saved.made)
         self.steps.update(saved.steps)
         for name, (path, count) in saved.lists.items():
             getattr(self, name).take(path, count)
 
     def balance(self, accepted: int) -> None:
         """Hold that no row went missing."""
-        if self.read + self.made != accepted + len(self.rejected) + len(self.removed):
+        if self.read + self.made.total() != accepted + len(self.rejected) + len(self.removed):
             raise AssertionError(f"rows went missing: {self.read} read, {accepted} accepted")
 
 

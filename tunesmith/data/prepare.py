@@ -111,7 +111,7 @@ def _prepared(
         if rows_are != "conversation":
             raise DataError("canaries are conversations", where="data.canaries", fix="Leave them out for other rows.")
         planted = canaries(section.canaries, section.canary_repeats, section.system, inputs.seed)
-        ledger.made += len(planted)
+        ledger.made["canaries"] += len(planted)
         parts["train"] += shelf.put(planted)
     ledger.balance(sum(map(len, parts.values())))
     _write(target, parts, ledger, cleaning, bool(section.columns_named))
@@ -155,7 +155,7 @@ def _counts(parts: Mapping[str, Rows], ledger: Ledger) -> dict[str, Any]:
         "accepted": sum(map(len, parts.values())),
         "rejected": len(ledger.rejected),
         "removed": dict(ledger.steps),
-        **({"made": ledger.made} if ledger.made else {}),
+        **({"made": dict(ledger.made)} if ledger.made else {}),
         **({"cut": len(ledger.cut)} if len(ledger.cut) else {}),
         **({"flagged": len(ledger.flagged)} if len(ledger.flagged) else {}),
         **{part: len(parts[part]) for part in PARTS},

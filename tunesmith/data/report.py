@@ -27,7 +27,6 @@ def page(name: str, found: Mapping[str, Any]) -> str:
     fall = found["waterfall"]
     read = fall[0][1] or 1
     notes = [f"{n:,} ({n / read:.1%})" for _, n in fall]
-    languages = found["checks"]["language"]["found"]
     privacy = found["checks"]["personal data"]["found"]
     drawn = {
         "waterfall": charts.bars("Rows after each step", fall, note=notes),
@@ -35,7 +34,7 @@ def page(name: str, found: Mapping[str, Any]) -> str:
             "Tokens of a training row", found["lengths"]["tokens"], limit=found["lengths"]["limit"]
         ),
         "labels": charts.bars("Training rows of each label", _most(found["labels"].get("train", {}))),
-        "languages": charts.bars("Language of the rows looked at", _most(languages)),
+        "languages": charts.bars("Language of the rows looked at", _most(found["languages"])),
         "privacy": charts.bars("Personal data in the rows looked at, by kind", _most(privacy), "baseline"),
     }
     template = environment.get_template("report.html.jinja")

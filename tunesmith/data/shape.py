@@ -108,7 +108,8 @@ def _drawn(rows: Rows, wanted: int, seed: int, step: str, ledger: Ledger) -> Row
     more = Rows(rows.shelf, places[repeated])
     named = rows.shelf.put(replace(row, id=f"{row.id}*{k}") for row, k in zip(more, numbers, strict=True))
     places[repeated] = named.places
-    ledger.made += len(named)
+    if len(named):
+        ledger.made[step] += len(named)
     return Rows(rows.shelf, places)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.contamination import Contamination
 from tunesmith.data.clean.duplicates import Duplicates
-from tunesmith.data.clean.language import Language
+from tunesmith.data.clean.language import languages
 from tunesmith.data.clean.personal import Personal
 from tunesmith.data.clean.secrets import Secrets
 from tunesmith.data.clean.step import Around, Step
@@ -31,6 +31,8 @@ MEASURED = 5000
 LOOKED_THROUGH = 1000
 EXAMPLES = 5
 SIDES = ("prompt", "answer")
+# What is done to the training rows once the others are held out, in this order.
+SHAPING = ("augment", "weight", "balance", "mix", "canaries")
 # Tokens of one row, a sequence apiece: [(text, its loss weight), ...].
 Tokens = Callable[[Conversation], list[list[tuple[str, float]]]]
 
@@ -57,6 +59,7 @@ def _surveyed(
 ) -> dict[str, Any]:
     steps = json.loads((folder / "steps.json").read_text(encoding="utf-8"))
     draw, train = random.Random(around.seed), parts["train"]
+    some = sampled(train, LOOKED_THROUGH, draw)
     shown: list[dict[str, Any]] = [{"row": row.id, "sequences": tokens(row)} for row in sampled(train, SHOWN, draw)]
     measured = sampled(train, MEASURED, draw)
     said = np.fromiter((len(text_of(row, side)) for row in train for side in SIDES), dtype=np.int64).reshape(-1, 2)
@@ -69,6 +72,7 @@ def _surveyed(
         "flagged": _reasons(_entries(folder / "flagged.jsonl"), "step"),
         "steps": steps,
         "split": manifest.get("split", {}),
+        "tokens": manifest["tokens"],
         "lengths": {
             "limit": limit,
             "measured": len(measured),
@@ -81,11 +85,10 @@ def _surveyed(
             for part, rows in parts.items()
             if manifest["answers"]["kind"] == "label"
         },
-        "checks": checks(parts, draw, around),
+        "languages": spoken(some),
+        "checks": checks(parts, some, around),
         "shown": shown,
     }
-    carrying = [weight > 0 for row in shown for sequence in row["sequences"] for _, weight in sequence]
-    found["lengths"]["share of tokens with loss"] = sum(carrying) / len(carrying) if carrying else 0.0
     return found | {"fix first": fix_first(found)}
 
 
@@ -95,12 +98,10 @@ def waterfall(counts: Mapping[str, Any]) -> list[tuple[str, int]]:
     found = [("read", left)]
     left -= counts["rejected"]
     found.append(("after rejecting", left))
-    for step, gone in counts["removed"].items():
-        left -= gone
+    removed, made = counts["removed"], counts.get("made", {})
+    for step in sorted(removed | made, key=lambda step: SHAPING.index(step) if step in SHAPING else -1):
+        left += made.get(step, 0) - removed.get(step, 0)
         found.append((f"after {step}", left))
-    if counts.get("made"):
-        left += counts["made"]
-        found.append(("after cutting up", left))
     return [*found, *((part, counts[part]) for part in PARTS)]
 
 
@@ -135,24 +136,31 @@ def _spread(values: np.ndarray) -> dict[str, float]:
     }
 
 
-def checks(parts: Mapping[str, Rows], draw: random.Random, around: Around) -> dict[str, dict[str, Any]]:
-    """What cleaning steps would find in the training rows as they are now, whether or not the recipe has them."""
+def spoken(rows: Rows) -> dict[str, int]:
+    """How many rows are in each language, the most frequent first; a row in which two are spoken is in both."""
+    counted: Counter[str] = Counter()
+    for row in rows:
+        counted.update({language for _, language, _ in languages(row, ("user", "assistant"))} or {"not judged"})
+    return dict(counted.most_common())
+
+
+def checks(parts: Mapping[str, Rows], some: Rows, around: Around) -> dict[str, dict[str, Any]]:
+    """What cleaning steps would find in the training rows as they are now, whether or not the recipe has them; those
+    that take long look at `some` of them."""
     train = parts["train"]
-    some = sampled(train, LOOKED_THROUGH, draw)
     looked: dict[str, tuple[Step, Rows]] = {
         "exact duplicates": (Duplicates(kind="exact"), train),
         "near duplicates": (Duplicates(kind="near"), train),
         "same prompt": (Duplicates(kind="exact", on="prompt"), train),
         "contamination": (Contamination(), train if parts["test"] else train[:0]),
-        "language": (Language(keep=("xx",)), some),
         "personal data": (Personal(names="auto"), some),
         "secrets": (Secrets(action="report"), some),
     }
-    return {name: _looked(step, rows, around, name != "language") for name, (step, rows) in looked.items()}
+    return {name: _looked(step, rows, around) for name, (step, rows) in looked.items()}
 
 
-def _looked(step: Step, rows: Rows, around: Around, named: bool) -> dict[str, Any]:
-    """What a step finds in rows; with the first of them, where they are to be `named`."""
+def _looked(step: Step, rows: Rows, around: Around) -> dict[str, Any]:
+    """What a step finds in rows, with the first of them."""
     counted: Counter[str] = Counter()
     such: list[dict[str, str]] = []
     touched = 0
@@ -163,7 +171,7 @@ def _looked(step: Step, rows: Rows, around: Around, named: bool) -> dict[str, An
             counted.update(verdict.found)
             if verdict.why:
                 touched += 1
-                if named and len(such) < EXAMPLES:
+                if len(such) < EXAMPLES:
                     such.append({"row": rows[number].id, "why": verdict.why})
     except MachineError as error:
         return {"rows": 0, "looked at": 0, "found": {}, "such as": [], "not done": str(error.what)}
@@ -198,10 +206,10 @@ def _of_rows(found: Mapping[str, Any]) -> Iterator[Advice]:
         yield 6, f"{conflicts} rows ask what another asks and are answered otherwise", "clean: {conflicts: true}"
     if (near := share["near duplicates"]) > 0.01:
         yield 4 + near, f"{near:.1%} of rows nearly repeat another", "clean: {duplicates: near}"
-    languages = {k: v for k, v in look["language"]["found"].items() if k != "not judged"}
-    if len(languages) > 1:
-        first, known = next(iter(languages)), sum(languages.values())
-        others = known - languages[first]
+    judged = {language: n for language, n in found["languages"].items() if language != "not judged"}
+    if len(judged) > 1:
+        first, known = next(iter(judged)), sum(judged.values())
+        others = known - judged[first]
         if others / known > 0.01:
             yield 3, f"{others} of {known} rows looked at are not in '{first}'", f"clean: {{language: [{first}]}}"
     if found["flagged"]:

@@ -242,7 +242,7 @@ def _data(manifests: dict[str, dict[str, Any]]) -> str:
         return "## Data\n\nNot recorded."
     counts = manifests["data"]["counts"]
     removed = "".join(f", {n} removed ({step})" for step, n in counts["removed"].items())
-    made = f", {counts['made']} made by splitting long ones" if counts.get("made") else ""
+    made = "".join(f", {n} made ({step})" for step, n in counts.get("made", {}).items())
     return (
         "## Data\n\n"
         f"{counts['read']} rows read, {counts['accepted']} accepted, "

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -68,6 +68,8 @@ class Asked(Making):
 class Paraphrase(Asked):
     """A share of the rows again, the user's last message in other words; the answer is the same."""
 
+    made_of: ClassVar[tuple[str, ...]] = ("conversation", "preference", "rated")
+
     kind: Literal["paraphrase"] = "paraphrase"
     share: float = Field(0.1, gt=0, le=1)
     """Of the training rows, drawn by the seed."""
@@ -96,29 +98,37 @@ class Paraphrase(Asked):
 
 
 class Synthesise(Asked):
-    """New rows like those that there are: questions and answers, made after examples drawn from the training rows."""
+    """New questions and answers, made after examples drawn from the training rows, a JSON schema, or both."""
+
+    made_of: ClassVar[tuple[str, ...]] = ("conversation",)
 
     kind: Literal["synthesise"] = "synthesise"
     rows: int = Field(100, ge=1)
     """How many to ask for."""
-    examples: int = Field(4, ge=1, le=50)
-    """Training rows shown with each request."""
+    examples: int = Field(4, ge=0, le=50)
+    """Training rows shown with each request. 0 shows none: `about` and `answers_like` then say what a row is."""
     about: str = ""
     """What the rows are about, in a sentence, and what else they should keep to."""
     answers_like: dict[str, Any] | None = None
     """A JSON schema that answers must meet."""
 
+    @model_validator(mode="after")
+    def _told(self) -> Synthesise:
+        if not (self.examples or (self.about and self.answers_like)):
+            raise ValueError("without examples, `about` and `answers_like` must say what a row is")
+        return self
+
     def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:
-        pairs = [row for row in rows if row.kind == "conversation" and row.question and row.answer]
+        pairs = [row for row in rows if row.question and row.answer] if self.examples else []
         random = np.random.default_rng([means.seed, len(pairs), self.rows])
         answers = {row.answer for row in pairs}
-        labels = answers if 2 * len(answers) <= len(pairs) and all(len(a) <= 80 for a in answers) else None
+        labels = answers if 0 < 2 * len(answers) <= len(pairs) and all(len(a) <= 80 for a in answers) else None
         shown = [
             [pairs[i] for i in random.choice(len(pairs), min(self.examples, len(pairs)), replace=False)]
             for _ in range(self.rows)
         ]
         prompts = [[Message("user", self._request(examples, labels, n))] for n, examples in enumerate(shown, 1)]
-        seen = Seen(row.question for row in pairs)
+        seen = Seen(row.question for row in rows)
         for n, (examples, text) in enumerate(zip(shown, self.answers(prompts, means, account), strict=True), 1):
             pair = _pair(text)
             if pair is None:
@@ -129,11 +139,12 @@ class Synthesise(Asked):
                 account.filtered[wrong] += 1
                 continue
             seen.add(pair[0])
-            system = [m for m in examples[0].messages[:1] if m.role == "system"]
+            kin = examples or [rows[0]]
+            system = [m for m in kin[0].messages[:1] if m.role == "system"]
             yield Conversation(
                 (*system, Message("user", pair[0]), Message("assistant", pair[1])),
                 f"synthesised:{n}",
-                _marks(examples) | self.provenance(self.kind, [e.id for e in examples]),
+                _marks(kin) | self.provenance(self.kind, [e.id for e in examples]),
             )
 
     def _request(self, examples: Sequence[Conversation], labels: set[str] | None, number: int) -> str:
@@ -141,11 +152,11 @@ class Synthesise(Asked):
         rules = [f"About: {self.about}"] if self.about else []
         rules += [f"The answer is one of: {', '.join(sorted(labels))}."] if labels else []
         rules += [f"The answer meets this JSON schema: {json.dumps(self.answers_like)}"] if self.answers_like else []
-        return "\n".join([
-            "Here are rows of a data set, a JSON object each:", *lines, *rules,
-            f"Write one new row of the same kind, unlike these in what it asks. Row {number}. "
-            "Answer with its JSON object alone.",
-        ])  # fmt: skip
+        opening, wanted = "A row of a data set is a JSON object: question and answer.", "Write one new row."
+        if lines:
+            opening = "Here are rows of a data set, a JSON object each:"
+            wanted = "Write one new row of the same kind, unlike these in what it asks."
+        return "\n".join([opening, *lines, *rules, f"{wanted} Row {number}. Answer with its JSON object alone."])
 
     def _wrong_answer(self, answer: str, labels: set[str] | None) -> str:
         if not answer.strip():
@@ -168,10 +179,10 @@ class Synthesise(Asked):
         return "refusal" if REFUSALS.match(answer) and labels is None else ""
 
 
-def _marks(examples: Sequence[Conversation]) -> dict[str, Any]:
-    """The tag that all examples have, so that a made row is mixed as they are."""
-    tags = {e.metadata.get("tag") for e in examples}
-    tag = tags.pop() if len(tags) == 1 else examples[0].metadata.get("tag")
+def _marks(kin: Sequence[Conversation]) -> dict[str, Any]:
+    """The tag that all these rows have, so that a made row is mixed as they are."""
+    tags = {row.metadata.get("tag") for row in kin}
+    tag = tags.pop() if len(tags) == 1 else kin[0].metadata.get("tag")
     return {"tag": tag} if tag is not None else {}
 
 

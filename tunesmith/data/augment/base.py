@@ -7,11 +7,11 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from tunesmith.conversation.message import Conversation, Message
+from tunesmith.conversation.message import KINDS, Conversation, Message
 from tunesmith.section import Section
 
 # Answers of a model to lists of messages, in their order; made by the pipeline of the run's own base model.
@@ -53,6 +53,9 @@ class Account:
 
 class Making(Section):
     """A way of making rows: `data.augment[].kind`."""
+
+    made_of: ClassVar[tuple[str, ...]] = tuple(KINDS)
+    """Kinds of rows that it can start from."""
 
     @abstractmethod
     def make(self, rows: Sequence[Conversation], means: Means, account: Account) -> Iterator[Conversation]:

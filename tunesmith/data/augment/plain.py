@@ -1,11 +1,11 @@
-"""Variants of what users say, made without a model: typing errors, case, noise. Answers stay as they are."""
+"""Variants of what users say, made without a model: typing errors, case, noise. What is learnt stays as it is."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
@@ -22,7 +22,9 @@ NEAR = {
 
 
 class Variant(Making):
-    """A changed copy of a share of the rows."""
+    """A changed copy of a share of the rows. Not of plain texts: all that they say is learnt."""
+
+    made_of: ClassVar[tuple[str, ...]] = ("conversation", "preference", "rated")
 
     share: float = Field(0.1, gt=0, le=1)
     """Of the training rows, drawn by the seed."""
@@ -32,7 +34,7 @@ class Variant(Making):
             random = np.random.default_rng([means.seed, *row.id.encode(), *account.kind.encode()])
 
             def changed(message: Message, random: Any = random) -> str:
-                return self.changed(message.content, random) if message.role in ("user", "text") else message.content
+                return self.changed(message.content, random) if message.role == "user" else message.content
 
             account.asked += 1
             made = row.map_texts(changed)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.augment.base import Account, Making, Means, Seen, plain
 from tunesmith.data.groups import digest
+from tunesmith.errors import DataError
 
 if TYPE_CHECKING:
     from tunesmith.data.ledger import Ledger
@@ -26,7 +27,11 @@ def augmented(
 
     Every way starts from the rows that were read. What asks the same as a row that is there, is like one that is
     held out, or does not fit the model is left out and counted.
+
+    Raises:
+        DataError: one can't start from rows of this kind; nothing was asked for yet.
     """
+    _startable(makings, parts["train"][0].kind)
     rows: list[Conversation] = []
     told = []
     held = [row.question for part in ("validation", "test") for row in parts[part]]
@@ -46,6 +51,18 @@ def augmented(
             asked.add(digest(row.question))
             rows.append(row)
             account.made += 1
-            ledger.made += 1
+        if account.made:
+            ledger.made["augment"] += account.made
         told.append(account.as_dict())
     return rows, told
+
+
+def _startable(makings: Sequence[Making], kind: str) -> None:
+    for number, making in enumerate(makings):
+        if kind not in making.made_of:
+            name = getattr(making, "kind", type(making).__name__)
+            raise DataError(
+                f"{name} starts from {' and '.join(making.made_of)} rows, and these are {kind} rows",
+                where=f"data.augment.{number}",
+                fix="Leave it out for such rows.",
+            )

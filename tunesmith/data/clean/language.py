@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -12,6 +13,8 @@ from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import RowStep, Verdict
 from tunesmith.data.clean.texts import SIDES, texts
 
+CERTAINTY = 0.8
+SHORTEST = 20  # characters
 CODE = re.compile(r"```.*?```|`[^`\n]*`|https?://\S+", re.DOTALL)
 
 
@@ -25,9 +28,9 @@ class Language(RowStep):
     """Languages to keep, by their ISO 639 codes: [en, de]."""
     on: Literal["prompt", "answer", "both"] = "both"
     """Whose texts are judged; the users' and the assistant's each on their own."""
-    certainty: float = Field(0.8, gt=0, le=1)
+    certainty: float = Field(CERTAINTY, gt=0, le=1)
     """How probable another language must be for a row to go."""
-    shortest: int = Field(20, ge=1)
+    shortest: int = Field(SHORTEST, ge=1)
     """Texts of fewer characters are not judged."""
 
     @field_validator("keep", mode="before")
@@ -44,19 +47,23 @@ class Language(RowStep):
         return value
 
     def look(self, row: Conversation) -> Verdict:
-        found: dict[str, int] = {}
-        why = ""
-        for role in SIDES[self.on]:
-            text = CODE.sub(" ", "\n".join(texts(row, (role,)))).strip()
-            if len(text) < self.shortest:
-                continue
+        spoken = list(languages(row, SIDES[self.on], self.certainty, self.shortest))
+        other = [found for found in spoken if found[1] not in self.keep]
+        why = "the {}'s text is in '{}' (p = {:.2f})".format(*other[-1]) if other else ""
+        return Verdict(None if why else row, why, {language: 1 for _, language, _ in spoken} or {"not judged": 1})
+
+
+def languages(
+    row: Conversation, roles: Sequence[str], certainty: float = CERTAINTY, shortest: int = SHORTEST
+) -> Iterator[tuple[str, str, float]]:
+    """What a row's roles speak, each judged on its own: (role, language, its probability); nothing of a role whose
+    text is too short or too uncertain."""
+    for role in roles:
+        text = CODE.sub(" ", "\n".join(texts(row, (role,)))).strip()
+        if len(text) >= shortest:
             language, sure = detected(text)
-            if sure < self.certainty:
-                continue
-            found[language] = 1
-            if language not in self.keep:
-                why = f"the {role}'s text is in '{language}' (p = {sure:.2f})"
-        return Verdict(None if why else row, why, found or {"not judged": 1})
+            if sure >= certainty:
+                yield role, language, sure
 
 
 def detected(text: str) -> tuple[str, float]:

@@ -69,9 +69,12 @@ class Personal(RowStep):
     def hide(self, text: str) -> str:
         return text if self.action == "report" else self._replaced(text, _masked)
 
-    def tell(self, rows: Any, removed: Any) -> dict[str, Any]:
-        looks = "looked for" if self.finder.names is not None else "not looked for: no model of names is installed"
-        return {"names": [{"names of people": looks}]}
+    @property
+    def note(self) -> str:
+        if self.finder.names is not None:
+            return "Names of people were looked for by a model."
+        why = "as the recipe says" if self.names == "none" else "no model of names is installed"
+        return f"Names of people were not looked for: {why}."
 
     @property
     def finder(self) -> Finder:

@@ -35,7 +35,8 @@ class Account:
         changed, removed, flagged: how many of them it changed, took out, or listed for a person.
         found: what it found, counted by kind.
         examples: up to ten, drawn evenly from what it touched: {row, did, why, before, after}.
-        tables: what else it tells, by name.
+        note: what it says of itself.
+        tables: what else it tells, by name; of several parts, each part's by its own.
     """
 
     step: str
@@ -46,6 +47,7 @@ class Account:
     flagged: int = 0
     found: Counter[str] = field(default_factory=Counter)
     examples: list[dict[str, str]] = field(default_factory=list)
+    note: str = ""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
@@ -101,9 +103,10 @@ class Cleaning:
                 for part, rows in parts.items():
                     left[part], steps = do(group, rows, around, progress.advance)
                     told.append(steps)
+            several = sum(len(rows) > 0 for rows in parts.values()) > 1
             for name, did in zip(group, zip(*told, strict=True), strict=True):  # step by step, as in the recipe
-                for one in did:
-                    self._tell(name, one)
+                for part, one in zip(parts, did, strict=True):
+                    self._tell(name, one, f", {part}" if several else "")
             parts = left
         return parts
 
@@ -175,7 +178,7 @@ class Cleaning:
 
         return Rows(self._shelf, places[places >= 0]), [Part(rows, [done], example)]
 
-    def _tell(self, name: str, part: Part) -> None:
+    def _tell(self, name: str, part: Part, of: str) -> None:
         step, account = self.steps[name], self.accounts[name]
         account.rows = (
             max(account.rows, len(part.rows)) if step.after_split else account.rows + sum(d.rows for d in part.did)
@@ -192,9 +195,10 @@ class Cleaning:
         wanted = min(EXAMPLES - len(account.examples), touched)
         drawn = [part.example(i * touched // wanted) for i in range(wanted)]
         account.examples += [_example(row, verdict, self.hide) for row, verdict in drawn]
-        removed = ((entry["row"], entry["why"]) for entry in self._ledger.removed.after(before))
-        for title, table in step.tell(part.rows, removed).items():
-            account.tables.setdefault(title, []).extend(table)
+        account.note = step.note
+        if len(part.rows):
+            removed = ((entry["row"], entry["why"]) for entry in self._ledger.removed.after(before))
+            account.tables |= {title + of: table for title, table in step.tell(part.rows, removed).items() if table}
 
 
 def _at(arrays: Sequence[np.ndarray], which: int) -> int:

@@ -71,11 +71,16 @@ class Step(Section):
         """Files whose content the result depends on."""
         return []
 
+    @property
+    def note(self) -> str:
+        """What the report says of the step itself, in a sentence."""
+        return ""
+
     def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
         """What the report shows besides the counts: tables by name, each a list of rows as mappings.
 
         Args:
-            rows: those that were looked at.
+            rows: those of one part that were looked at; there are some.
             removed: of each that was removed, its id and why.
         """
         return {}
