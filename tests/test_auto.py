@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import write_recipe
+from tests.conftest import make_model, write_recipe
 from tunesmith.train import auto
 from tunesmith.train.adapters.full import Full
 from tunesmith.train.adapters.lora import Lora
@@ -68,6 +68,18 @@ def test_ranks_give_a_weight_a_token(tiny_model: Path, tokens: int, rank: int) -
     wide = Lora(rank="auto", targets=["q_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     assert auto.rank(Lora(rank="auto"), tokens, model).value == rank  # k and v have 16 outputs
     assert auto.rank(wide, 10**9, model).value == 32
+
+
+def test_layers_of_gpt2_are_named_and_ranked_as_others_are(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:
+    recipe["model"] = str(make_model(tmp_path / "gpt2", architecture="gpt2"))
+    recipe["train"]["adapter"] = {"kind": "lora", "rank": "auto", "targets": ["c_attn"]}
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("plan", path)  # two layers of 32 x 96
+    assert said.code == 0 and "train.adapter.rank 8 (2,048 weights for" in said.out + said.err, said.err
+    said = tunesmith("check", path, "--set=train.adapter.rank=33")
+    assert said.code == 2 and "is 33, more than layer transformer.h.0.attn.c_attn has (96 x 32)" in said.err
+    said = tunesmith("check", path, "--set=train.adapter.targets=[q_proj]")
+    assert said.code == 2 and "linear layers are called: c_attn, c_fc, c_proj." in said.err
 
 
 def test_a_run_with_auto_is_the_run_with_those_numbers(tunesmith: Any, recipe: Any, tmp_path: Path) -> None:

@@ -365,10 +365,13 @@ def test_a_missing_package_is_named_with_its_extra(
 
 
 def test_plan_counts_each_optimizers_state(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:
-    """The state's bytes as planned, and as the checkpoint holds them."""
-    recipe["train"] |= {"adapter": FULL, "max_steps": 1}
-    for kind in ("adamw", "adafactor", "lion", "muon", "schedule_free", "galore"):
-        recipe["train"]["optimizer"] = {"kind": kind} | ({"rank": 4} if kind == "galore" else {})
+    """The state's bytes as planned, and as the checkpoint holds them; also where layers are trained in turns."""
+    turns = {"lisa": {"lisa": {"layers": 1}}, "unfreezing": {"unfreeze_every": 2}}
+    recipe["train"] |= {"max_steps": 1}
+    for kind in ("adamw", "adafactor", "lion", "muon", "schedule_free", "galore", *turns):
+        recipe["train"]["adapter"] = {"kind": "full"} | turns.get(kind, {})
+        name = "adamw" if kind in turns else kind
+        recipe["train"]["optimizer"] = {"kind": name} | ({"rank": 4} if kind == "galore" else {})
         recipe |= {"name": kind}
         path = write_recipe(tmp_path, recipe)
         planned = tunesmith("plan", path, "--json").json["memory"]["optimizer"]

@@ -123,6 +123,68 @@ def test_the_weights_are_small_and_plan_says_so(
     assert planned == pytest.approx(weight_bytes(packed) + 2 * 512 * 128, rel=0.15)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "falcon"])
+def test_linear_layers_of_other_classes_are_small_as_well(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, quantise: str, architecture: str
+) -> None:
+    """GPT-2's hold their weights the other way round, Falcon's are a class of their own: the model computes what
+    transformers computes with the weights that are meant."""
+    from tunesmith.models.load import load_model
+    from tunesmith.models.quantise import FORMATS, weight_bytes
+
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "ffn_hidden_size": 512}
+    folder = make_model(tmp_path / architecture, architecture=architecture, **sizes)
+    whole = load_model(resolved(folder), torch.float32)
+    packed = load_model(resolved(folder), torch.float32, quantise=quantise)
+    coder, turned, linear = FORMATS[quantise].coder, architecture == "gpt2", 0
+    for name, weight in whole.named_parameters():
+        if ".h." in name and weight.ndim == 2:
+            linear += weight.numel()
+            meant = coder.whole(
+                *coder.quantise(weight.detach().T.contiguous() if turned else weight.detach()), weight.dtype
+            )
+            weight.data = meant.T.contiguous() if turned else meant
+    assert loss(packed) == pytest.approx(loss(whole), abs=1e-4)
+    held = weight_bytes(packed) - (weight_bytes(whole) - 4 * linear)
+    assert held == pytest.approx(linear * FORMATS[quantise].bits / 8, rel=0.15)
+    recipe |= {"model": str(folder)}
+    recipe["train"]["quantise"] = quantise
+    planned = tunesmith("plan", write_recipe(tmp_path, recipe), "--json").json["memory"]["weights"]
+    assert planned == pytest.approx(weight_bytes(packed) + 4 * 512 * 128, rel=0.15)
+
+
+def test_an_adapter_over_a_quantised_gpt2_is_one_for_gpt2(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe["model"] = str(make_model(tmp_path / "gpt2", architecture="gpt2"))
+    recipe["train"] |= {"quantise": "nf4", "adapter": {"kind": "lora", "rank": 4, "targets": ["c_attn", "*.mlp.*"]}}
+    path = write_recipe(tmp_path, recipe)
+    said = tunesmith("run", path)
+    assert said.code == 0, said.err
+    losses = [line["loss"] for line in read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")]
+    assert min(losses[1:]) < losses[0]
+    from tunesmith.models.load import load_model, load_tuned
+    from tunesmith.models.resolve import resolve
+    from tunesmith.models.section import ModelSection
+
+    base, adapter = resolve(ModelSection(name=recipe["model"])), tmp_path / "runs/tiny/train/adapter"
+    assert loss(load_tuned(base, adapter, torch.float32)) != loss(load_model(base, torch.float32))
+    said = tunesmith("train", path, "--set=train.adapter=oft", "--set=name=other")
+    assert said.code == 2 and "oft does not suit this model" in said.err, said.err
+    assert not (tmp_path / "runs/other/metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("verb", ["check", "plan", "train"])
+def test_a_base_that_would_stay_large_is_refused(
+    tunesmith: Any, recipe: dict[str, Any], tmp_path: Path, verb: str
+) -> None:
+    recipe["model"] = str(make_model(tmp_path / "mixture", architecture="mixtral", num_local_experts=4))
+    recipe["train"]["quantise"] = "nf4"
+    said = tunesmith(verb, write_recipe(tmp_path, recipe))
+    assert said.code == 2 and "train.quantise" in said.err and "a mixture's experts" in said.err, said.err
+
+
 @pytest.mark.parametrize(
     ("adapter", "quantise", "part"),
     [

@@ -50,9 +50,13 @@ def check(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]
     from tunesmith.data.ledger import too_many_rejected
     from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.plan import empty_model
+    from tunesmith.models.quantise import refuse_large
 
     kit = _kit(recipe, overrides)
-    kit.recipe.train.adapter.attach(empty_model(kit.model))
+    empty = empty_model(kit.model)
+    if kit.recipe.train.quantise:
+        refuse_large(empty)
+    kit.recipe.train.adapter.attach(empty)
     with tempfile.TemporaryDirectory() as folder:
         # Rows that can't be used are listed here, not a reason to stop before the others are seen.
         section = kit.recipe.data.model_copy(update={"max_rejected": 1.0})
@@ -100,6 +104,7 @@ def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
     """As `plan`, with what it was made of."""
     from tunesmith.data.prepare import load_rows, prepare
     from tunesmith.models.plan import empty_model, estimate, shape_of
+    from tunesmith.models.quantise import refuse_large
     from tunesmith.train import auto
     from tunesmith.train.batching import Schedule
     from tunesmith.train.calibrate import job_of
@@ -121,12 +126,15 @@ def resolved(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[s
         say(auto.told(choices))
     schedule = Schedule.of(len(examples), train.batch_size, train.epochs, train.max_steps, kit.recipe.seed)
     shape = shape_of(empty)
+    if train.quantise:
+        refuse_large(empty)
     train.optimizer.check(kit.machine.device)
     model = train.adapter.attach(empty)
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    precision = kit.machine.precision if train.precision == "auto" else train.precision
-    found = estimate(job_of(train, shape, model, weights, precision, examples, schedule), kit.machine)
-    return Resolved(found, train, counts)
+    machine = kit.machine
+    precision = machine.precision if train.precision == "auto" else train.precision
+    job = job_of(train, shape, model, weights, precision, machine.device, examples, schedule)
+    return Resolved(estimate(job, machine), train, counts)
 
 
 def _kit(recipe: str | Path | dict[str, Any] | Recipe, overrides: Sequence[str]) -> Kit:

@@ -7,13 +7,13 @@ from typing import Any
 
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
-from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
+from tunesmith.models.matrices import PLAIN
 from tunesmith.models.quantise import QuantLinear
 from tunesmith.models.steps import Products, Whole
 
-LINEAR = (nn.Linear, QuantLinear, FalconLinear, Conv1D)
+LINEAR = (*PLAIN, QuantLinear)
 
 
 def products(x: Tensor, layers: Sequence[Any]) -> Sequence[Tensor]:

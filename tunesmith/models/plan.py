@@ -12,7 +12,8 @@ from tunesmith.models.attention import LONGEST_KEPT
 from tunesmith.models.head import tokens_at_once
 from tunesmith.models.load import silence
 from tunesmith.models.machine import Machine
-from tunesmith.models.quantise import FORMATS, parameter_count
+from tunesmith.models.matrices import picked, products, shapes
+from tunesmith.models.quantise import FORMATS, parameter_count, quantisable
 from tunesmith.models.resolve import ResolvedModel
 from tunesmith.models.words import grow
 
@@ -25,14 +26,14 @@ BYTES = {"float32": 4, "bfloat16": 2}
 BESIDES = 1.0
 ATTENTION = 18  # operations a query, key and channel of every layer, at float32's rate (benchmarks/growth.py)
 STEP_SECONDS = 0.02  # what a step takes besides, however small the model
-# Tensors of hidden size and of intermediate size that one decoder layer keeps for backward.
-KEPT_HIDDEN, KEPT_INTERMEDIATE = 9, 3
+KEPT_HIDDEN = 9  # tensors of hidden size that one decoder layer keeps for backward, beside those inside its MLP
 # What a step has in memory by what its layers keep: the backward pass's own, and holes that its buffers leave on the
 # heap. Rows that are too long to be computed together take more. Measured, as the next three (benchmarks/plan.py).
 BY_KEPT, BY_KEPT_LONG = 1.5, 2.3
 LOGITS = 3.5  # times the logits that are there at once: their softmax, their gradient
 GRADIENTS = 8  # bytes of a weight that computes rounded: its own gradient, the sum in float32, and holes
 PROCESS = 510 * 2**20  # Python, torch and transformers before any weight, and what they load at first use
+EIGHT_BIT = 2 + 8 / 256  # bytes that AdamW in 8 bits keeps of a weight
 LORA_RANK = 16  # of the adapter that is advised instead of training every weight
 
 
@@ -40,16 +41,24 @@ LORA_RANK = 16  # of the adapter that is advised instead of training every weigh
 class Shape:
     """A model's size, read from its configuration without loading weights.
 
-    `linear` maps the name of each linear layer but the output layer to (out, in).
+    Attributes:
+        head: weights of the output layer.
+        inner: numbers that a layer's MLP keeps of a token for backward: what each of its products gives or takes beside
+            the hidden state (gated: three times the inner width; without a gate: twice) and what experts take and give.
+        linear: the (out, in) of each linear layer but the output layer, by name.
+        products: weights that a token is multiplied with before the output layer.
+        quantisable: whether most of its weights could lie in few bits.
     """
 
     parameters: int
     head: int
     hidden: int
-    intermediate: int
+    inner: int
     layers: int
     vocabulary: int
     linear: dict[str, tuple[int, int]]
+    products: int
+    quantisable: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,15 @@ class Job:
         kept_bytes: what terms against forgetting keep of each trained weight.
         activations: whether those of decoder layers are kept, computed again, or offloaded.
         reached: decoder layers that gradients go through, the last ones; below them nothing is kept. None: all.
+        at_once: of the weights, the most that are trained in one step. None: all.
+        usual: where they are trained in turns, the means over all steps of `at_once` and `reached`.
         quantise: the format of the frozen linear layers, if they are in fewer bits than `precision`.
+        replayed: rows that are trained on besides, thought to be like the others.
+        read: tokens that are only read, in the whole training: before it, or beside the rows; `read_loss` carry loss.
+        teacher: a second model that reads every row, its weights in `teacher_precision`.
+        device: where it is trained.
+        format: in which the frozen linear layers could lie, if they don't.
+        eight_bit: whether the optimizer's moments could lie in 8 bits.
     """
 
     shape: Shape
@@ -83,7 +100,17 @@ class Job:
     kept_bytes: float = 0.0
     activations: str = "keep"
     reached: int | None = None
+    at_once: int | None = None
+    usual: tuple[float, float] | None = None
     quantise: str | None = None
+    replayed: int = 0
+    read: int = 0
+    read_loss: int = 0
+    teacher: Shape | None = None
+    teacher_precision: str = "float32"
+    device: str = "cpu"
+    format: str | None = None
+    eight_bit: bool = False
 
 
 @dataclass(frozen=True)
@@ -166,52 +193,48 @@ def empty_model(model: ResolvedModel) -> PreTrainedModel:
 
 def shape_of(empty: PreTrainedModel) -> Shape:
     """A model's sizes."""
-    head, linear = empty.get_output_embeddings(), linear_layers(empty)
-    text = empty.config.get_text_config()
-    widest = max((s for shape in linear.values() for s in shape), default=text.hidden_size)
+    head, text, found = empty.get_output_embeddings(), empty.config.get_text_config(), products(empty)
+    # Each matrix of an MLP has one side of the hidden size, and its other side is what is kept.
+    inside = sum(count for name, count in found.items() if "attn" not in name and "attention" not in name)
     return Shape(
         parameters=parameter_count(empty),
         head=head.weight.numel() if head is not None else 0,
         hidden=text.hidden_size,
-        intermediate=getattr(text, "intermediate_size", None) or widest,
+        inner=inside // text.hidden_size // text.num_hidden_layers + 2 * picked(empty) * text.hidden_size,
         layers=text.num_hidden_layers,
         vocabulary=text.vocab_size,
-        linear=linear,
+        linear=shapes(empty),
+        products=sum(found.values()),
+        quantisable=bool(quantisable(empty)),
     )
-
-
-def linear_layers(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """The (out, in) of every linear layer but the output layer, by name."""
-    import torch
-
-    head = getattr(model, "score", None) or model.get_output_embeddings()
-    return {
-        name: (m.out_features, m.in_features)
-        for name, m in model.named_modules()
-        if isinstance(m, torch.nn.Linear) and m is not head
-    }
 
 
 def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     """Memory and time of a job that may take `available` bytes (if None: what is free, and what this process has).
 
     A token costs two floating-point operations a weight forward, two backward in the layers that gradients go through,
-    and two more where a weight is trained; the output layer only counts where a token carries loss.
+    and two more where a weight is trained; the output layer only counts where a token carries loss. What is only read
+    (by a reference, a teacher) costs the first two.
     Memory is the weights, float32 masters of those that are trained rounded, gradients, the optimizer's state, what
     terms against forgetting keep, what one pack keeps for backward (one layer's and the inputs of all, if activations
     are computed again), and one chunk of logits.
     """
-    free = free_memory() if available is None else available
+    free = free_memory(job.device) if available is None else available
     shape = job.shape
     own = [length - job.shared for length in job.lengths]
-    products = sum(rows * columns for rows, columns in shape.linear.values())
     tokens = round(sum(job.lengths) * job.epochs)
-    computed = sum(own) * job.epochs * (1 + job.shared / max(_in_pack(job) - job.shared, 1))
-    changed = min(job.trained - job.added, products)
-    back = _reached(job) / max(shape.layers, 1)
-    work = computed * ((2 + 2 * back) * products + 6 * job.added + 2 * changed)
-    work += 4 * round(job.loss_tokens * job.epochs) * shape.head
-    looked = sum(n * n for n in job.lengths) / 2 * job.epochs * shape.hidden * shape.layers * (1 + 2 * back) / 3
+    passes = job.epochs + job.replayed / len(job.lengths)
+    computed = sum(own) * passes * (1 + job.shared / max(_in_pack(job) - job.shared, 1))
+    trained, reached = job.usual or (_at_once(job), _reached(job))
+    changed = min(trained - job.added, shape.products)
+    back = reached / max(shape.layers, 1)
+    work = computed * ((2 + 2 * back) * shape.products + 6 * job.added + 2 * changed)
+    work += 4 * round(job.loss_tokens * passes) * shape.head
+    work += 2 * (job.read * shape.products + job.read_loss * shape.head)
+    if job.teacher:
+        share = job.epochs / passes
+        work += 2 * (computed * share * job.teacher.products + job.loss_tokens * job.epochs * job.teacher.head)
+    looked = sum(n * n for n in job.lengths) / 2 * passes * shape.hidden * shape.layers * (1 + 2 * back) / 3
     rate, plain = (max(machine.gflops.get(name, 0.0), 1.0) * 1e9 for name in (job.precision, "float32"))
     memory = peak_memory(job)
     return Plan(
@@ -229,26 +252,31 @@ def estimate(job: Job, machine: Machine, available: int | None = None) -> Plan:
     )
 
 
-def free_memory() -> int:
-    """Bytes that this process has or could have."""
+def free_memory(device: str) -> int:
+    """Bytes that this process has or could have: of the accelerator's memory, where it trains on one."""
+    if device.startswith("cuda"):
+        import torch
+
+        return int(torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved())
     return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
 def peak_memory(job: Job) -> dict[str, int]:
     """Bytes at the peak of a training step, by part."""
     shape, size, in_pack = job.shape, BYTES[job.precision], _in_pack(job)
-    layer = KEPT_HIDDEN * shape.hidden + KEPT_INTERMEDIATE * shape.intermediate
+    layer = KEPT_HIDDEN * shape.hidden + shape.inner
     layers = max(_reached(job), 1)  # whatever is trained, a layer's own are there while it is computed
     inputs = shape.hidden * layers if job.activations == "recompute" else 0
     masters = 4 * (job.trained - job.added) if job.precision != "float32" else 0
-    kept = round(job.trained * job.kept_bytes)
+    kept, at_once = round(job.trained * job.kept_bytes), _at_once(job)
     by_kept = BY_KEPT if max(job.lengths) <= LONGEST_KEPT else BY_KEPT_LONG
     return {
-        "process": PROCESS,
+        **({"process": PROCESS} if job.device == "cpu" else {}),
         "weights": _held(shape, size, job.quantise),
+        **({"teacher": job.teacher.parameters * BYTES[job.teacher_precision]} if job.teacher else {}),
         "adapter": job.added * 4,
-        "gradients": GRADIENTS * (job.trained - job.added) + job.added * 4 if masters else job.trained * 4,
-        "optimizer": round(job.trained * job.state_bytes),
+        "gradients": GRADIENTS * (at_once - job.added) + job.added * 4 if masters else at_once * 4,
+        "optimizer": round(at_once * job.state_bytes),
         **({"masters": masters} if masters else {}),
         **({"start": kept} if kept else {}),
         "activations": round(
@@ -260,6 +288,10 @@ def peak_memory(job: Job) -> dict[str, int]:
 
 def _reached(job: Job) -> int:
     return job.shape.layers if job.reached is None else job.reached
+
+
+def _at_once(job: Job) -> int:
+    return job.trained if job.at_once is None else job.at_once
 
 
 def _in_pack(job: Job) -> int:
@@ -285,12 +317,20 @@ def advise(job: Job, available: int) -> list[Change]:
         steps.append((again, "the result stays the same; a third more time", {"activations": "recompute"}))
     if job.precision == "float32" and job.added:
         steps.append(({"train.precision": "bfloat16"}, "the frozen base is rounded", {"precision": "bfloat16"}))
-    if job.state_bytes > 4 and job.trained > 10**7:
-        steps.append(({"train.optimizer": "adafactor"}, "other steps than adamw's", {"state_bytes": 0.1}))
+    if job.eight_bit and _at_once(job) > 10**7:
+        costs = "the optimizer's moments are rounded to 8 bits"
+        steps.append(({"train.optimizer": "adamw_8bit"}, costs, {"state_bytes": EIGHT_BIT}))
+    frozen: dict[str, Any] = {}
+    beside: dict[str, Any] = {}
     if not job.added:
         added = sum(LORA_RANK * (rows + columns) for rows, columns in job.shape.linear.values())
-        change = {"trained": added, "added": added, "precision": "bfloat16", "state_bytes": 8.0, "reached": None}
-        steps.append(({"train.adapter": "lora"}, "small weights beside the frozen base are trained", change))
+        frozen = {"trained": added, "added": added, "state_bytes": 8.0, "reached": None, "at_once": None, "usual": None}
+        beside = {"train.adapter": "lora"}
+        costs = "small weights beside the frozen base are trained, which want ten times the rate"
+        steps.append((beside, costs, frozen))
+    if job.format and not job.quantise:
+        costs = f"the frozen base is rounded to {job.format}, and made whole for each product"
+        steps.append((beside | {"train.quantise": job.format}, costs, frozen | {"quantise": job.format}))
     shorter = sorted(job.lengths)[int(0.9 * (len(job.lengths) - 1))]
     if shorter < longest:
         settings = {"train.max_length": shorter, "data.over_length": "drop"}

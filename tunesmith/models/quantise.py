@@ -8,6 +8,7 @@ bitsandbytes or torchao turn numbers into bits and back; where the bits lie, and
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,11 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from tunesmith.errors import MachineError
+from tunesmith.errors import MachineError, ModelError
+from tunesmith.models.matrices import PLAIN, experts, linear_layers, shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,22 +114,28 @@ FORMATS = {
 
 
 class QuantLinear(nn.Linear):
-    """A frozen linear layer whose `weight` holds the bits of an [out, in] matrix."""
+    """A frozen linear layer whose `weight` holds the bits of an [out, in] matrix.
 
-    def __init__(self, like: nn.Linear, coder: Any, lost_rank: int = 0) -> None:
+    Attributes:
+        turned: whether files have that matrix as [in, out].
+    """
+
+    def __init__(self, like: Any, coder: Any, lost_rank: int = 0) -> None:
+        rows, columns = shape(like)
         with torch.device("meta"):
-            super().__init__(like.in_features, like.out_features, like.bias is not None, dtype=like.weight.dtype)
+            super().__init__(columns, rows, like.bias is not None, dtype=like.weight.dtype)
         self.requires_grad_(False)
-        self.coder, self.finite = coder, True
+        self.coder, self.finite, self.turned = coder, True, isinstance(like, Conv1D)
         self.state: Any = None
         self.lost_rank = lost_rank
         self.lost: tuple[Tensor, Tensor] | None = None
 
     def fill(self, weight: Tensor) -> nn.Parameter:
-        """The parameter that takes the place of `weight` [out, in]; its scales are kept beside it.
+        """The parameter that takes the place of a file's `weight`; its scales are kept beside it.
 
         With a `lost_rank`, so is the best picture of that rank of what the weight lost, as (B [out, r], A [r, in]).
         """
+        weight = weight.T.contiguous() if self.turned else weight
         self.finite = bool(weight.sum(dtype=torch.float32).isfinite())
         bits, self.state = self.coder.quantise(weight)
         if self.lost_rank:
@@ -178,6 +187,27 @@ class _Product(torch.autograd.Function):
         return grad @ ctx.layer.whole(ctx.layer.weight, grad.dtype), None
 
 
+def quantisable(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The linear layers whose weights can lie in few bits, by name; none where they are less than half of the weights
+    of all linear layers and experts."""
+    layers = linear_layers(model)
+    found = {name: layer for name, layer in layers.items() if type(layer) in PLAIN}
+    others = [math.prod(shape(layer)) for name, layer in layers.items() if name not in found]
+    others += [p.numel() for p in experts(model).values()]
+    return found if sum(math.prod(shape(layer)) for layer in found.values()) >= sum(others) else {}
+
+
+def refuse_large(model: PreTrainedModel) -> None:
+    """Raise ModelError where hardly any of a model's weights would lie in few bits."""
+    if not quantisable(model):
+        raise ModelError(
+            "most of this model's weights are a mixture's experts, or layers of a kind of their own, which can't lie "
+            "in few bits",
+            where="train.quantise",
+            fix="Leave it out, or take a base of plain linear layers.",
+        )
+
+
 @register_quantization_config(METHOD)
 class QuantiseConfig(QuantizationConfigMixin):
     """What `from_pretrained(quantization_config=...)` takes.
@@ -204,10 +234,9 @@ class Quantiser(HfQuantizer):
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         config = self.quantization_config
         coder = FORMATS[config.name].coder
-        heads = (model.get_output_embeddings(), getattr(model, "score", None))
-        for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear and not any(module is head for head in heads):
-                model.set_submodule(name, QuantLinear(module, coder, config.lost_rank))
+        refuse_large(model)
+        for name, layer in quantisable(model).items():
+            model.set_submodule(name, QuantLinear(layer, coder, config.lost_rank))
         return model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

@@ -13,6 +13,7 @@ from tunesmith.errors import ModelError
 from tunesmith.models.load import load_model, refuse_anothers, refuse_spoilt, whole_model
 from tunesmith.models.machine import reuse_buffers
 from tunesmith.models.packed import PackedForward
+from tunesmith.models.plan import empty_model
 from tunesmith.models.quantise import parameter_count, weight_bytes
 from tunesmith.progress import say
 from tunesmith.runs import hash_file
@@ -38,6 +39,8 @@ def load(
     # A quantised weight is made whole for each product: such buffers would leave the heap in pieces, as large as the
     # weights as they were.
     reuse_buffers(**({"below": 2**20} if section.quantise else {}))
+    if section.quantise:  # the base as it is must take the adapter, too, when it is evaluated
+        section.adapter.attach(empty_model(source))
     base = load_model(source, dtype, inputs.machine.device, classes, section.quantise, lost_rank)
     if classes:
         base.config.pad_token_id = _padding(inputs.renderer, examples)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -14,7 +17,8 @@ from tunesmith.errors import MachineError
 from tunesmith.models import machine as machines
 from tunesmith.models.machine import Machine
 from tunesmith.models.packs import common_beginning, tokens
-from tunesmith.models.plan import Job, Plan, Shape, advise, free_memory, peak_memory, told
+from tunesmith.models.plan import Job, Plan, Shape, advise, empty_model, free_memory, peak_memory, shape_of, told
+from tunesmith.models.quantise import FORMATS
 from tunesmith.train.batching import Schedule
 from tunesmith.train.layers import reached
 from tunesmith.train.objectives.method import Example
@@ -22,6 +26,7 @@ from tunesmith.train.optimizers.make import grouped
 from tunesmith.train.section import TrainSection
 
 VALIDATED = 16  # validation rows that are tried
+TURNS = 8  # steps at which is looked what is trained, where that changes
 
 
 def job_of(
@@ -30,12 +35,20 @@ def job_of(
     model: torch.nn.Module,
     weights: dict[str, torch.nn.Parameter],
     precision: str,
+    device: str,
     examples: Sequence[Example],
     schedule: Schedule,
 ) -> Job:
     """What the section makes of examples and a model whose `weights` are trained, as far as its cost depends on it."""
     own = section.adapter.whole_model
-    trained = sum(p.numel() for p in weights.values())
+    trained, epochs = sum(p.numel() for p in weights.values()), schedule.total / schedule.steps_per_epoch
+    names, turns = [name for name, _ in model.named_parameters()], _turns(section, list(weights), schedule)
+    sizes = [sum(weights[name].numel() for name in turn) for turn in turns]
+    layers = [reached(names, turn) for turn in turns]
+    read = [(e.beside, epochs) for e in examples]
+    if section.method.compares:
+        read += [(e.sequences + e.beside, 1.0) for e in examples]
+    along = section.method.reads_along()
     state = section.optimizer.state_bytes(grouped(section, weights, section.adapter.rate_of))
     return Job(
         shape=shape,
@@ -46,15 +59,42 @@ def job_of(
         shared=common_beginning([sequence for e in examples for sequence in e.sequences]),
         loss_tokens=sum(sequence.trained for e in examples for sequence in e.sequences),
         steps=schedule.total,
-        epochs=schedule.total / schedule.steps_per_epoch,
+        epochs=epochs,
         batch_size=section.batch_size,
         pack_tokens=section.pack_tokens,
         state_bytes=state / max(trained, 1),
         kept_bytes=4.0 * sum(term.copies for term in section.keep),
         activations=section.speed.activations,
-        reached=reached([name for name, _ in model.named_parameters()], weights),
+        reached=max(layers),
+        at_once=max(sizes),
+        usual=(fmean(sizes), fmean(layers)),
         quantise=section.quantise,
+        replayed=sum(term.rows_seen(schedule.total) for term in section.keep),
+        read=round(sum(tokens(common_beginning(rows), rows) * times for rows, times in read)),
+        read_loss=round(sum(row.trained * times for rows, times in read for row in rows)),
+        teacher=shape_of(empty_model(along[0])) if along else None,
+        teacher_precision=along[1] if along else precision,
+        device=device,
+        format=_format(section) if shape.quantisable else None,
+        eight_bit=section.optimizer.kind == "adamw" and find_spec("bitsandbytes") is not None,
     )
+
+
+def _turns(section: TrainSection, names: list[str], schedule: Schedule) -> list[set[str]]:
+    """Which of the weights are trained at some steps, spread evenly over the training up to its last."""
+    if not hasattr(section.adapter, "trained_at"):
+        return [set(names)]
+    steps = {max(round(share * schedule.total / TURNS) - 1, 0) for share in range(1, TURNS + 1)}
+    return [section.adapter.trained_at(step, names, schedule.seed) for step in sorted(steps)]
+
+
+def _format(section: TrainSection) -> str | None:
+    """The smallest format that a frozen base could lie in, under this adapter, or LoRA where none is frozen."""
+    for name, format in sorted(FORMATS.items(), key=lambda item: item[1].bits):
+        refused = None if section.adapter.whole_model else section.adapter.refuses(name)
+        if find_spec(format.library) and not refused:
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,7 +106,7 @@ class Measured:
         longest_tokens: of the step that has most.
         validation_seconds, checkpoint_seconds: one of each.
         peak_bytes: most memory in use while all of that was done.
-        seconds: the whole training, validations and checkpoints included.
+        seconds: the whole training, validations and checkpoints included; sample answers are not.
     """
 
     step_seconds: float
@@ -123,7 +163,7 @@ def calibrate(
         validation_seconds = _timed(lambda: validate(some)) / share
     size = sum(lengths[i] for i in usual)
     every = [sum(lengths[i] for i in rows) for rows in first_epoch]
-    validations = schedule.total // (section.validate_every or schedule.steps_per_epoch) + 1
+    validations = math.ceil(schedule.total / (section.validate_every or schedule.steps_per_epoch))
     return Measured(
         step_seconds=round(step_seconds, 3),
         step_tokens=size,
@@ -134,7 +174,7 @@ def calibrate(
         seconds=round(
             step_seconds / size * sum(every) / len(every) * schedule.total
             + validation_seconds * validations
-            + checkpoint_seconds * (schedule.total // section.checkpoint_every + 1),
+            + checkpoint_seconds * math.ceil(schedule.total / section.checkpoint_every),
             1,
         ),
     )
@@ -155,7 +195,7 @@ def out_of_memory(job: Job, what: str) -> Iterator[None]:
         raise MachineError(
             f"memory ran out in {what} ({str(error).splitlines()[0][:200]})",
             where="train.pack_tokens",
-            fix=told(advise(job, min(free_memory(), round(0.8 * sum(peak_memory(job).values()))))),
+            fix=told(advise(job, min(free_memory(job.device), round(0.8 * sum(peak_memory(job).values()))))),
         ) from error
 
 

@@ -116,7 +116,8 @@ def ready(section: TrainSection, inputs: TrainInputs, run: Run) -> Ready:
     if section.neftune:
         add_noise(forward, section.neftune)
     known = section.method.start(examples)
-    job = job_of(section, shape, model, learned.weights, state.precision, examples, schedule)
+    device = inputs.machine.device
+    job = job_of(section, shape, model, learned.weights, state.precision, device, examples, schedule)
     saved = shape.parameters if own else job.trained
     need_room(run.path, 4 * (3 * job.trained * (section.keep_checkpoints + 1) + 2 * saved), "Training")
     split = split_over(section, inputs, Step(model, forward, section.method), learned)

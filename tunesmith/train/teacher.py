@@ -20,11 +20,12 @@ from tunesmith.runs import hash_json, write_text
 
 def forward_of(teacher: ResolvedModel, rows: Sequence[Rendered], precision: str = "auto") -> PackedForward:
     """The teacher's packed forward, in evaluation mode and without gradients."""
-    model = load_model(teacher, getattr(torch, _chosen(precision)), machine().device)
+    model = load_model(teacher, getattr(torch, chosen(precision)), machine().device)
     return PackedForward(model.requires_grad_(False), rows)
 
 
-def _chosen(precision: str) -> str:
+def chosen(precision: str) -> str:
+    """The precision of a teacher's weights, with what `auto` stands for here."""
     return machine().precision if precision == "auto" else precision
 
 
@@ -34,15 +35,15 @@ def answers(
     """The teacher's greedy answers to the rows' prompts, kept on disk for the next time."""
     renderer = load_renderer(teacher)
     prompts = [renderer.prompt(row.prompt, row.tools) for row in rows]
-    chosen = _chosen(precision)
-    key = hash_json({"model": teacher.identity, "precision": chosen, "limit": max_new_tokens, "rows": prompts})
+    told = chosen(precision)
+    key = hash_json({"model": teacher.identity, "precision": told, "limit": max_new_tokens, "rows": prompts})
     kept = cache_folder() / "distilled" / f"{key[:32]}.json"
     try:
         found: list[str] = json.loads(kept.read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):
         pass
-    engine = TransformersEngine(teacher, machine(), precision=chosen)
+    engine = TransformersEngine(teacher, machine(), precision=told)
     with bar("Teacher's answers", len(rows)) as progress:
         ids = engine.generate(prompts, max_new_tokens, renderer.stop_ids, progress.advance)
     found = [renderer.decode(answer) for answer in ids]

@@ -68,7 +68,7 @@ class Lora(RankedAdapter):
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
             target_modules=self.modules(model),
-            target_parameters=experts(model) if EXPERTS in self.targets else None,
+            target_parameters=expert_names(model) if EXPERTS in self.targets else None,
             trainable_token_indices={_embeddings(model): words} if words else None,
             use_rslora=self.rslora,
             use_dora=self.dora,
@@ -95,7 +95,7 @@ class Lora(RankedAdapter):
         return given if isinstance(given, str) else [name for name in given if name != EXPERTS]
 
     def reaches(self, model: PreTrainedModel, target: str) -> bool:
-        return bool(experts(model)) if target == EXPERTS else super().reaches(model, target)
+        return bool(expert_names(model)) if target == EXPERTS else super().reaches(model, target)
 
     def begin(self, model: PeftModel, rows: Sequence[Rendered], steps: int) -> None:
         if self.init == "eva":
@@ -118,10 +118,11 @@ class Lora(RankedAdapter):
         return self.b_rate if "lora_B" in name else 1.0
 
 
-def experts(model: PreTrainedModel) -> list[str]:
+def expert_names(model: PreTrainedModel) -> list[str]:
     """The names under which a mixture's layers hold their experts' matrices, such as `mlp.experts.down_proj`."""
-    found = {name for name, p in model.named_parameters() if ".experts." in name and p.ndim == 3}
-    return sorted({".".join(name.split(".")[-3:]) for name in found})
+    from tunesmith.models.matrices import experts
+
+    return sorted({".".join(name.split(".")[-3:]) for name in experts(model)})
 
 
 def _embeddings(model: PreTrainedModel) -> str:

@@ -125,9 +125,9 @@ class LayerAdapter(PeftAdapter):
 
     def layers(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         """All layers that could be chosen, with their (out, in)."""
-        from tunesmith.models.plan import linear_layers
+        from tunesmith.models.matrices import shapes
 
-        return linear_layers(model)
+        return shapes(model)
 
     def chosen(self, model: PreTrainedModel) -> dict[str, tuple[int, int]]:
         """The layers that `targets` names, with their (out, in)."""
@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
 
 
 def _known(model: PreTrainedModel) -> str:
-    from tunesmith.models.plan import linear_layers
+    from tunesmith.models.matrices import linear_layers
 
     return ", ".join(sorted({name.rpartition(".")[2] for name in linear_layers(model)})) or "none"
 

@@ -22,6 +22,11 @@ class TermSection(Section):
 
     copies: ClassVar[int] = 0
 
+    def rows_seen(self, steps: int) -> int:
+        """How many rows it takes gradients of, before and in so many steps."""
+        del steps
+        return 0
+
     @abstractmethod
     def begin(self, start: Start) -> Term:
         """The term, on a model that has taken no step."""
@@ -57,6 +62,9 @@ class Ewc(TermSection):
     sample: int = Field(256, ge=1)
     """So many of the rows are read, the first ones."""
 
+    def rows_seen(self, steps: int) -> int:
+        return self.sample
+
     def begin(self, start: Start) -> Term:
         from tunesmith.train.keep.terms import FisherToStart
 
@@ -75,6 +83,9 @@ class Kl(TermSection):
     """How much it counts beside the loss."""
     batch_size: int = Field(4, ge=1)
     """Replay rows in a step, drawn from the seed and the step's number."""
+
+    def rows_seen(self, steps: int) -> int:
+        return self.batch_size * steps
 
     def begin(self, start: Start) -> Term:
         from tunesmith.train.keep.terms import KlToStart

@@ -50,6 +50,11 @@ class Distill(Sft):
     def figures(self) -> dict[str, bool]:
         return {"divergence": False} if self.source == "logits" else super().figures
 
+    def reads_along(self) -> tuple[ResolvedModel, str] | None:
+        from tunesmith.train.teacher import chosen
+
+        return (self._teacher(), chosen(self.precision)) if self.source == "logits" else None
+
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
         if self.source == "text":
             from tunesmith.train.teacher import answers

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from tunesmith.models.packed import PackedForward
     from tunesmith.models.packs import Pack
+    from tunesmith.models.resolve import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,10 @@ class Method(Section):
     def models(self) -> dict[str, str]:
         """The identities of models that it learns from, by their keys: in others, training begins anew."""
         return {}
+
+    def reads_along(self) -> tuple[ResolvedModel, str] | None:
+        """A second model that is in memory in training and reads every row, with the precision of its weights."""
+        return None
 
     @abstractmethod
     def encode(self, rows: Sequence[Conversation], renderer: Renderer, max_length: int) -> Iterator[list[Example]]:
