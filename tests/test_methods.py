@@ -137,6 +137,15 @@ DPO = {
     "hinge": ({"form": "hinge"}, {"loss_type": ["hinge"]}),
     "ipo": ({"form": "ipo"}, {"loss_type": ["ipo"]}),
     "robust": ({"form": "robust", "label_smoothing": 0.2}, {"loss_type": ["robust"], "label_smoothing": 0.2}),
+    "robust, half-hearted": (
+        {"form": "robust", "label_smoothing": 0.45},
+        {"loss_type": ["robust"], "label_smoothing": 0.45},
+    ),
+    "robust, all right": ({"form": "robust"}, {"loss_type": ["robust"]}),
+    "robust with sft": (
+        {"form": "robust", "label_smoothing": 0.1, "sft_weight": 0.7},
+        {"loss_type": ["robust", "sft"], "loss_weights": [1.0, 0.7], "label_smoothing": 0.1},
+    ),
     "apo_zero": ({"form": "apo_zero"}, {"loss_type": ["apo_zero"]}),
     "apo_down": ({"form": "apo_down"}, {"loss_type": ["apo_down"]}),
     "length normalised": ({"length_normalised": True}, {"loss_type": ["sigmoid_norm"]}),
@@ -161,6 +170,19 @@ CPO = {
         {"loss_type": "sigmoid", "beta": 0.3, "label_smoothing": 0.1, "cpo_alpha": 0.5},
     ),
     "cpo hinge": ({"kind": "cpo", "form": "hinge", "beta": 0.3}, {"loss_type": "hinge", "beta": 0.3}),
+    "cpo ipo": ({"kind": "cpo", "form": "ipo", "beta": 0.3}, {"loss_type": "ipo", "beta": 0.3}),
+    "cpo ipo alone": (
+        {"kind": "cpo", "form": "ipo", "beta": 0.1, "sft_weight": 0.0},
+        {"loss_type": "ipo", "beta": 0.1, "cpo_alpha": 0.0},
+    ),
+    "simpo smoothed": (
+        {"kind": "simpo", "beta": 1.5, "gamma": 0.6, "label_smoothing": 0.2},
+        {"loss_type": "simpo", "beta": 1.5, "simpo_gamma": 0.6, "label_smoothing": 0.2, "cpo_alpha": 0.0},
+    ),
+    "simpo with sft": (
+        {"kind": "simpo", "gamma": 0.6, "sft_weight": 0.5},
+        {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.6, "cpo_alpha": 0.5},
+    ),
     "simpo": (
         {"kind": "simpo", "gamma": 0.6},
         {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.6, "cpo_alpha": 0.0},
@@ -175,7 +197,8 @@ def test_cpo_and_simpo(tmp_path: Path, models: Any, mine: dict[str, Any], trl: d
     assert_same(ours(mine, PAIRS, models), theirs(CPOTrainer, config(CPOConfig, tmp_path, **trl), pairs(), models))
 
 
-def test_orpo(models: Any) -> None:
+@pytest.mark.parametrize("sft_weight", [1.0, 0.3, 0.0])
+def test_orpo(models: Any, sft_weight: float) -> None:
     """TRL takes the cross-entropy over the prompt too, Tunesmith as the paper does: so the parts are compared."""
     from types import SimpleNamespace
 
@@ -195,9 +218,9 @@ def test_orpo(models: Any) -> None:
     fake = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
     losses = ORPOTrainer.odds_ratio_loss(fake, *scores)[0]
     counts = torch.tensor([pair[0].trained for pair in rendered])
-    expected = -(scores[0] * counts).sum() / counts.sum() - losses.mean()
+    expected = -sft_weight * (scores[0] * counts).sum() / counts.sum() - losses.mean()
     expected.backward()
-    found = ours({"kind": "orpo", "beta": 0.4}, PAIRS, models)
+    found = ours({"kind": "orpo", "beta": 0.4, "sft_weight": sft_weight}, PAIRS, models)
     assert_same(found, (expected.item(), {name: p.grad for name, p in model.named_parameters()}))
     model.zero_grad()
 
@@ -283,8 +306,8 @@ def test_classify_is_weighted_cross_entropy(models: Any, scorers: Any) -> None:
     assert 0 <= found[2]["accuracy"] <= 1
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
-def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
+@pytest.mark.parametrize(("beta", "sft_weight"), [(0.0, 0.0), (0.3, 0.0), (1.0, 0.0), (0.0, 0.4), (0.5, 2.0)])
+def test_distill(models: Any, tmp_path: Path, beta: float, sft_weight: float) -> None:
     from trl.experimental.gkd import GKDTrainer
 
     teacher, student = models
@@ -300,13 +323,57 @@ def test_distill(models: Any, tmp_path: Path, beta: float) -> None:
         labels = torch.tensor([[i if w else -100 for i, w in zip(rendered.ids, rendered.weights, strict=True)]])
         with torch.no_grad():
             told = teacher(ids).logits
+        said = student(ids, labels=labels)
         total = total + GKDTrainer.generalized_jsd_loss(
-            student(ids).logits[:, :-1], told[:, :-1], labels[:, 1:], beta, temperature=2.0, reduction="sum"
+            said.logits[:, :-1], told[:, :-1], labels[:, 1:], beta, temperature=2.0, reduction="sum"
         )
+        total = total + sft_weight * said.loss * rendered.trained
         count += rendered.trained
     (total / count).backward()
     expected = ((total / count).item(), {name: p.grad for name, p in student.named_parameters()})
     method = {"kind": "distill", "teacher": str(tmp_path), "beta": beta, "temperature": 2.0, "precision": "float32"}
+    assert_same(ours(method | {"sft_weight": sft_weight}, rows, models), expected)
+    student.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["sft", "distill"])
+def test_each_message_weighs_what_its_row_says(models: Any, tmp_path: Path, kind: str) -> None:
+    """Turns of a half, of two and of none: the weighted mean over all tokens of torch's own losses."""
+    import torch.nn.functional as F
+
+    teacher, student = models
+    teacher.save_pretrained(tmp_path)
+    make_tokenizer(TEMPLATE).save_pretrained(tmp_path)
+    turns_weigh = [(0.5, 1.0), (2.0, 0.0), (0.25, 0.75), (1.0, 3.0)]
+    rows = [
+        Conversation(
+            (asked(i), replace(answer(i), weight=one), asked(i + 1), replace(answer(i + 1), weight=other)), "r"
+        )
+        for i, (one, other) in enumerate(turns_weigh)
+    ]
+    tokenizer = make_tokenizer(TEMPLATE)
+    student.zero_grad()
+    total, weight = torch.zeros(()), 0.0
+    for row in rows:
+        ids: list[int] = []
+        weights: list[float] = []
+        for message in row.messages:  # without our renderer: what each turn's text is, and its answer's tokens
+            head = tokenizer(f"<|im_start|>{message.role}\n", add_special_tokens=False)["input_ids"]
+            body = tokenizer(f"{message.content}<|im_end|>", add_special_tokens=False)["input_ids"]
+            ids += head + body
+            weights += [0.0] * len(head) + [message.weight if message.role == "assistant" else 0.0] * len(body)
+        given, weights_T = torch.tensor([ids]), torch.tensor(weights)[1:]
+        logits = student(given).logits[0, :-1]
+        if kind == "sft":
+            losses_T = F.cross_entropy(logits, given[0, 1:], reduction="none")
+        else:
+            with torch.no_grad():
+                told = teacher(given).logits[0, :-1].log_softmax(-1)
+            losses_T = F.kl_div(logits.log_softmax(-1), told, log_target=True, reduction="none").sum(-1)
+        total, weight = total + (losses_T * weights_T).sum(), weight + weights_T.sum().item()
+    (total / weight).backward()
+    expected = ((total / weight).item(), {name: p.grad for name, p in student.named_parameters()})
+    method = {"kind": "distill", "teacher": str(tmp_path), "precision": "float32"} if kind == "distill" else "sft"
     assert_same(ours(method, rows, models), expected)
     student.zero_grad()
 
