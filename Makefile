@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --no-compile -c constraints.txt
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install quickstart test proof test-all lint bench clean
+.PHONY: install quickstart test proof engines test-all lint bench clean
 .DEFAULT_GOAL := quickstart
 
 install: $(VENV)/.installed
@@ -29,10 +29,15 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	@$(PIP) -e '.[test,lint]'
 	@touch $@
 
-# Ray is large, and only long tests ask for it.
-$(VENV)/.installed-test-all: $(VENV)/.installed-test
-	@echo "Installing Ray"
-	@$(PIP) -e '.[ray]'
+# Ray and Spark are large, and few tests ask for them.
+$(VENV)/.installed-engines: $(VENV)/.installed-test
+	@echo "Installing Ray and Spark"
+	@$(PIP) -e '.[ray,spark]'
+	@touch $@
+
+$(VENV)/.installed-test-all: $(VENV)/.installed-engines
+	@echo "Installing DVC"
+	@$(PIP) dvc
 	@touch $@
 
 # Two workers of one thread each: most of a test's time is Python, not products.
@@ -61,6 +66,10 @@ WITH_CLIENTS := TUNESMITH_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python TUNESMITH_PROM
 # The service and its API: other people's clients, 2,000 odd requests to each, what is killed in the middle.
 proof: $(VENV)/.installed-test $(PROMPTFOO)/.installed
 	OMP_NUM_THREADS=1 $(WITH_CLIENTS) $(BIN)/python -m pytest -n 2 --dist worksteal -m proof -rs --durations=15 $(PROOF)
+
+# The data stage on Ray and on Spark: the same files as on this machine's processes.
+engines: $(VENV)/.installed-engines
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m '' -k 'not 100_000 and not address' -rs --durations=5 tests/test_engines.py
 
 test-all: $(VENV)/.installed-test-all $(PROMPTFOO)/.installed
 	$(WITH_CLIENTS) $(BIN)/python -m pytest -m ''

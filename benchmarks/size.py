@@ -3,6 +3,7 @@
     python benchmarks/size.py [--rows 1000000] [--sides ours,datasketch,...] [--rounds 3] [--grow 10000,...,10000000]
     python benchmarks/size.py --rows 5000 --grow 2000,10000        # a small run
     python benchmarks/size.py --rows 100000 --sides ours,ray,spark
+    python benchmarks/size.py --sides '' --grow 10000,100000,1000000,5000000,10000000   # growth alone
 
 First: pip install -c constraints.txt 'tunesmith[bench]'; for ray and spark also 'tunesmith[ray,spark]', and Java 17.
 The rows are made (seeded): words of a made-up language; a tenth of the rows repeat another exactly, a tenth with a word
@@ -231,7 +232,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(run(options.one[0], Path(options.one[1]))))
         return
-    sides = options.sides.split(",")
+    sides = [side for side in options.sides.split(",") if side]
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
@@ -242,11 +243,16 @@ def main() -> None:
         print(HEAD)
         for (side, rows), told in found.items():
             print(line(side, rows, told))
+        grown: dict[int, float] = {}
         for rows in (int(n) for n in options.grow.split(",") if n):
-            print(line(options.grows, rows, [measured(folder, options.grows, rows)]), flush=True)
+            told = measured(folder, options.grows, rows)
+            print(line(options.grows, rows, [told]), flush=True)
+            grown |= {rows: told["seconds"]} if "seconds" in told else {}
             (folder / f"{rows}.jsonl").unlink()
-        if options.grow:
-            print(f"\nAim at any number of rows: under {MOST_MIB:,} MiB.")
+        if grown:
+            few, many = min(grown), max(grown)
+            print(f"\n{many / few:,.0f} times the rows take {grown[many] / grown[few]:,.0f} times the time.")
+            print(f"Aim at any number of rows: under {MOST_MIB:,} MiB.")
     speeds = {side: rows / median(told)["seconds"] for (side, rows), told in found.items() if median(told)}
     for other, speed in speeds.items():
         mine = "plain" if other in PLAIN else "ours"

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from tests.conftest import write_jsonl
 from tunesmith.conversation.message import Text
 from tunesmith.data.clean import minhash, near
+from tunesmith.data.clean.boilerplate import Boilerplate
 from tunesmith.data.clean.markdown import Markdown
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.data.groups import Groups
@@ -134,13 +135,16 @@ def test_odd_lengths_and_repetition(cleaned: Any) -> None:
     assert all("repeats itself" in r["why"] for r in made.removed)
 
 
-def test_boilerplate_goes_and_a_models_talk_of_itself(cleaned: Any) -> None:
+def test_boilerplate_goes_and_a_models_talk_of_itself(cleaned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int] = []
+    common = Boilerplate._common
+    monkeypatch.setattr(Boilerplate, "_common", lambda self, rows: counted.append(len(rows)) or common(self, rows))
     bye = "Thank you for contacting our support."
     rows = pairs(*((f"Q{i}?", f"Answer number {i}.\n{bye}") for i in range(8)), ("Only that?", bye))
     rows += pairs(("Who are you?", "As an AI language model, I cannot say."))
     made, told = cleaned(rows, {"boilerplate": True})
     assert answers(made) == [*(f"Answer number {i}." for i in range(8)), bye]
-    assert told["boilerplate"]["tables"]["shared lines"] == [{"line": bye, "rows": 8}]
+    assert told["boilerplate"]["tables"]["shared lines"] == [{"line": bye, "rows": 8}] and counted == [10]
     assert made.removed[0]["why"] == "the answer says 'As an AI language model'"
 
 
@@ -198,8 +202,14 @@ words = st.lists(st.sampled_from(["a", "b", "c", "d", "e", "f"]), max_size=12).m
 
 
 @settings(max_examples=80, deadline=None)
-@given(texts=st.lists(words, min_size=1, max_size=25), threshold=st.sampled_from([0.5, 0.8, 1.0]))
-def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: float) -> None:
+@given(
+    texts=st.lists(words, min_size=1, max_size=25),
+    threshold=st.sampled_from([0.5, 0.8, 1.0]),
+    crowd=st.sampled_from([0, 3, near.CROWD]),
+)
+def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: float, crowd: int) -> None:
+    """Whether rows that share a band are compared as they are, or told apart by their rarest runs first."""
+
     def runs(text: str) -> frozenset[tuple[str, ...]]:
         parts = text.split()
         return frozenset(zip(*(parts[i:] for i in range(3)), strict=False)) or frozenset(
@@ -212,9 +222,56 @@ def test_bands_find_what_comparing_all_pairs_finds(texts: list[str], threshold: 
         if sets[i] and len(sets[i] & sets[j]) >= threshold * len(sets[i] | sets[j]):
             groups.join(i, j)
     rows = [Text((), text=text) for text in texts]
-    with TemporaryDirectory() as name:
+    with TemporaryDirectory() as name, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(near, "CROWD", crowd)
         keys = near.keys_of(rows, near.Sketch("both", 3, threshold, Path(name)), LocalRunning())
-        assert (near.nearly_same(keys, threshold, Path(name), LocalRunning()) == groups.leaders()).all()
+        leaders, partly = near.nearly_same(keys, threshold, Path(name), LocalRunning())
+        assert (leaders == groups.leaders()).all() and not partly.any()
+
+
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs of rows are compared from now on, a number a time."""
+    counts: list[int] = []
+    alike = near.Runs.alike
+
+    def counting(self: near.Runs, one: np.ndarray, other: np.ndarray, threshold: float) -> np.ndarray:
+        counts.append(len(one))
+        return alike(self, one, other, threshold)
+
+    monkeypatch.setattr(near.Runs, "alike", counting)
+    return counts
+
+
+def test_rows_of_one_template_are_not_all_compared(cleaned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of what each row says is a template's: hundreds share a band, and one in ten is truly like another."""
+    draw = random.Random(4)
+    opening = " ".join(f"word{i}" for i in range(30))
+    own = [[f"own{draw.randrange(10**6)}" for _ in range(10)] for _ in range(900)]
+    for i in range(0, 900, 10):
+        own[i + 1] = [*own[i][:-1], "other"]
+    counts = compared(monkeypatch)
+    rows = pairs(*((f"{opening} {' '.join(words)}", "yes") for words in own))
+    made, told = cleaned(rows, {"duplicates": "near"})
+    assert [row["row"] for row in made.removed] == [f"rows.jsonl:{i + 2}" for i in range(0, 900, 10)]
+    assert told["duplicates"]["found"] == {"near": 90}
+    assert 90 <= sum(counts) < 20 * 900  # of 404,550 pairs
+
+
+def test_rows_that_are_compared_with_some_only_are_told(cleaned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of every pair of two lists of words share their rarest runs with a whole list of others."""
+    opening, end = (" ".join(f"{word}{i}" for i in range(18)) for word in ("one", "two"))
+    rows = pairs(*((f"{opening} noun{i % 6} {end[:50]} mood{i // 6} {end[50:]}", "yes") for i in range(36)))
+    step = {"kind": "near", "threshold": 0.9}
+    made, told = cleaned(rows, {"duplicates": step})
+    assert made.counts["train"] == 36 and told["duplicates"]["found"] == {}
+    monkeypatch.setattr(near, "CROWD", 4)
+    made, told = cleaned(rows, {"duplicates": step})
+    assert made.counts["train"] == 36 and told["duplicates"]["found"] == {}
+    monkeypatch.setattr(near, "HEADS", 2)
+    counts = compared(monkeypatch)
+    made, told = cleaned(rows, {"duplicates": step})
+    assert made.counts["train"] == 36 and 18 < told["duplicates"]["found"]["compared with some only"] <= 36
+    assert 0 < sum(counts) < 36 * 35 / 2
 
 
 @pytest.mark.parametrize("alike", [0.3, 0.5, 0.7])

@@ -12,10 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.conftest import write_jsonl
+from tunesmith import plugins
 from tunesmith.data import opening, shelf
+from tunesmith.data.engines.engine import call, saved
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.prepare import DataInputs, prepare
@@ -112,6 +117,51 @@ def test_made_rows_come_out_the_same(engine: Any, renderer: Any, tmp_path: Path,
     assert steps["unicode"]["changed"] > 200 and len(steps["unicode"]["examples"]) == 10
 
 
+EVERY = {
+    "unicode": True, "markdown": True, "turns": True, "length": True, "repetition": True, "boilerplate": True,
+    "duplicates": "exact", "conflicts": "report", "personal": {"action": "pseudonymise", "names": "none"},
+    "secrets": "mask", "toxicity": {"above": 0.8, "action": "drop"}, "bias": True,
+    "language": {"keep": ["en"], "certainty": 0.9}, "contamination": ["test", "validation"],
+}  # fmt: skip
+SAID = (
+    "Write to anna.{}@example.com or call 212-555-01{:02}.",
+    "The key is AKIAIOSFODNN7EXAM{:02}X, keep it.",
+    "You are a fucking idiot, shut up bitch, number {}.",
+    "The woman at window {} said that she is a nurse and was refused.",
+    "Wo ist die Rechnung Nummer {}, die ich am Montag bestellt habe?",
+    "Where is the bill number {} that I asked for on Monday?",
+)
+
+
+@pytest.mark.long  # each process loads every library
+def test_every_step_comes_out_the_same(engine: Any, renderer: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Each step finds something in these rows, and the same wherever it is done."""
+    assert plugins.known("clean").keys() == EVERY.keys() | {"labels"}  # which is one classifier of all rows
+    monkeypatch.setattr(shelf, "CHUNK", 40)
+    bye = "\nThank you for writing to our support."
+    rows = [
+        {"prompt": SAID[i % 6].format(i, i % 100), "completion": f"Answer {i} is <b>that</b> of desk {i % 7}.{bye}"}
+        for i in range(120)
+    ]
+    rows += [rows[i] | {"completion": f"No {i}.{bye}"} for i in (5, 11, 17)] + [rows[i] for i in (2, 3)]
+    rows += [
+        {"prompt": "Say it.", "completion": "I wait and wait. " * 9},
+        {"prompt": "Long?", "completion": "a b " * 2000},
+    ]
+    rows += [{"prompt": f"Code {i}?", "completion": f"Here it is:\n```python\nx = {i}{bye}"} for i in range(3)]
+    rows += [
+        {
+            "messages": [{"role": "user", "content": text} for text in ("Hi.", "There?")]
+            + [{"role": "assistant", "content": "Yes."}]
+        }
+    ]
+    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
+    split = {"validation": 0.1, "test": 0.1, "near": None}
+    files = same_on(engine, renderer, tmp_path, source, clean=EVERY, split=split)
+    idle = [s["step"] for s in json.loads(files["steps.json"]) if not (s["changed"] or s["removed"] or s["flagged"])]
+    assert idle == ["bias"] and json.loads(files["steps.json"])[11]["found"]
+
+
 def test_the_true_pairs_are_found(engine: Any, renderer: Any, tmp_path: Path, shared: Path, small_pieces: None) -> None:
     """MinHash's articles: every true pair and no other, on every engine."""
     folder = shared / "dedup"
@@ -181,8 +231,6 @@ def test_rows_on_a_shelf_are_the_rows(tmp_path: Path, conversations: Callable[[i
     assert list(kept) == rows and [kept[i] for i in (0, 99, 100, -1)] == [rows[i] for i in (0, 99, 100, -1)]
     draw = random.Random(1)
     order = [draw.randrange(300) for _ in range(500)]
-    import numpy as np
-
     assert list(kept[np.array(order)]) == [rows[i] for i in order]
     assert list(kept[::-1]) == rows[::-1] and list(kept[5:9] + kept[:2]) == rows[5:9] + rows[:2]
     with pytest.raises(IndexError):
@@ -207,6 +255,23 @@ def conversations() -> Callable[[int], list[Any]]:
         return [kinds[i % 4](f"f:{i}") for i in range(count)]
 
     return some
+
+
+def test_work_goes_out_with_its_arrays(tmp_path: Path) -> None:
+    """To the last number; a process reads them where they lie."""
+    for arrays in ([], [np.empty(0)], [np.arange(5), np.empty((0, 2)), np.array([[1.5, 2.5], [3.5, 4.5]]).T]):
+        path = saved(Held(arrays), tmp_path)
+        found = call(path, 2)
+        assert len(found) == len(arrays)
+        assert all((one == 2 * other).all() for one, other in zip(found, arrays, strict=True))
+
+
+class Held:
+    def __init__(self, arrays: list[Any]) -> None:
+        self.arrays = arrays
+
+    def __call__(self, item: int) -> list[Any]:
+        return [item * array for array in self.arrays]
 
 
 def test_a_process_that_ends_is_told(tmp_path: Path) -> None:
@@ -236,6 +301,7 @@ from tests.conftest import make_tokenizer
 from tunesmith.conversation.render import Renderer
 from tunesmith.data.clean.run import Cleaning
 from tunesmith.data.clean.step import Around
+from tunesmith.data.engines.engine import call, saved
 from tunesmith.data.engines.local import LocalRunning
 from tunesmith.data.ledger import Ledger
 from tunesmith.data.reading import read_parts, usable
@@ -255,6 +321,44 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         peaks.append(int(done.stdout.split()[-1]))
     assert peaks[1] - peaks[0] < 60, peaks  # as objects, 22,000 such rows are 75 MiB, and their runs of words 40
+
+
+@pytest.mark.long
+def test_memory_for_keys_is_bounded_whatever_the_rows(tmp_path: Path) -> None:
+    """With a small budget processes take little more for two million rows than for a few; and find the same."""
+    rows, draw = 2_000_000, np.random.default_rng(3)
+    keys = {f"band{i}": draw.integers(0, 2 * rows, rows) for i in range(2)}
+    for name, many in (("few", 20_000), ("many", rows)):
+        (tmp_path / name).mkdir()
+        for start in range(0, many, many // 10):
+            columns = {k: v[start : start + many // 10] for k, v in keys.items()}
+            table = pa.table({"row": np.arange(start, start + many // 10)} | columns)
+            pq.write_table(table, tmp_path / name / f"{start:08}.parquet", compression="none", use_dictionary=False)
+    code = """
+import resource, sys
+sys.path[:0] = eval(sys.argv[1])
+from pathlib import Path
+import numpy as np
+from tunesmith.data.engines import local
+folder, local.KEYS_HELD = Path(sys.argv[2]), int(sys.argv[3])
+running = local.LocalRunning(folder, 2)
+rows = groups = 0
+for found, sizes in running.groups(sorted(folder.glob("*.parquet"))):
+    rows, groups = rows + int((found * np.repeat(sizes, sizes)).sum()), groups + len(sizes)
+running.stop()
+used = (resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+print(rows, groups, *used)
+"""
+
+    def taken(name: str, held: int) -> list[int]:
+        command = [sys.executable, "-c", code, str(sys.path), str(tmp_path / name), str(held)]
+        return [int(n) for n in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+
+    few, small, large = taken("few", 2**25), taken("many", 2**25), taken("many", 2**30)
+    counts = [np.unique(column, return_counts=True)[1] for column in keys.values()]
+    assert small[:2] == large[:2] and small[1] == sum((c > 1).sum() for c in counts)
+    assert small[2] - few[2] < 40 and small[3] - few[3] < 40, (few, small)
+    assert large[3] - few[3] > 60, (few, large)  # all keys of a column in each process
 
 
 def test_a_row_that_went_missing_is_never_passed_over(prepared: Any, tmp_path: Path, monkeypatch: Any) -> None:

@@ -49,7 +49,7 @@ def alike(rows: Rows, threshold: float, engine: Running, scratch: Path | None) -
     with TemporaryDirectory(dir=scratch) as name:
         template = common([text_of(row, "prompt") for row in some(rows)])
         sketch = near.Sketch("prompt", WORDS, threshold, Path(name), template)
-        leaders = near.nearly_same(near.keys_of(rows, sketch, engine), threshold, Path(name), engine)
+        leaders, _ = near.nearly_same(near.keys_of(rows, sketch, engine), threshold, Path(name), engine)
     several = np.flatnonzero(np.bincount(leaders, minlength=len(rows))[leaders] > 1)
     several = several[np.argsort(rows.places[several])]
     return Alike(rows.places[several], leaders[several])

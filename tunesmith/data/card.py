@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +64,7 @@ def dvc_note(folder: Path) -> str:
     `dvc commit` on it puts the folder into DVC's cache.
     """
     files = sorted(p for p in folder.rglob("*") if p.is_file())
-    listed = [
-        {
-            "md5": hashlib.md5(p.read_bytes(), usedforsecurity=False).hexdigest(),
-            "relpath": p.relative_to(folder).as_posix(),
-        }
-        for p in files
-    ]
+    listed = [{"md5": _md5(p), "relpath": p.relative_to(folder).as_posix()} for p in files]
     listed.sort(key=lambda f: f["relpath"])
     whole = hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
     out = {
@@ -80,6 +75,11 @@ def dvc_note(folder: Path) -> str:
         "path": folder.name,
     }
     return yaml.safe_dump({"outs": [out]}, sort_keys=False)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
 
 def dvc_stage(name: str, command: Sequence[str], wdir: str, needs: Sequence[str], made: str) -> str:

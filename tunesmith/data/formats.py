@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from tunesmith import plugins
 from tunesmith.data.labelstudio import is_task
-from tunesmith.data.opening import endings, opened
+from tunesmith.data.opening import endings, opened, state_of
 from tunesmith.data.readers import load_file, load_json
 from tunesmith.errors import DataError
 
@@ -82,10 +83,12 @@ def _is_label_studio(path: Path) -> bool:
     """Whether the first task of a JSON file is one of Label Studio's; its first bytes must name both parts."""
     with opened(path) as file:
         start = file.read(2**16)
-    return b'"annotations"' in start and b'"data"' in start and _has_task(path)
+    return b'"annotations"' in start and b'"data"' in start and _has_task(path, state_of(path))
 
 
-def _has_task(path: Path) -> bool:
+@lru_cache(64)
+def _has_task(path: Path, state: tuple[int, int, int]) -> bool:
+    """Asked of a file whenever it is read; answered once, until it changes."""
     try:
         value, _ = load_file(path)
     except DataError:  # for the reader to tell

@@ -17,12 +17,14 @@ def digest(value: str | np.ndarray) -> bytes:
 
 def same(digests: np.ndarray) -> np.ndarray:
     """For each row the first that says the same, int64; one whose digest is zero is alone."""
-    order = np.lexsort((np.arange(len(digests)), digests["low"], digests["high"]))
-    ordered = digests[order]
-    starts = np.ones(len(order), dtype=bool)
-    starts[1:] = ordered[1:] != ordered[:-1]
+    order = np.lexsort((digests["low"], digests["high"]))  # which leaves rows of the same digest in their order
+    starts = np.zeros(len(order), dtype=bool)
+    starts[:1] = True
+    for name in ("high", "low"):
+        ordered = digests[name][order]
+        starts[1:] |= ordered[1:] != ordered[:-1]
     leaders = np.empty(len(order), dtype=np.int64)
-    leaders[order] = order[np.maximum.accumulate(np.where(starts, np.arange(len(order)), 0))]
+    leaders[order] = np.repeat(order[starts], np.diff(np.flatnonzero(np.append(starts, True))))
     alone = (digests["high"] == 0) & (digests["low"] == 0)
     leaders[alone] = np.flatnonzero(alone)
     return leaders

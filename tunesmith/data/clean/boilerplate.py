@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import Around, Step, Verdict
@@ -39,9 +39,10 @@ class Boilerplate(Step):
     """How large a share of the rows (and at least five) must share a line of four words or more."""
     phrases: tuple[str, ...] = PHRASES
     """Phrases that make a row go, whatever their case."""
+    _lines: dict[int, Counter[str]] = PrivateAttr(default_factory=dict)  # of the rows that `tell` is asked of next
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        common = self._common(rows)
+        common = self._lines[id(rows)] = self._common(rows)
         spoken = re.compile("|".join(map(re.escape, self.phrases)) or r"(?!)", re.IGNORECASE)
         for row in rows:
             phrase = next((m.group() for text in texts(row, ("assistant",)) if (m := spoken.search(text))), None)
@@ -52,7 +53,7 @@ class Boilerplate(Step):
             yield None if freed is row else Verdict(freed, "shared lines taken out", {"lines": 1})
 
     def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
-        common = self._common(rows)
+        common = self._lines.pop(id(rows), Counter())
         return {"shared lines": [{"line": line[:200], "rows": n} for line, n in common.most_common(20)]}
 
     def _common(self, rows: Sequence[Conversation]) -> Counter[str]:

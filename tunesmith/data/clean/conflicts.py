@@ -14,6 +14,7 @@ from tunesmith.data.clean.minhash import normalised
 from tunesmith.data.clean.step import Around, Step, Verdict, need
 from tunesmith.data.clean.texts import text_of
 from tunesmith.data.groups import DIGEST, digest, equal, same
+from tunesmith.data.shelf import in_chunks
 
 
 class Conflicts(Step):
@@ -26,7 +27,8 @@ class Conflicts(Step):
     and none where two are as frequent."""
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        asked, answers = self._hashed(rows)
+        told = zip(*around.engine.map(_hashed, in_chunks(rows), len(rows)), strict=True)
+        asked, answers = (np.frombuffer(b"".join(digests), dtype=DIGEST) for digests in told)
         other, kept = np.full(len(rows), -1, dtype=np.int64), np.zeros(len(rows), dtype=bool)
         leaders = same(asked)
         places, sizes = equal(leaders)
@@ -47,14 +49,12 @@ class Conflicts(Step):
             why = f"asks the same as {rows[j].id} and is answered differently"
             yield Verdict(rows[i] if self.action == "report" else None, why, {"conflict": 1})
 
-    def _hashed(self, rows: Sequence[Conversation]) -> tuple[np.ndarray, np.ndarray]:
-        """Digests of each row's prompt (zero where it says nothing) and answer."""
-        prompts, answers = bytearray(), bytearray()
-        for row in rows:
-            words = normalised(text_of(row, "prompt"))
-            prompts += digest(words) if words else bytes(DIGEST.itemsize)
-            answers += digest(normalised(row.answer))
-        return np.frombuffer(prompts, dtype=DIGEST), np.frombuffer(answers, dtype=DIGEST)
+
+def _hashed(rows: Sequence[Conversation]) -> tuple[bytes, bytes]:
+    """Digests of each row's prompt (zero where it says nothing) and answer."""
+    asked = [normalised(text_of(row, "prompt")) for row in rows]
+    prompts = b"".join(digest(words) if words else bytes(DIGEST.itemsize) for words in asked)
+    return prompts, b"".join(digest(normalised(row.answer)) for row in rows)
 
 
 class Labels(Step):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -58,18 +59,12 @@ class Contamination(Step):
         texts_of = [[text for _, text in told] for told in tests.values()]
         template = Template([[_whole(row) for row in some(rows)], *texts_of])
         sought = {name: Tested(told, self.words, self.threshold, template) for name, told in tests.items()}
-        for piece in in_chunks(rows):
-            verdicts: list[Verdict | None] = [None] * len(piece)
-            asked, whole = zip(*((text_of(row, "prompt"), _whole(row)) for row in piece), strict=True)
-            long = [template.long_runs(side, self.words) for side in (whole, asked)]
-            runs = template.runs(asked)
-            for name, tested in sought.items():
-                near = tested.near.like(runs)
-                for i, text in enumerate(asked):
-                    if verdicts[i] is None:
-                        why = tested.why(name, minhash.normalised(text), [side[i] for side in long], near.get(i))
-                        verdicts[i] = Verdict(None, why, {name: 1}) if why else None
-            yield from verdicts
+        pieces = in_chunks(rows)
+        found = around.engine.map(Seek(sought, template, self.words), pieces, len(rows))
+        for piece, whys in zip(pieces, found, strict=True):
+            for i in range(len(piece)):
+                name, why = whys.get(i, ("", ""))
+                yield Verdict(None, why, {name: 1}) if why else None
 
     def _tests(self, around: Around) -> dict[str, list[tuple[str, str]]]:
         """What is tested, by name: (id, the question's text) of each row."""
@@ -112,6 +107,28 @@ class Template:
             if len(long[i]) == 1 and text.count(" ") < words - 1 and text != minhash.normalised(texts[i]):
                 long[i] = long[i][:0]
         return long
+
+
+@dataclass(frozen=True)
+class Seek:
+    """Holds rows against tests. The result: of each row that one asks again the number, and (the test's name, why)."""
+
+    sought: Mapping[str, Tested]
+    template: Template
+    words: int
+
+    def __call__(self, rows: Sequence[Conversation]) -> dict[int, tuple[str, str]]:
+        asked, whole = zip(*((text_of(row, "prompt"), _whole(row)) for row in rows), strict=True)
+        long = [self.template.long_runs(side, self.words) for side in (whole, asked)]
+        runs = self.template.runs(asked)
+        found: dict[int, tuple[str, str]] = {}
+        for name, tested in self.sought.items():
+            near = tested.near.like(runs)
+            for i, text in enumerate(asked):
+                if i not in found:
+                    why = tested.why(name, minhash.normalised(text), [side[i] for side in long], near.get(i))
+                    found |= {i: (name, why)} if why else {}
+        return found
 
 
 def benchmark_texts(path: Path) -> list[tuple[str, str]]:

@@ -19,6 +19,7 @@ from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.groups import same
 
 SAME = "says the same as "
+PARTLY = "compared with some only"
 
 
 class Duplicates(Step):
@@ -48,27 +49,31 @@ class Duplicates(Step):
         return self
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        leaders, lengths = self._groups(rows, around)
+        leaders, lengths, partly = self._groups(rows, around)
         for i, kept in enumerate(_kept(leaders, lengths, self.keep == "longest").tolist()):
-            yield None if i == kept else Verdict(None, f"{SAME}{rows[kept].id}", {self.kind: 1})
+            if i != kept:
+                yield Verdict(None, f"{SAME}{rows[kept].id}", {self.kind: 1})
+            else:
+                yield Verdict(rows[i], "", {PARTLY: 1}) if partly[i] else None
 
-    def _groups(self, rows: Sequence[Conversation], around: Around) -> tuple[np.ndarray, np.ndarray]:
-        """For each row the first of its group, and how long its text is."""
+    def _groups(self, rows: Sequence[Conversation], around: Around) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each row the first of its group, how long its text is, and whether it was compared with some only of
+        those that it might be like."""
         if self.kind == "semantic":
             from tunesmith.data.clean.embedding import joined
 
             texts, media = zip(*((text_of(row, self.on), media_of(row)) for row in rows), strict=True)
             groups = joined(texts, media, self.model or "", self.threshold or 0.95)
-            return groups.leaders(), np.array([len(text) for text in texts])
+            return groups.leaders(), np.array([len(text) for text in texts]), np.zeros(len(texts), dtype=bool)
         if self.kind == "exact":
             keys = near.keys_of(rows, near.Exact(self.on), around.engine)
             leaders = same(np.concatenate([k.digests for k in keys]))
-            return leaders, np.concatenate([k.lengths for k in keys])
+            return leaders, np.concatenate([k.lengths for k in keys]), np.zeros(len(leaders), dtype=bool)
         with TemporaryDirectory(dir=around.scratch) as name:
             folder, threshold = Path(name), self.threshold or 0.8
             keys = near.keys_of(rows, near.Sketch(self.on, self.words, threshold, folder), around.engine)
-            leaders = near.nearly_same(keys, threshold, folder, around.engine)
-        return leaders, np.concatenate([k.lengths for k in keys])
+            leaders, partly = near.nearly_same(keys, threshold, folder, around.engine)
+        return leaders, np.concatenate([k.lengths for k in keys]), partly
 
     def tell(self, rows: Sequence[Conversation], removed: Iterable[tuple[str, str]]) -> dict[str, Any]:
         counted: Counter[str] = Counter()

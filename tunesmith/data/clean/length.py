@@ -14,6 +14,7 @@ from pydantic import Field
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean.step import Around, RowStep, Step, Verdict
 from tunesmith.data.clean.texts import text_of, texts
+from tunesmith.data.shelf import in_chunks
 
 FEWEST = 20
 MAD = 1.4826  # a normal distribution's standard deviation over its median absolute deviation
@@ -36,9 +37,7 @@ class Length(Step):
     """Leave such rows out, or list them for a person."""
 
     def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        measured = np.empty((len(rows), len(SIDES)), dtype=np.int64)
-        for i, row in enumerate(rows):
-            measured[i] = [len(text_of(row, side)) for side in SIDES]
+        measured = np.concatenate(list(around.engine.map(_lengths, in_chunks(rows), len(rows))))
         usual = [_middle(lengths) for lengths in measured.T]
         for i, lengths in enumerate(measured.tolist()):
             told = (self._odd(*one, len(rows)) for one in zip(SIDES, lengths, usual, strict=True))
@@ -56,6 +55,11 @@ class Length(Step):
         if self.outliers is not None and rows >= FEWEST and abs(away) > self.outliers:
             return f"the {side} has {n} characters, {abs(away):.1f} deviations from the median", f"{side} outlier"
         return None
+
+
+def _lengths(rows: Sequence[Conversation]) -> np.ndarray:
+    """Characters of each row's sides, shape [rows, sides]."""
+    return np.array([[len(text_of(row, side)) for side in SIDES] for row in rows], dtype=np.int64)
 
 
 def _middle(lengths: np.ndarray) -> tuple[float, float]:

@@ -17,6 +17,7 @@ from tunesmith.data.shelf import Places, Rows, Shelf
 from tunesmith.data.unusable import Unusable
 
 Usable = Callable[[Conversation], None]
+AT_ONCE = 512  # rows
 
 
 @dataclass(frozen=True)
@@ -85,16 +86,16 @@ class Look:
     def __call__(self, item: tuple[int, Rows]) -> tuple[Places, list[Done]]:
         shard, rows = item
         tallies = [Tally(name, self.shelf.folder) for name in self.steps]
-        steps = list(zip(self.steps.values(), tallies, strict=True))
-        places = []
+        places: list[int] = []
         with self.shelf.writer(shard) as writer:
-            for number, (place, row) in enumerate(zip(rows.places.tolist(), rows, strict=True)):
-                left: Conversation | None = row
-                for step, tally in steps:
-                    if left is not None:
-                        left = tally.add(number, left, checked(step.look(left), self.usable))
-                if left is not None:
-                    places.append(place if left is row else writer.add(left))
+            for start in range(0, len(rows), AT_ONCE):
+                given = dict(enumerate(rows[start : start + AT_ONCE], start))
+                left = given.copy()
+                for step, tally in zip(self.steps.values(), tallies, strict=True):
+                    looked = zip(left.items(), step.looks(list(left.values())), strict=True)
+                    told = [(i, tally.add(i, row, checked(verdict, self.usable))) for (i, row), verdict in looked]
+                    left = {i: row for i, row in told if row is not None}
+                places += [int(rows.places[i]) if row is given[i] else writer.add(row) for i, row in left.items()]
         stem = self.shelf.folder / f"look-{shard}"
         did = [tally.done(stem.with_name(f"{stem.name}-{tally.name}")) for tally in tallies]
         return np.array(places, dtype=np.int64), did

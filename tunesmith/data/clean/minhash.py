@@ -206,15 +206,16 @@ class Index:
     """Sets, to be asked which of them is like another: the first that is."""
 
     def __init__(self, sets: Sequence[Shingles], threshold: float) -> None:
-        self._sets, self._threshold = sets, threshold
-        columns = _keys(sets, threshold).T
+        self._threshold = threshold
+        self._flat, self._ends = np.concatenate([NONE, *sets]), np.cumsum([0, *map(len, sets)])  # few arrays go far
+        columns = band_keys(self._flat, self._ends[1:], threshold).T
         self._orders = [np.argsort(column, kind="stable") for column in columns]
         self._keys = [column[order] for column, order in zip(columns, self._orders, strict=True)]
 
     def like(self, sets: Sequence[Shingles]) -> dict[int, int]:
         """For each of `sets` that is like one of ours, the first such: {its number: the number of ours}."""
         found: dict[int, int] = {}
-        if not len(self._sets) or not len(sets):
+        if len(self._ends) < 2 or not len(sets):
             return found
         for keys, ordered, order in zip(_keys(sets, self._threshold).T, self._keys, self._orders, strict=True):
             starts, ends = np.searchsorted(ordered, keys, "left"), np.searchsorted(ordered, keys, "right")
@@ -222,6 +223,6 @@ class Index:
                 for j in order[starts[i] : ends[i]].tolist():  # rising
                     if j >= found.get(i, math.inf):
                         break
-                    if alike(sets[i], self._sets[j], self._threshold):
+                    if alike(sets[i], self._flat[self._ends[j] : self._ends[j + 1]], self._threshold):
                         found[i] = j
         return found

@@ -2,7 +2,8 @@
 by the engine.
 
 Of each row memory holds what groups are made of, less than a hundred bytes. Word runs and MinHash bands lie in files,
-one a piece of rows; runs are read again only for rows that share a band.
+one a piece of rows; runs are read again only for rows that share a band. Where many share one, they are told apart by
+their rarest runs (`crowd.py`).
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ import numpy as np
 
 from tunesmith.conversation.message import Conversation
 from tunesmith.data.clean import minhash
+from tunesmith.data.clean.crowd import AT_ONCE, Rarest, Some, stretches, taken
 from tunesmith.data.clean.texts import media_of, text_of
 from tunesmith.data.engines.engine import Running
 from tunesmith.data.groups import DIGEST, Groups, digest, same
 from tunesmith.data.shelf import in_chunks
 
-AT_ONCE = 2**20  # runs that are compared together
+CROWD = 64  # rows that share a band and are all compared with one another
+HEADS = 64  # rows of a crowd that the others are compared with, of those that share one of their rarest runs
 Side = Literal["prompt", "answer", "both"]
 
 
@@ -125,14 +128,16 @@ class Runs:
         """Whether the runs of one row and of the other, as sets, have a Jaccard similarity of at least `threshold`;
         for each pair of rows, by number. bool."""
         found = np.zeros(len(one), dtype=bool)
-        sizes = np.cumsum(self._counts[one] + self._counts[other], dtype=np.int64)
-        start = 0
-        while start < len(one):  # so many pairs at a time as take some tens of megabytes
-            before = int(sizes[start - 1]) if start else 0
-            end = max(int(np.searchsorted(sizes, before + AT_ONCE)), start + 1)
-            found[start:end] = self._similar(one[start:end], other[start:end]) >= threshold - 1e-12
-            start = end
+        for part in stretches(self._counts[one] + self._counts[other], AT_ONCE):  # as many pairs as take some megabytes
+            found[part] = self._similar(one[part], other[part]) >= threshold - 1e-12
         return found
+
+    def rarest(self, rows: np.ndarray, threshold: float, engine: Running) -> list[Path]:
+        """Files of keys that rows of a crowd (numbers that rise) share where they are alike (`Rarest`)."""
+        some = max(min(len(rows), int(AT_ONCE / self._counts[rows].mean())), 1)
+        sample, _ = self._read(rows[np.linspace(0, len(rows) - 1, some).astype(int)])
+        items = [Some(*place) for place in self._places(rows)]
+        return list(engine.map(Rarest(threshold, np.sort(sample)), items, len(rows)))
 
     def _similar(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Jaccard similarity of each pair of rows. Runs are mixed with the number of their pair and sorted: equal ones
@@ -155,20 +160,24 @@ class Runs:
 
     def _read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The runs of rows (numbers that rise), one row's after another's; and where each one's end."""
-        pieces, cuts = np.unique(np.searchsorted(self._firsts, rows, "right") - 1, return_index=True)
         flat = [np.empty(0, dtype=np.uint64)]
-        for piece, some in zip(pieces.tolist(), np.split(rows, cuts[1:]), strict=True):
-            at = some - self._firsts[piece]
-            starts, ends = self._ends[piece][at], self._ends[piece][at + 1]
-            if not (counts := ends - starts).any():
-                continue
-            held = np.memmap(runs_of(self._folder, int(self._firsts[piece])), dtype=np.uint64, mode="r")
-            flat.append(held[np.arange(counts.sum()) + np.repeat(ends - np.cumsum(counts), counts)])
+        for path, _, starts, ends in self._places(rows):
+            if (ends > starts).any():
+                flat.append(taken(np.memmap(path, dtype=np.uint64, mode="r"), starts, ends)[0])
         return np.concatenate(flat), np.cumsum(self._counts[rows], dtype=np.int64)
 
+    def _places(self, rows: np.ndarray) -> Iterator[tuple[Path, np.ndarray, np.ndarray, np.ndarray]]:
+        """Where the runs of rows (numbers that rise) lie: (a file, the rows that are in it, where each one's start, and
+        where they end)."""
+        pieces, cuts = np.unique(np.searchsorted(self._firsts, rows, "right") - 1, return_index=True)
+        for piece, some in zip(pieces.tolist(), np.split(rows, cuts[1:]), strict=True):
+            first, ends = int(self._firsts[piece]), self._ends[piece]
+            yield runs_of(self._folder, first), some, ends[some - first], ends[some - first + 1]
 
-def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Running) -> np.ndarray:
-    """For each row the first of its group: rows that are alike, directly or through others. int64."""
+
+def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Running) -> tuple[np.ndarray, np.ndarray]:
+    """For each row the first of its group: rows that are alike, directly or through others, int64; and whether it was
+    compared with some only of those that it might be like, bool."""
     leaders = same(np.concatenate([k.digests for k in keys]))
     groups = Groups(len(leaders), leaders)
     first = leaders == np.arange(len(leaders))  # rows of the same runs need no comparison, however many there are
@@ -177,26 +186,39 @@ def nearly_same(keys: Sequence[Keys], threshold: float, folder: Path, engine: Ru
     for piece in keys:
         bands.append(bands_of(folder, at))
         at += len(piece.lengths)
+    crowded, partly = np.zeros((2, len(leaders)), dtype=bool)
     for rows, sizes in engine.groups(bands):
         number = np.repeat(np.arange(len(sizes)), sizes)[first[rows]]
-        rows, number = _apart(rows[first[rows]], number, groups)
-        while len(rows):  # the first of each group that shares a key is held against the others, then the second, ...
-            heads = np.concatenate([[True], number[1:] != number[:-1]])
-            one, other = np.repeat(rows[heads], np.diff(np.flatnonzero(np.append(heads, True))) - 1), rows[~heads]
-            apart = groups.of(one) != groups.of(other)
-            one, other = one[apart], other[apart]
-            alike = runs.alike(one, other, threshold)
-            for i, j in zip(one[alike].tolist(), other[alike].tolist(), strict=True):
-                groups.join(i, j)
-            rows, number = _apart(rows[~heads], number[~heads], groups)
-    return groups.leaders()
+        rows = rows[first[rows]]
+        many = np.bincount(number)[number] > CROWD
+        crowded[rows[many]] = True
+        _join(rows[~many], number[~many], np.ones(len(rows), dtype=bool)[~many], groups, runs, threshold)
+    if crowded.any():
+        for rows, sizes in engine.groups(runs.rarest(np.flatnonzero(crowded), threshold, engine)):
+            number = np.repeat(np.arange(len(sizes)), sizes)
+            order = np.lexsort((rows, 1 - rows % 2, number))  # those that may be the smaller of two come first
+            rows, leads = rows[order] // 2, rows[order] % 2 == 1
+            partly[rows[(np.bincount(number, leads) > HEADS)[number]]] = True
+            place = np.arange(len(rows)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+            _join(rows, number, leads & (place < HEADS), groups, runs, threshold)
+    return groups.leaders(), partly
 
 
-def _apart(rows: np.ndarray, number: np.ndarray, groups: Groups) -> tuple[np.ndarray, np.ndarray]:
-    """Of rows that share a key, and the number of each one's key (together), those whose rows are not all one group."""
-    if not len(rows):
-        return rows, number
-    led, starts = groups.of(rows), np.flatnonzero(np.concatenate([[True], number[1:] != number[:-1]]))
-    sizes = np.diff(np.append(starts, len(rows)))
-    several = np.repeat(np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts), sizes)
-    return rows[several], number[several]
+def _join(
+    rows: np.ndarray, number: np.ndarray, leads: np.ndarray, groups: Groups, runs: Runs, threshold: float
+) -> None:
+    """Join what is alike of rows that share a key; `number` is that of each one's key, whose rows stand together. The
+    first row of each key is held against the others, then the second, and so on for as long as they lead."""
+    while len(rows):
+        heads = np.diff(number, prepend=-1) > 0
+        starts, led = np.flatnonzero(heads), groups.of(rows)
+        several = np.minimum.reduceat(led, starts) != np.maximum.reduceat(led, starts)  # not all one group yet
+        left = np.repeat(leads[starts] & several, np.diff(np.append(starts, len(rows))))
+        rows, number, leads, heads = rows[left], number[left], leads[left], heads[left]
+        one, other = np.repeat(rows[heads], np.diff(np.flatnonzero(np.append(heads, True))) - 1), rows[~heads]
+        apart = groups.of(one) != groups.of(other)
+        one, other = one[apart], other[apart]
+        alike = runs.alike(one, other, threshold)
+        for i, j in zip(one[alike].tolist(), other[alike].tolist(), strict=True):
+            groups.join(i, j)
+        rows, number, leads = rows[~heads], number[~heads], leads[~heads]

@@ -93,8 +93,12 @@ class RowStep(Step):
     def look(self, row: Conversation) -> Verdict:
         """The verdict on a row: the same whenever and wherever it is asked for."""
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
+    def looks(self, rows: Sequence[Conversation]) -> Iterable[Verdict]:
+        """The verdicts on some rows, for a step that is quicker with several at a time."""
         return map(self.look, rows)
+
+    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterable[Verdict | None]:
+        return self.looks(rows)
 
 
 class MendStep(RowStep):

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from tunesmith.conversation.message import Conversation
-from tunesmith.data.clean.step import Around, Step, Verdict
+from tunesmith.data.clean.step import RowStep, Verdict
 from tunesmith.data.clean.texts import SIDES, texts
-from tunesmith.progress import bar
 from tunesmith.screen.offence import offence
 
-CHUNK = 512
 
-
-class Toxicity(Step):
+class Toxicity(RowStep):
     """Find rows with a text that a classifier takes for offensive: the linear one that alt-profanity-check ships, or
     any of the hub by its name."""
 
@@ -39,16 +36,15 @@ class Toxicity(Step):
     def _one(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
-    def apply(self, rows: Sequence[Conversation], around: Around) -> Iterator[Verdict | None]:
-        with bar("Judging texts", len(rows)) as progress:
-            for start in range(0, len(rows), CHUNK):
-                some = list(rows[start : start + CHUNK])
-                said = [(i, text) for i, row in enumerate(some) for text in texts(row, SIDES[self.on]) if text.strip()]
-                worst = [0.0] * len(some)
-                for (i, _), score in zip(said, self.scores([text for _, text in said]) if said else (), strict=True):
-                    worst[i] = max(worst[i], score)
-                yield from map(self._verdict, some, worst)
-                progress.advance(len(some))
+    def look(self, row: Conversation) -> Verdict:
+        return self.looks([row])[0]
+
+    def looks(self, rows: Sequence[Conversation]) -> list[Verdict]:
+        said = [(i, text) for i, row in enumerate(rows) for text in texts(row, SIDES[self.on]) if text.strip()]
+        worst = [0.0] * len(rows)
+        for (i, _), score in zip(said, self.scores([text for _, text in said]) if said else (), strict=True):
+            worst[i] = max(worst[i], score)
+        return list(map(self._verdict, rows, worst))
 
     def scores(self, batch: Sequence[str]) -> list[float]:
         """For each text, how probable it is that it offends."""

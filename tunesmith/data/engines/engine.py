@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -66,15 +66,26 @@ class Failed:
 
 
 def saved(work: Any, folder: Path) -> Path:
-    """The work in a file, so that it goes to each process once and not with every item."""
-    path = folder / f"work-{next(_numbers)}"
-    path.write_bytes(pickle.dumps(work))
+    """The work in a file, so that it goes to each process once and not with every item; its arrays in another, which
+    all processes of a machine have in memory once."""
+    path, arrays = folder / f"work-{next(_numbers)}", list[pickle.PickleBuffer]()
+    content = pickle.dumps(work, 5, buffer_callback=arrays.append)
+    with _arrays_of(path).open("wb") as file:
+        sizes = [file.write(array.raw()) for array in arrays]
+    path.write_bytes(pickle.dumps((content, sizes)))
     return path
+
+
+def _arrays_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.arrays")
 
 
 @lru_cache(1)
 def _loaded(path: Path) -> Callable[[Any], Any]:
-    work: Callable[[Any], Any] = pickle.loads(path.read_bytes())  # written by `saved` a moment ago
+    content, sizes = pickle.loads(path.read_bytes())  # written by `saved` a moment ago
+    held = memoryview(np.memmap(_arrays_of(path), mode="r")) if any(sizes) else memoryview(b"")
+    arrays = [held[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
+    work: Callable[[Any], Any] = pickle.loads(content, buffers=arrays)
     return work
 
 

@@ -17,7 +17,8 @@ from tunesmith.errors import MachineError
 
 T = TypeVar("T")
 R = TypeVar("R")
-COLUMNS = 4  # of keys that are held in memory at once
+KEYS_HELD = 2**28  # bytes that keys take in all processes together
+A_KEY = 64  # bytes that a row and its key take while they are brought together
 ALONE = 20_000  # rows; starting processes takes longer than so many
 
 
@@ -39,17 +40,32 @@ class Local(Engine):
 
 @dataclass(frozen=True)
 class Shared:
-    """Finds the rows that share a key of some columns: of each column as `Running.groups` gives them."""
+    """Finds the rows that share a key, and leaves them in a file beside the bands: what waits to be looked at takes no
+    memory. The item is (a column, which part of its keys, into how many they are parted)."""
 
     bands: Sequence[Path]
 
-    def __call__(self, names: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    def __call__(self, item: tuple[str, int, int]) -> Path:
         import pyarrow.parquet as pq
 
-        files = (pq.ParquetFile(path) for path in self.bands)
-        read = [file.read(columns=["row", *names], use_threads=False) for file in files]
-        row, *columns = (np.concatenate([table[name].to_numpy() for table in read]) for name in ("row", *names))
-        return [(row[places], sizes) for places, sizes in map(equal, columns)]
+        name, part, parts = item
+        rows, keys = [], []
+        for path in self.bands:
+            table = pq.ParquetFile(path).read(columns=["row", name], use_threads=False)
+            row, key = table["row"].to_numpy(), table[name].to_numpy()
+            if parts > 1:
+                its = key.view(np.uint64) % np.uint64(parts) == part
+                row, key = row[its], key[its]
+            rows.append(row)
+            keys.append(key)
+        row, key = np.concatenate(rows), np.concatenate(keys)
+        del rows, keys
+        places, sizes = equal(key)
+        found = self.bands[0].with_name(f"found-{name}-{part}")
+        with found.open("wb") as file:
+            np.save(file, row[places])
+            np.save(file, sizes)
+        return found
 
 
 class LocalRunning:
@@ -58,8 +74,8 @@ class LocalRunning:
         self._folder, self._wanted, self._started = folder, processes, False
 
     def map(self, work: Callable[[T], R], items: Sequence[T], rows: int) -> Iterator[R]:
-        wanted = self._wanted or (None if rows > ALONE else 1)
-        if wanted == 1 or len(items) < 2 or self._folder is None:
+        processes = min(self._processes(rows), len(items))
+        if processes < 2 or self._folder is None:
             yield from map(work, items)
             return
         import joblib
@@ -68,9 +84,7 @@ class LocalRunning:
         path = saved(work, self._folder)
         self._started = True
         try:
-            with joblib.parallel_config(
-                "loky", n_jobs=min(wanted or joblib.cpu_count(), len(items)), inner_max_num_threads=1
-            ):
+            with joblib.parallel_config("loky", n_jobs=processes, inner_max_num_threads=1):
                 parallel = joblib.Parallel(return_as="generator", batch_size=1, pre_dispatch="2*n_jobs")
                 yield from results(parallel(joblib.delayed(call)(path, item) for item in items))
         except TerminatedWorkerError as error:
@@ -84,9 +98,23 @@ class LocalRunning:
         import pyarrow.parquet as pq
 
         names = [name for path in bands[:1] for name in pq.read_schema(path).names if name != "row"]
-        some = [names[at : at + COLUMNS] for at in range(0, len(names), COLUMNS)]
-        for found in self.map(Shared(bands), some, sum(pq.read_metadata(path).num_rows for path in bands)):
-            yield from found
+        rows = sum(pq.read_metadata(path).num_rows for path in bands)
+        held = A_KEY * rows * (self._processes(rows) + 1)  # a column in each process, and one that is looked at here
+        parts = -(-held // KEYS_HELD)
+        items = [(name, part, parts) for name in names for part in range(parts)]
+        for found in self.map(Shared(bands), items, rows):
+            with found.open("rb") as file:
+                together = np.load(file), np.load(file)
+            found.unlink()
+            yield together
+
+    def _processes(self, rows: int) -> int:
+        """How many work on so many rows."""
+        if self._folder is None or (self._wanted is None and rows <= ALONE):
+            return 1
+        import joblib
+
+        return self._wanted or joblib.cpu_count()
 
     def stop(self) -> None:
         if self._started:
