@@ -15,9 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from tests.conftest import COLOURS, write_jsonl, write_recipe
+from tests.conftest import COLOURS, make_model, write_jsonl, write_recipe
 from tests.ranked import in_pair, shared, walk
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.errors import MachineError, RankLost, RecipeError
@@ -34,6 +35,7 @@ ZERO = importlib.util.find_spec("deepspeed") is not None
 FULL = ("train.adapter=full", "train.learning_rate=0.001")
 KEEP = ("train.keep=[l2, {kind: ewc, rows: general.jsonl}, {kind: kl, rows: general.jsonl, batch_size: 3}]",)
 DROPOUT = ("train.adapter.dropout=0.3",)
+ROUNDED = ("train.precision=bfloat16",)
 
 
 def of(kind: str) -> tuple[str, ...]:
@@ -46,6 +48,12 @@ METHODS = {
     "dpo": ("train.method=dpo", "data.sources=[{path: pairs.jsonl}]", "train.pack_tokens=160"),
     "kto": ("train.method=kto", "data.sources=[{path: rated.jsonl}]"),
 }
+# Those with a head or with another model beside.
+MORE_METHODS = {
+    "reward": ("train.method=reward", "data.sources=[{path: pairs.jsonl}]", "train.pack_tokens=160"),
+    "classify": ("train.method={kind: classify, weights: balanced}", "data.sources=[{path: named.jsonl}]"),
+    "distill": ("train.method={kind: distill, teacher: teacher, beta: 0.5, precision: float32}",),
+}
 KINDS = ["ddp", "fsdp", *(["zero-2", "zero-3"] if ZERO else [])]
 ALONE = [("one", (), ""), ("one-full", FULL, ""), ("one-keep", KEEP, "")]
 ALONE += [(f"one-{name}", sets, "") for name, sets in METHODS.items()]
@@ -57,8 +65,11 @@ SHARED += [("fsdp-full", (*of("fsdp"), *FULL), ""), ("fsdp-from-one", of("fsdp")
 SHARED += [(f"fsdp-{name}", (*of("fsdp"), *sets), "") for name, sets in METHODS.items()]
 BACK = [("one-from-fsdp", (), "fsdp")]
 # What takes minutes, for `make test-all`.
+LONG_ALONE = [("one-rounded", ROUNDED, ""), *((f"one-{name}", sets, "") for name, sets in MORE_METHODS.items())]
 LONG_SHARED = [
     ("ddp-full", (*of("ddp"), *FULL), ""),
+    *((f"{kind}-rounded", (*of(kind), *ROUNDED), "") for kind in KINDS),
+    *((f"ddp-{n}", (*of("ddp"), *sets), "") for n, sets in MORE_METHODS.items()),
     *((f"ddp-{n}", (*of("ddp"), *sets), "") for n, sets in METHODS.items()),
 ]
 if ZERO:
@@ -90,6 +101,7 @@ def keys(folder: Path, model: Path) -> dict[str, Any]:
     write_jsonl(folder / "pairs.jsonl", pairs)
     write_jsonl(folder / "general.jsonl", rows[:7])
     write_jsonl(folder / "rated.jsonl", [row | {"label": i % 3 > 0} for i, row in enumerate(rows)])
+    write_jsonl(folder / "named.jsonl", [row | {"completion": COLOURS[i % 4]} for i, row in enumerate(rows)])
     return {
         "name": "tiny",
         "model": str(model),
@@ -123,7 +135,12 @@ def trained(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained_long(trained: Path) -> Path:
-    shared(trained.parent / "tiny.yaml", LONG_SHARED)
+    recipe = trained.parent / "tiny.yaml"
+    make_model(trained.parent / "teacher", num_hidden_layers=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(trained.parent)  # what a teacher's name is relative to
+        walk(recipe, trained, LONG_ALONE)
+        shared(recipe, LONG_SHARED)
     return trained
 
 
@@ -196,12 +213,42 @@ def test_a_checkpoint_is_the_same_at_any_number_of_ranks(trained: Path, name: st
     went_on(trained, name)
 
 
+def assert_alike(runs: Path, one: str, other: str) -> None:
+    """The same curve and weights, as far as bfloat16's three digits go."""
+    a, b = (read_jsonl(runs / name / "tiny/metrics.jsonl") for name in (one, other))
+    assert [line["tokens"] for line in a] == [line["tokens"] for line in b] and len(b) == STEPS
+    for what, off in (("loss", 0.02), ("grad_norm", 0.1)):
+        assert [line[what] for line in b] == pytest.approx([line[what] for line in a], rel=off), (other, what)
+    sides = [weights(runs, name) for name in (one, other)]
+    assert set(sides[0]) == set(sides[1])
+    flat = [torch.cat([side[name].float().flatten() for name in sorted(side) if "lora_B" in name]) for side in sides]
+    assert torch.nn.functional.cosine_similarity(*flat, 0) > 0.98, other
+    summary = json.loads((runs / other / "tiny/train/manifest.json").read_text())["summary"]
+    assert summary["precision"] == "bfloat16" and "fused" in summary["forward"], other
+
+
+@long
+def test_several_ranks_say_that_a_whole_model_is_trained_in_float32(tiny_model: Path, tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, keys(tmp_path, tiny_model))
+    sets = [word for setting in (*FULL, *ROUNDED, "train.max_steps=1") for word in ("--set", setting)]
+    command = [sys.executable, "-m", "tunesmith", "train", str(path), "--nproc", "2", *sets]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    told = "precision float32 in place of bfloat16: several ranks train a whole model in float32"
+    assert done.stderr.count(told) == 1
+    summary = json.loads((tmp_path / "runs/tiny/train/manifest.json").read_text())["summary"]
+    assert summary["precision"] == "float32" and summary["ranks"] == 2
+
+
 @long
 def test_every_way_trains_all_that_one_trains(trained_long: Path) -> None:
     for name, _, origin in LONG_SHARED:
         kind, _, what = name.rpartition("-")
-        if what in ("full", *METHODS):
+        if what in ("full", *METHODS, *MORE_METHODS):
             assert_same_curve(trained_long, f"one-{what}", name)
+        elif what == "rounded":
+            assert_alike(trained_long, "one-rounded", name)
         elif what == "again":
             files = [trained_long / n / "tiny/train/adapter/adapter_model.safetensors" for n in (kind, name)]
             assert files[0].read_bytes() == files[1].read_bytes()

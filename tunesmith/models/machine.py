@@ -91,7 +91,7 @@ def machine() -> Machine:
     """This machine, probed at first use (about five seconds) and read from the cache after that.
 
     Sets the limit on oneDNN's instructions for this process where one is needed (or tells it AMX's tiles, which loads
-    torch), and how long OpenMP's threads spin, so it must be called before torch is imported.
+    torch), how long OpenMP's threads spin, and how CUDA's memory grows, so it must be called before torch is imported.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Threads that wait by spinning take the cores from whoever else is there, and are then late themselves.
@@ -107,6 +107,9 @@ def machine() -> Machine:
         found = _probe(cores)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(found))
+    if found.device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+        # Segments that grow waste less between rows of different lengths.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     if found.tiles and not tell():  # the compiler's work is gone, say
         found = replace(found, tiles=False, precision="float32")
     if found.isa and ISA not in os.environ:  # with tiles: for the processes to come, this one's oneDNN has read it

@@ -67,7 +67,7 @@ def environment(cores: int, nproc: int, given: Any) -> dict[str, str]:
     """What ranks get besides `given`: their share of the cores, and an allocator that reuses big buffers.
 
     glibc's settings are those of `models.machine.reuse_buffers`, from the first byte on; another allocator that is
-    preloaded does not read them. On CUDA, segments that grow waste less between rows of different lengths.
+    preloaded does not read them.
     """
     wanted = {
         MARK: "1",
@@ -77,8 +77,6 @@ def environment(cores: int, nproc: int, given: Any) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
         "MALLOC_TOP_PAD_": str(2**26),
     }
-    if "PYTORCH_CUDA_ALLOC_CONF" not in given:
-        wanted["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     return {name: value for name, value in wanted.items() if name not in given}
 
 

@@ -97,8 +97,9 @@ def ready(section: TrainSection, inputs: TrainInputs, run: Run) -> Ready:
     own = section.adapter.whole_model  # then float32 weights are loaded, and are the masters of what computes
     base, classes = load(section, inputs, "float32" if own else state.precision, examples)
     know_tokens([*examples, *held_out], base, inputs)
-    if own and inputs.ranks.world > 1:
-        state.precision = "float32"  # masters beside rounded weights are one process's
+    if own and inputs.ranks.world > 1 and state.precision != "float32":
+        say(f"precision float32 in place of {state.precision}: several ranks train a whole model in float32")
+        state.precision = "float32"
     if own:
         learned = Trained(section.adapter.attach(base))
         learned.round_to(base, getattr(torch, state.precision))
