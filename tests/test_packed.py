@@ -132,6 +132,39 @@ def test_a_model_that_packing_would_change_is_found_out(tmp_path: Path) -> None:
         torch.testing.assert_close(nll_N.sum(), total, rtol=1e-4, atol=1e-4)
 
 
+def test_rows_one_at_a_time_have_few_logits_in_memory(tmp_path: Path) -> None:
+    """Whatever the row's length: the output layer is asked for a chunk of tokens after the other."""
+    mamba = AutoModelForCausalLM.from_pretrained(make_model(tmp_path, architecture="mamba"), dtype=torch.float32)
+    ids = torch.randint(0, 256, (600,), generator=torch.Generator().manual_seed(0)).tolist()
+    row = Rendered(ids, [0.0] + [1.0] * 599)
+    forward = PackedForward(mamba, [row])
+    assert not forward.packed
+    expected = plain_loss(mamba, row)
+    sizes: list[int] = []
+    mamba.lm_head.register_forward_hook(lambda module, given, out: sizes.append(out[..., 0].numel()))
+    found = forward.nll(forward.pack([row])).sum()
+    assert sizes and max(sizes) <= 256
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    one, other = (torch.autograd.grad(total, mamba.lm_head.weight)[0] for total in (found, expected))
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_that_wants_more_than_text_is_refused(tiny_model: Path) -> None:
+    from tunesmith.errors import ModelError
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    plain = model.forward
+
+    def wants_pictures(pixels: Any = None, **given: Any) -> Any:
+        if pixels is None:
+            raise ValueError("You have to specify pixel_values")
+        return plain(**given)
+
+    model.forward = wants_pictures
+    with pytest.raises(ModelError, match=r"llama can't read tokens alone .*pixel_values"):
+        PackedForward(model, rows(12))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_with_a_head_of_classes_is_packed_as_well(tmp_path: Path, dtype: torch.dtype) -> None:
     """Its rows' scores are transformers' own; a model that packing would change is found out here too."""

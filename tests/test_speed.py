@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -171,7 +175,9 @@ def test_the_layouts_of_flash_and_flex_attention_are_those_of_ours(window: int |
     by_mask = F.scaled_dot_product_attention(*heads, mask, scale=0.3, enable_gqa=True)[0].transpose(0, 1)
     torch.testing.assert_close(by_mask, expected)
 
-    keys, ends_q, ends_k = lengths(layout)
+    keys, ends_q, ends_k, longest_q, longest_k = lengths(layout)
+    assert (longest_q, longest_k) == (7, 12)
+    assert ends_q.dtype == ends_k.dtype == torch.int32
     found = []
     for (a, b), (c, d) in zip(ends_q.unfold(0, 2, 1).tolist(), ends_k.unfold(0, 2, 1).tolist(), strict=True):
         row_k, row_v = (x.index_select(0, keys[c:d]).transpose(0, 1)[None] for x in (k, v))
@@ -181,6 +187,104 @@ def test_the_layouts_of_flash_and_flex_attention_are_those_of_ours(window: int |
         out = F.scaled_dot_product_attention(row_q, row_k, row_v, seen, scale=0.3, enable_gqa=True)
         found.append(out[0].transpose(0, 1))
     torch.testing.assert_close(torch.cat(found), expected)
+
+
+def by_blocks(q: Any, k: Any, v: Any, block_mask: Any, scale: float, enable_gqa: bool) -> Any:
+    """flex attention's result by torch's own: of the blocks that the mask names, what its rule lets be seen."""
+    import torch.nn.functional as F
+
+    at, blocks = torch.arange(q.shape[2]), block_mask.to_dense()[0, 0].bool()
+    seen = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), at[:, None], at[None])
+    named = blocks[at[:, None] // 128, at[None] // 128]
+    return F.scaled_dot_product_attention(q, k, v, seen & named, scale=scale, enable_gqa=enable_gqa)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kernel", ["stand-in", pytest.param("torch's", marks=pytest.mark.long)])
+@pytest.mark.parametrize("window", [None, 40])
+def test_flex_attention_is_ours_and_its_mask_is_made_once_a_pack(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, kernel: str
+) -> None:
+    """The whole path but for the compiler, over several of flex's blocks; and which blocks it leaves out."""
+    from torch.nn.attention import flex_attention as flexes
+
+    from tunesmith.models import cuda
+    from tunesmith.models.attention import Family, Layout, attention, laid_out
+
+    made, make = [], flexes.create_block_mask
+    monkeypatch.setattr(
+        flexes, "create_block_mask", lambda *given, **more: made.append(make(*given, **more)) or made[-1]
+    )
+    monkeypatch.setattr(cuda, "_flex", [by_blocks if kernel == "stand-in" else flexes.flex_attention])
+    torch.manual_seed(0)
+    layout = Layout([Family(130, [30, 170]), Family(0, [60]), Family(20, [5, 128, 40])], padding=9)
+    q, k, v = torch.randn(layout.tokens, 4, 16), torch.randn(layout.tokens, 2, 16), torch.randn(layout.tokens, 2, 16)
+    for _ in range(2):  # two layers
+        with laid_out(layout):
+            expected = attention(q, k, v, 0.3, window)
+        with laid_out(layout, "flex"):
+            torch.testing.assert_close(attention(q, k, v, 0.3, window), expected, rtol=1e-4, atol=1e-5)
+    assert len(made) == 1
+    blocks = made[0].to_dense()[0, 0].sum().item()
+    assert 5 < blocks < 15  # of five times five: fewer than all that lie before
+
+
+def test_flash_attention_is_told_each_packs_rows_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with flash-attn's signature, by torch's own attention row by row."""
+    import torch.nn.functional as F
+
+    from tunesmith.models import cuda
+    from tunesmith.models.attention import Family, Layout, attention, laid_out
+
+    def varlen(
+        q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, softmax_scale: float, **more: Any
+    ) -> Any:
+        assert more["causal"] and more["window_size"] == (-1, -1)
+        ends = [x.unfold(0, 2, 1).tolist() for x in (cu_seqlens_q, cu_seqlens_k)]
+        found = []
+        for (a, b), (c, d) in zip(*ends, strict=True):
+            assert b - a <= more["max_seqlen_q"] and d - c <= more["max_seqlen_k"]
+            seen = torch.ones(b - a, d - c, dtype=torch.bool).tril(d - c - (b - a))
+            heads = [x.transpose(0, 1)[None] for x in (q[a:b], k[c:d], v[c:d])]
+            found.append(F.scaled_dot_product_attention(*heads, seen, scale=softmax_scale, enable_gqa=True)[0])
+        return torch.cat(found, 1).transpose(0, 1)
+
+    made, make = [], cuda.lengths
+    monkeypatch.setattr(cuda, "lengths", lambda layout: made.append(make(layout)) or made[-1])
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_varlen_func=varlen))
+    torch.manual_seed(0)
+    layout = Layout([Family(5, [3, 7]), Family(0, [6]), Family(4, [2, 2, 5])], padding=3)
+    q, k, v = torch.randn(layout.tokens, 4, 8), torch.randn(layout.tokens, 2, 8), torch.randn(layout.tokens, 2, 8)
+    for _ in range(2):
+        with laid_out(layout):
+            expected = attention(q, k, v, 0.3)
+        with laid_out(layout, "flash"):
+            torch.testing.assert_close(attention(q, k, v, 0.3), expected)
+    assert len(made) == 1
+
+
+# A machine with CUDA, as it was probed: what it sets, before torch is there, beside what a user has set.
+ON_CUDA = """
+import os, sys
+from tunesmith.models import machine
+
+machine._probe = lambda cores: machine.Machine("x", cores, "cuda", "bfloat16", {}, None)
+for given in (None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.pop(name, None)
+    if given:
+        os.environ[given] = "max_split_size_mb:64"
+    machine.machine.cache_clear()
+    machine.machine()
+    print(os.environ.get("PYTORCH_ALLOC_CONF"))
+assert "torch" not in sys.modules
+"""
+
+
+def test_on_cuda_one_process_too_has_segments_that_grow(tmp_path: Path) -> None:
+    environment = os.environ | {"TUNESMITH_CACHE": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", ON_CUDA], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["expandable_segments:True", "max_split_size_mb:64", "None"], done.stderr
 
 
 def test_plan_counts_recomputed_layers(tunesmith: Any, recipe: dict[str, Any], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from tunesmith.models.shapes import rounded, rounded_rows
 LONGEST_KEPT = 512  # keys; with more of them the probabilities outgrow the other activations
 KEYS_AT_ONCE = 16_384  # of the rows of one group: each has its own copy of what they share
 PADDING = 1.25  # a group's longest row may be so much longer than its shortest
+Made = TypeVar("Made")
 
 
 class CannotPack(Exception):
@@ -116,7 +117,7 @@ class Layout:
     device: torch.device | str = "cpu"
     padding: int = 0
     few: bool = False
-    _plans: dict[int | None, tuple[list[Group], Tensor]] = field(default_factory=dict, repr=False)
+    _made: dict[tuple[str, int | None], Any] = field(default_factory=dict, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -156,9 +157,14 @@ class Layout:
 
     def groups(self, window: int | None) -> tuple[list[Group], Tensor]:
         """The rows in groups, and for each token of the sequence its place among the groups' real tokens."""
-        if window not in self._plans:
-            self._plans[window] = self._plan(window)
-        return self._plans[window]
+        return self.once("groups", window, lambda: self._plan(window))
+
+    def once(self, what: str, window: int | None, make: Callable[[], Made]) -> Made:
+        """What a kind of attention makes of the layout: at the first layer, and kept for the others of its window."""
+        if (what, window) not in self._made:
+            self._made[what, window] = make()
+        made: Made = self._made[what, window]
+        return made
 
     def _plan(self, window: int | None) -> tuple[list[Group], Tensor]:
         batches: list[list[Span]] = []
@@ -254,6 +260,8 @@ def packed_attention(
     An entry of transformers' attention interface; how rows lie in T comes from `laid_out`.
     """
     refuse_extras(others)
+    if attention_mask is not None:  # transformers makes none for this attention: it is the layer's own
+        raise CannotPack("attention with a mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     module._attends_with = scale, sliding_window  # type: ignore[assignment]  # what a shorter way needs to know
     if not dropout:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,15 +51,15 @@ def flash(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, layout: Layout, scale: fl
     own: its queries are the last of them, as flash-attn's causal mask has it."""
     from flash_attn import flash_attn_varlen_func
 
-    keys, ends_q, ends_k = lengths(layout)
+    rows = layout.once("lengths", None, lambda: lengths(layout))
     out: Tensor = flash_attn_varlen_func(
         q_THD,
-        k_TGD.index_select(0, keys),
-        v_TGE.index_select(0, keys),
-        cu_seqlens_q=ends_q,
-        cu_seqlens_k=ends_k,
-        max_seqlen_q=int(ends_q.diff().max()),
-        max_seqlen_k=int(ends_k.diff().max()),
+        k_TGD.index_select(0, rows.keys),
+        v_TGE.index_select(0, rows.keys),
+        cu_seqlens_q=rows.ends_q,
+        cu_seqlens_k=rows.ends_k,
+        max_seqlen_q=rows.longest_q,
+        max_seqlen_k=rows.longest_k,
         softmax_scale=scale,
         causal=True,
         window_size=(-1, -1) if window is None else (window - 1, 0),
@@ -67,34 +68,55 @@ def flash(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, layout: Layout, scale: fl
     return out
 
 
-def lengths(layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Where the keys of all rows lie, one row's after the other's, and where each row's queries and keys end."""
-    spans, device = layout.spans, layout.device
+class Lengths(NamedTuple):
+    """Rows as flash-attn takes them.
+
+    Attributes:
+        keys: where the keys of all rows lie, one row's after the other's.
+        ends_q, ends_k: where each row's queries and keys end, after a zero.
+        longest_q, longest_k: how many the row with the most has.
+    """
+
+    keys: Tensor
+    ends_q: Tensor
+    ends_k: Tensor
+    longest_q: int
+    longest_k: int
+
+
+def lengths(layout: Layout) -> Lengths:
+    """The layout's rows; counted here, so that nothing waits for the device."""
+    spans = layout.spans
     keys = [i for s in spans for i in (*range(s.at, s.at + s.before), *range(s.start, s.start + s.length))]
-    ends_q = torch.tensor([0, *(s.length for s in spans)], device=device).cumsum(0).to(torch.int32)
-    ends_k = torch.tensor([0, *(s.before + s.length for s in spans)], device=device).cumsum(0).to(torch.int32)
-    return torch.tensor(keys, device=device), ends_q, ends_k
+    queries, seen = [s.length for s in spans], [s.before + s.length for s in spans]
+    ends = (torch.tensor([0, *accumulate(counts)], dtype=torch.int32) for counts in (queries, seen))
+    keys_K, ends_q, ends_k = (x.to(layout.device) for x in (torch.tensor(keys), *ends))
+    return Lengths(keys_K, ends_q, ends_k, max(queries), max(seen))
 
 
 def flex(q_THD: Tensor, k_TGD: Tensor, v_TGE: Tensor, layout: Layout, scale: float, window: int | None) -> Tensor:
     """Causal attention within each row -> [T, H, E], by torch's flex attention, compiled."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    total = len(q_THD)
-    mask = create_block_mask(sees(layout, window), None, None, total, total, device=str(q_THD.device))
+    mask = layout.once("flex", window, lambda: block_mask(layout, window))
     q, k, v = (x.transpose(0, 1)[None].contiguous() for x in (q_THD, k_TGD, v_TGE))
     out: Tensor = _compiled_flex()(q, k, v, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return out[0].transpose(0, 1)
 
 
+def block_mask(layout: Layout, window: int | None) -> Any:
+    """Which blocks of the sequence see which, so that flex attention leaves the others out."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    tokens = layout.tokens
+    return create_block_mask(sees(layout, window), None, None, tokens, tokens, device=str(layout.device))
+
+
 def sees(layout: Layout, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
     """Which token sees which, as flex attention asks: those before it in its row, and what the row begins with."""
-    parts = [
-        (number, at, s.at, s.before, s.before + at - s.start)
-        for number, s in enumerate(layout.spans)
-        for at in range(s.start, s.start + s.length)
-    ]
-    row, _, first, before, place = (torch.tensor(column, device=layout.device) for column in zip(*parts, strict=True))
+    spans, device = torch.tensor(layout.spans), layout.device
+    row = torch.arange(len(spans)).repeat_interleave(spans[:, 1])
+    start, _, first, before = spans[row].T
+    place = before + torch.arange(len(row)) - start
+    row, first, before, place = (column.to(device) for column in (row, first, before, place))
 
     def mask(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (row[q] == row[k]) & (place[k] <= place[q])

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tunesmith.conversation.render import Rendered
+from tunesmith.errors import ModelError, first_line
 from tunesmith.models.activations import recompute_layers, waiting
 from tunesmith.models.attention import CannotPack, laid_out, packed_attention
 from tunesmith.models.cuda import choose_attention, liger_there
@@ -105,6 +106,7 @@ class PackedForward:
         failed = compile_pieces(dtype, self.device) if self.ways.compile else ""
         self.compiled = self.ways.compile and not failed
         self._again: list[Any] = []
+        self._head: Any = torch.nn.Identity()  # what makes logits of what `_apart` gives
         self._check()
         self.why += f"; not compiled: {failed}" if failed else ""
         if self.ways.activations != "keep":
@@ -149,7 +151,7 @@ class PackedForward:
         if self._can_pack(batch):
             return self._hidden(batch, batch.before_N), self.model.get_output_embeddings()
         with self._own_attention():
-            return torch.cat([logits for logits, _ in self._separate_logits(batch)]), lambda logits: logits
+            return self._apart(batch), self._head
 
     def scores(self, batch: Pack) -> Tensor:
         """The scores [R, K] that a model with a head of K classes gives each of the pack's rows at its end."""
@@ -211,12 +213,8 @@ class PackedForward:
         if self._scorer:
             return self._ends_apart(batch).float()
         with self._own_attention(), waiting(self.offload, self.device):
-            losses = []
-            for logits, to in self._separate_logits(batch):
-                if hits is not None:
-                    hits.append(logits.detach().argmax(-1) == to)
-                losses.append(F.cross_entropy(logits.float(), to, reduction="none", label_smoothing=smoothing))
-            return torch.cat(losses)
+            states = self._apart(batch)
+        return head_nll(states, self._head, batch.ids_T[batch.places_N], smoothing, hits)
 
     @contextlib.contextmanager
     def _own_attention(self) -> Iterator[None]:
@@ -231,15 +229,19 @@ class PackedForward:
             for layer in self._again:
                 layer.gradient_checkpointing = True
 
-    def _separate_logits(self, batch: Pack) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each row's logits before its weighted tokens, and those tokens."""
+    def _apart(self, batch: Pack) -> Tensor:
+        """Of each row alone, the states [N, D] that predict its weighted tokens; or their logits [N, V], where those
+        are not the output layer's alone."""
+        own = not isinstance(self._head, torch.nn.Identity)
+        found = []
         for number, (start, length, _, _) in enumerate(batch.layout.rows):
             mine = batch.owner_N == number
             if mine.any():
                 ids = batch.ids_T[start : start + length][None]
-                seen = torch.ones_like(ids)
-                logits = self.whole(input_ids=ids, attention_mask=seen, use_cache=False).logits[0, -length:]
-                yield logits[batch.before_N[mine] - start], batch.ids_T[batch.places_N[mine]]
+                given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+                out = self.backbone(**given).last_hidden_state if own else self.whole(**given).logits
+                found.append(out[0, -length:][batch.before_N[mine] - start])
+        return torch.cat(found)
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -249,12 +251,14 @@ class PackedForward:
         training = self.model.training
         self.model.eval()
         try:
-            expected = self._one_by_one(pack(probe, self.device, share=False))
+            alone = pack(probe, self.device, share=False)
+            expected = self._read(alone)
             # States, which a head of classes reads, are told in units of how far they spread: about as large as nats.
             unit = expected.std().item() if self._scorer else 1.0
             allowed = self.tolerance
             if self._coarse:
                 allowed += COARSE * expected.abs().mean().item() / unit
+            more = "" if self._scorer or self.prefixed else self._take_head(alone, expected, allowed)
             if self.prefixed:
                 raise CannotPack("trained keys and values lie before each row")
             from transformers import AttentionInterface
@@ -267,8 +271,8 @@ class PackedForward:
                 raise CannotPack("this architecture does not use transformers' attention interface")
             if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
                 raise CannotPack("its layers are computed again in the backward pass")
-            if not self._scorer:
-                self._check_head(probe[0])
+            if more:
+                raise CannotPack(more)
             liger = liger_there(self.ways.liger, str(self.device))
             counts: Counter[str] = Counter()
             if self.ways.fused:
@@ -292,9 +296,37 @@ class PackedForward:
         finally:
             self.model.train(training)
 
-    def _check_head(self, row: Rendered) -> None:
+    def _read(self, alone: Pack) -> Tensor:
+        """The losses of rows one by one, as the whole model gives them."""
+        try:
+            return self._one_by_one(alone)
+        except torch.OutOfMemoryError:
+            raise
+        except REFUSALS as error:
+            raise ModelError(
+                f"architecture {self.model.config.model_type} can't read tokens alone ({first_line(error)})",
+                where="model.name",
+                fix="Take a decoder that needs nothing but text.",
+            ) from error
+
+    def _take_head(self, alone: Pack, expected: Tensor, allowed: float) -> str:
+        """Make logits by the output layer itself, a chunk of tokens at a time; or why they are not its alone."""
+        try:
+            self._check_head(alone.ids_T[: alone.layout.rows[0].length])
+            self._head = self.model.get_output_embeddings()
+            off = (self._one_by_one(alone) - expected).abs().mean().item()
+            if not off <= allowed:
+                raise CannotPack(f"losses by its output layer are off by {off:.2g} nats a token")
+        except torch.OutOfMemoryError:
+            raise
+        except (CannotPack, *REFUSALS) as error:
+            self._head = torch.nn.Identity()
+            return str(error)
+        return ""
+
+    def _check_head(self, ids_T: Tensor) -> None:
         """The logits must be the output layer's own: no scale and no soft cap after it, which small ones hide."""
-        ids, head = torch.tensor([row.ids], device=self.device), self.model.get_output_embeddings()
+        ids, head = ids_T[None], self.model.get_output_embeddings()
         with self._own_attention():
             hook = head.register_forward_hook(lambda module, given, out: out * 64)
             try:
