@@ -12,6 +12,7 @@ import pytest
 
 from tests.conftest import colour_rows, write_jsonl, write_recipe
 from tests.sources import pdf, rows_of, task
+from tunesmith.data import formats, readers
 from tunesmith.data.opening import Broken
 from tunesmith.data.section import DataSection, SourceSection
 from tunesmith.data.sources import read_rows, source_files
@@ -297,7 +298,7 @@ def test_held_out_files_are_read_as_the_sources_are(prepared: Any, tmp_path: Pat
 # ------------------------------------------------------------------ Label Studio
 
 
-def test_label_studio_exports(tmp_path: Path, prepared: Any) -> None:
+def test_label_studio_exports(tmp_path: Path, prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     skipped = task(4, "d", "good")
     skipped["annotations"][0]["was_cancelled"] = True
     spans = task(5, "Ann went", "x")
@@ -311,7 +312,12 @@ def test_label_studio_exports(tmp_path: Path, prepared: Any) -> None:
         {"text": "Ann went", "ner": '[{"start":0,"end":3,"text":"Ann","labels":["PER"]}]'},
     ]  # fmt: skip
     keys = {"path": "export.json", "columns": {"prompt": "text", "completion": "sentiment"}}
+    parsed: list[int] = []
+    load = readers.load_json
+    monkeypatch.setattr(readers, "load_json", lambda text: parsed.append(len(text)) or load(text))
+    formats._has_task.cache_clear()
     made = prepared(keys, max_rejected=1)
+    assert len(parsed) == 3  # to know it for what it is, for its columns, for its rows
     assert made.turns() == [[("user", "a"), ("assistant", "good")], [("user", "b"), ("assistant", "bad")]]
     assert [r["reason"] for r in made.rejected] == ["annotators_disagree", "not_annotated", "lacks_field"]
     (tmp_path / "export.json").write_text(json.dumps([task(1, "HALF", "good"), tasks[0]]).replace("HALF", "\\uD83D"))

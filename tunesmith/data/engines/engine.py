@@ -83,7 +83,7 @@ def _arrays_of(path: Path) -> Path:
 @lru_cache(1)
 def _loaded(path: Path) -> Callable[[Any], Any]:
     content, sizes = pickle.loads(path.read_bytes())  # written by `saved` a moment ago
-    held = memoryview(np.memmap(_arrays_of(path), mode="r")) if any(sizes) else memoryview(b"")
+    held = np.memmap(_arrays_of(path), mode="r").data if any(sizes) else memoryview(b"")
     arrays = [held[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
     work: Callable[[Any], Any] = pickle.loads(content, buffers=arrays)
     return work

@@ -17,7 +17,7 @@ from tunesmith.errors import MachineError
 
 T = TypeVar("T")
 R = TypeVar("R")
-KEYS_HELD = 2**28  # bytes that keys take in all processes together
+KEYS_HELD = 2**29  # bytes that keys take in all processes together
 A_KEY = 64  # bytes that a row and its key take while they are brought together
 ALONE = 20_000  # rows; starting processes takes longer than so many
 
