@@ -190,6 +190,34 @@ def test_recall_of_kinds_that_have_a_pattern(benchmark: Any, shared: Path) -> No
         assert table[benchmark.KINDS.get(kind, kind)]["precision"] >= 0.9
 
 
+ADDRESSES = (
+    "10 Downing Street", "221B Baker Street", "1600 Pennsylvania Avenue NW, Washington, DC 20500", "PO Box 1234",
+    "3 Maple Court", "Hauptstraße 5, 10115 Berlin", "Villacher Strasse 89", "Bahnhofstrasse 45, 8001 Zürich",
+    "36 rue de Rivoli, 75001 Paris", "12, avenue des Champs Elysées", "Via Roma 131, 00184 Roma",
+    "Calle Mayor 5, 28013 Madrid", "Rua Augusta 1508", "Kerkstraat 12, 1017 GC Amsterdam",
+    "Drottninggatan 88, 111 36 Stockholm", "ul. Marszałkowska 10", "Andrássy út 60", "Unit 2050 Box 4190\nAPO AP 96278",
+    "corner of Main Street and Fifth Avenue",
+)  # fmt: skip
+POSTCODES = ("M5H 2N2", "SW1A 2AA")
+NO_ADDRESSES = (
+    "There are 20 houses on the street", "I drive about 60 miles", "The court heard 12 witnesses", "Send 2 via bus 20",
+    "It took 3 days along the road to town", "2 men drive", "A room of 12 inches. She makes square tiles",
+    "The flat has 2,400 sq ft", "Are u 18", "5 place settings", "Meet at Gate 12 in Terminal 3",
+)  # fmt: skip
+
+
+def test_addresses_of_many_countries() -> None:
+    """The whole of each, with its town behind a postal code; and nothing of texts that merely have such words."""
+    step = Personal(names="none")
+    for address in ADDRESSES:
+        text = f"I wrote to {address}."
+        [found] = step._find(text)
+        assert (found.kind, text[found.start : found.end].rstrip(".")) == ("STREET_ADDRESS", address)
+    for code in POSTCODES:
+        assert [found.kind for found in step._find(f"It is in {code}.")] == ["ZIP_CODE"], code
+    assert not [text for text in NO_ADDRESSES if step._find(text + ".")]
+
+
 def test_ordinary_text_holds_nothing(shared: Path) -> None:
     """Of GSM8K's questions, full of numbers, hardly one is taken for personal data."""
     step = Personal(names="none")

@@ -30,12 +30,34 @@ NAMES = {
     "DATE": "DATE_TIME",
     "TIME": "DATE_TIME",
 }
-STREETS = (
-    "street|st|avenue|ave|road|rd|lane|ln|drive|dr|boulevard|blvd|court|ct|square|terrace|parkway|highway|close"
-    "|rue|avenida|calle|via|viale|piazza|strada|rua|ulica|ul|utca"
-    r"|\w*(?:strasse|straße|gasse|platz|allee|vej|vägen|gatan|gata|katu|tie|weg|straat|laan|plein|gade|stræti|tér)"
+# Words for a street that stand behind its name, with the number before (10 Downing Street) ...
+STREET = "street|str|st|avenue|ave|road|rd|lane|ln|dr|boulevard|blvd|ct|terrace|parkway|highway"
+PLACE = "place|way|crescent|drive|court|square|close"  # words for much else: only behind a name
+# ... or with the number on either side (Villacher Strasse 89), ones that names end in (Kerkstraat 12), and ones before
+# the name (Via Roma 131, 36 rue de Pologne).
+STRASSE = r"strasse|straße|gasse|weg|platz|allee|vei|väg|utca|út|útja|u\.|tér|körút|põik"
+STRAAT = (
+    "strasse|straße|gasse|weg|platz|allee|straat|laan|plein|gracht|vej|gade|vägen|gatan|gata|veien|vegen|katu|stræti"
+    "|braut|vegur|tér"
 )
-WORD = r"[\w.'’-]+ "
+RUE = (
+    "rue|avenida|avda|calle|carrer|plaza|paseo|viale|vicolo|piazza|piazzetta|strada|rua|travessa|ulica|ul|chemin|allée"
+    "|impasse|quai|(?-i:Via|Largo|Corso|Place|Avenue|Boulevard)"
+)
+OF = "(?: (?:de|da|do|du|des|dei|della|la|le|les|los))*"
+SMALL = "the|a|an|in|on|of|at|to|and|or|per|each|every|down|along|across|for|from|by|with"
+WORD = rf"(?!(?-i:{SMALL})\b)(?:[\w'’-]+|\w{{1,3}}\.) "
+NAME = r"(?-i:[^\W\d_a-z])[\w.'’()-]*"  # a word that begins as a name does
+UNIT = r"(?:Suite|Apt\.?|Unit|P\.?O\.? Box|PSC) \d{1,5}(?:,? Box \d{1,5})?"
+GAP = r"[,\s>]+"  # within an address, that may be quoted as in an e-mail
+# What may follow a street and its number: flats; then a postal code and a town, or towns, regions and countries up to
+# a postal code.
+REST = (
+    rf"(?:{GAP}{UNIT}){{0,2}}"
+    rf"(?:{GAP}(?:[A-Z]{{1,2}}-)?\d{{3,5}}(?:[ -]\d{{2,3}}| ?(?-i:[A-Z]{{2}}))? {NAME}(?: {NAME}){{0,2}}"
+    rf"|(?:{GAP}(?:{NAME}|am|an|de[lr]?|di|do|la|nad|na|of|the|u|upon)){{1,7}}"
+    rf"{GAP}(?!(?:19|20)\d\d\b)\d{{4,6}}(?:[ -]\d{{2,4}})?\b)?"
+)
 PHONES = ("phone", "telephone", "tel", "mobile", "cell", "fax", "office", "call", "desk", "message", "answering")
 PLACES = ("address", "live", "located", "suite", "apt", "office", "restaurant", "meet", "return to", "ship", "deliver")
 # Kind, pattern, score, words near it that raise the score. A score below 0.4 needs such a word.
@@ -60,18 +82,39 @@ PATTERNS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("US_DRIVER_LICENSE", r"\b[A-Z]?\d(?:[ -]?\d){5,14}\b", 0.1, ("driver's license", "driver’s license", "driving")),
     ("AGE", r"\b\d{1,3}(?=[ -](?:years?[ -]old|y/?o\b|years of age))", 0.6, ()),
     ("AGE", r"\b\d{1,3}\b", 0.1, ("turned", "turn", "the age of", "aged")),
-    ("ZIP_CODE", r"\b\d{3,6}(?:[ -]\d{2,4})?\b", 0.1, ("zip", "postcode", "postal code")),
+    ("ZIP_CODE", r"\b\d{3,6}(?:[ -]\d{2,4})?\b|(?-i:\b\d{4} ?[A-Z]{2}\b)", 0.1, ("zip", "postcode", "postal code")),
+    # As in Canada and Britain, and behind a state of the USA.
+    ("ZIP_CODE", r"(?-i:\b[ABCEGHJ-NPR-TVXY]\d[A-Z] \d[A-Z]\d\b)", 0.5, ()),
+    ("ZIP_CODE", r"(?-i:\b[A-Z]{1,2}\d[A-Z\d]? \d[ABD-HJLNP-UW-Z]{2}\b)", 0.5, ()),
+    ("ZIP_CODE", r"(?<=(?-i:, [A-Z]{2} ))\d{5}(?:-\d{4})?\b", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b\d{{1,5}}[a-z]?[ ,]+(?:{WORD}){{1,3}}(?:{STREET})\b\.?(?: \d{{1,5}}\b)?{REST}", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b\d{{1,5}}[a-z]?[ ,]+(?:{NAME} ){{1,3}}(?:{PLACE}|{STRASSE})(?!\w){REST}", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b(?:{NAME} ){{1,3}}(?:{STRASSE}) \d{{1,5}}\b{REST}", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b(?:\d{{1,5}} )?\w+(?:{STRAAT}) \d{{1,5}}\b{REST}", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b(?:\d{{1,5}} )?(?:{RUE})\.? (?:{WORD}){{1,4}}?\d{{1,5}}\b{REST}", 0.5, ()),
     (
         "STREET_ADDRESS",
-        rf"\b\d{{1,5}}[ ,]+(?:{WORD}){{0,3}}(?:{STREETS})\b\.?(?: [\w.'’-]+){{0,3}}?(?: \d{{1,5}})?(?=[\s,.;]|$)",
+        rf"\b\d{{1,5}}(?: bis| ter)?,? (?:{RUE}|avenue|boulevard)\.?{OF} [\w'’-]+(?: {NAME}){{0,2}}{REST}",
         0.5,
         (),
     ),
-    ("STREET_ADDRESS", rf"(?<!\w)(?:{STREETS})\.? (?:{WORD}){{1,4}}?\d{{1,5}}\b", 0.5, ()),
-    ("STREET_ADDRESS", r"\b\w+(?:strasse|straße|gasse|weg|straat|vej|katu) \d{1,5}\b", 0.5, ()),
-    ("STREET_ADDRESS", r"\b(?:Suite|Apt\.?|Unit|P\.?O\.? Box|PSC) \d{1,5}(?:,? Box \d{1,5})?", 0.5, ()),
-    # As most of Europe writes them, the number behind: only near a word such as "address".
-    ("STREET_ADDRESS", rf"\b\d{{3,5}} (?:(?-i:[^\W\d_a-z]){WORD}){{1,4}}\d{{1,4}}\b", 0.3, PLACES),
+    ("STREET_ADDRESS", rf"\b{UNIT}", 0.5, ()),
+    (
+        "STREET_ADDRESS",
+        rf"\bcorner of (?:\d{{1,5}} )?(?:{NAME} )(?:[\w.'’-]+ ){{0,4}}?and {NAME}(?: {NAME}){{0,2}}",
+        0.5,
+        (),
+    ),
+    # A post office of the armed forces of the USA, and the line before it.
+    (
+        "STREET_ADDRESS",
+        rf"(?:(?:{UNIT}|US[A-Z]{{1,3}} {NAME}){GAP})?\b[ADF]PO,? A[AEP] \d{{5}}(?:-\d{{4}})?\b",
+        0.5,
+        (),
+    ),
+    # As most of Europe writes them, the number behind: before a flat's, or near a word such as "address".
+    ("STREET_ADDRESS", rf"\b(?:\d{{1,5}} )?(?:{NAME} ){{1,4}}\d{{1,5}}\.?(?={GAP}(?:Suite|Apt)\b){REST}", 0.5, ()),
+    ("STREET_ADDRESS", rf"\b\d{{3,5}} {NAME} (?:{WORD}){{0,4}}\d{{1,4}}\b{REST}", 0.3, PLACES),
 )
 
 
