@@ -160,7 +160,7 @@ def test_an_adapter_over_a_quantised_gpt2_is_one_for_gpt2(
     recipe["model"] = str(make_model(tmp_path / "gpt2", architecture="gpt2"))
     recipe["train"] |= {"quantise": "nf4", "adapter": {"kind": "lora", "rank": 4, "targets": ["c_attn", "*.mlp.*"]}}
     path = write_recipe(tmp_path, recipe)
-    said = tunesmith("run", path)
+    said = tunesmith("train", path)
     assert said.code == 0, said.err
     losses = [line["loss"] for line in read_jsonl(tmp_path / "runs/tiny/metrics.jsonl")]
     assert min(losses[1:]) < losses[0]
