@@ -103,8 +103,9 @@ def _rows(piece: Piece, section: DataSection, ledger: Ledger) -> Iterator[Conver
     look = Looked(Path(source.media_folder) if source.media_folder else piece.path.parent)
 
     def conversation(row: Row, where: str) -> Conversation | None:
-        made: Conversation | None = placed(piece.layout.read(row, source, where), beside(row, source))
-        if made.media and (made := _with_media(made, where, section.media, look, ledger)) is None:
+        read = placed(piece.layout.read(row, source, where), beside(row, source))
+        made = _with_media(read, where, section.media, look, ledger) if read.media else read
+        if made is None:
             return None
         made = marked(made, row, source, columns, section.split.time)
         kept = {column: row[column] for column in source.keep if row.get(column) is not None}
