@@ -240,8 +240,10 @@ def packing() -> bool:
 
 def refuse_extras(given: dict[str, Any]) -> None:
     """Raise CannotPack for what a model may ask of its attention and ours does not do."""
-    if any(given.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
+    if any(given.get(name) is not None for name in ("softcap", "s_aux", "sinks", "position_bias")):
         raise CannotPack("attention with a soft cap, sinks or a position bias")
+    if any(given.get(name) is not None for name in ("indices", "block_indices")):
+        raise CannotPack("attention to some tokens that the layer chooses")
 
 
 def packed_attention(
