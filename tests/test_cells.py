@@ -29,6 +29,7 @@ def test_the_tables_have_every_adapter_method_and_precision() -> None:
     assert {c[2] for c in CELLS} == set(cells.PRECISIONS)
     page = adapter_table.PAGE.read_text(encoding="utf-8")
     assert adapter_table.written(page, KNOWN) == page, "run: python tools/adapter_table.py"
+    assert adapter_table.counted(KNOWN) in page, "run: python tools/adapter_table.py --all"
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,9 @@
 
 Each cell is trained for two steps, stopped after the first, gone on with and compared bit for bit (tests/cells.py). The
 first table has every adapter in every precision, with method sft; the second every method with every adapter, in
-float32. `--all` tries every method with every adapter in every precision, and names the cells in which that differs
-from what the two tables say. `--adapters lora,dora` tries only these and leaves the other rows as they stand.
+float32. `--all` tries every method with every adapter in every precision, names the cells in which that differs from
+what the two tables say (`said`), and writes onto the page when all were tried and none differed. `--adapters lora,dora`
+tries only these and leaves the other rows as they stand.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 import re
 import sys
 import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -21,6 +24,8 @@ PAGE = ROOT / "docs/adapters.md"
 RESULTS = ROOT / "docs/adapters.json"
 METHOD, PRECISION = "sft", "float32"
 UNKNOWN = "not tried"
+TRIED = re.compile(r"(<!-- all -->\n).*?(<!-- end of all -->)", re.DOTALL)
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "torchao")
 
 
 def main() -> None:
@@ -49,12 +54,43 @@ def main() -> None:
             if method == METHOD or precision == PRECISION:
                 known[f"{method} | {adapter} | {precision}"] = why
                 continue
-            told = known[f"{METHOD} | {adapter} | {precision}"] or known[f"{method} | {adapter} | {PRECISION}"]
-            if bool(why) != bool(told):
+            if why not in said(known, method, adapter, precision):
                 differ.append(f"{method}, {adapter}, {precision}: {why or 'works'}")
     write(known)
     if differ:
         sys.exit("Not as the tables say:\n" + "\n".join(differ))
+    if chosen.all and wanted == set(cells.ADAPTERS):
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(TRIED.sub(lambda m: f"{m[1]}\n{counted(known)}\n{when()}\n\n{m[2]}", page), encoding="utf-8")
+
+
+def said(known: Mapping[str, str], method: str, adapter: str, precision: str) -> set[str]:
+    """What the two tables say of a cell: for which reasons it is refused, or that it works ("").
+
+    It does what sft does in that precision, but for what the second table refuses the method for and not sft.
+    """
+    table = {known[f"{METHOD} | {adapter} | {precision}"]}
+    own = known[f"{method} | {adapter} | {PRECISION}"]
+    if own != known[f"{METHOD} | {adapter} | {PRECISION}"]:
+        table.add(own)
+    return table if table == {""} else table - {""}
+
+
+def counted(known: Mapping[str, str]) -> str:
+    """How many cells there are of every method, adapter and precision, and how many of them work."""
+    from tests import cells
+
+    told = [said(known, *cell) for cell in cells.cells()]
+    working = told.count({""})
+    return f"{len(told):,} cells: {working:,} work, {len(told) - working:,} are refused."
+
+
+def when() -> str:
+    """The day, and what was installed."""
+    from importlib.metadata import version
+
+    day = datetime.now(UTC).date().isoformat()
+    return f"All of them were tried on {day}, with {', '.join(f'{name} {version(name)}' for name in LIBRARIES)}."
 
 
 def write(found: dict[str, str]) -> None:
