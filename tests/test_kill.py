@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import write_recipe
-from tests.test_method_runs import files, to_train
+from tests.test_method_runs import METHODS, files, to_train
 from tunesmith.runs import read_jsonl
 
 # The command line, but the process dies just before its n-th rename or removal.
@@ -112,11 +112,22 @@ STORMS: dict[str, dict[str, Any]] = {
     "classify": {"optimizer": "muon"},
     "distill": {"adapter": "full", "optimizer": "schedule_free"},
     "text": {"adapter": {"kind": "adalora", "rank": 2, "warm": 0.1, "settled": 0.2}, "neftune": 5},
+    "cpo": {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.1, "dora": True}, "optimizer": "lion"},
+    "simpo": {"adapter": {"kind": "bottleneck", "size": 8}},
+    "orpo": {"adapter": {"kind": "partial", "last_layers": 1}, "precision": "bfloat16"},
+    "reward": {"adapter": {"kind": "lora", "rank": 4}, "optimizer": "adafactor"},
 }
 
 
+LONG_STORMS = [["kto", "classify", "distill"], ["cpo", "simpo", "orpo", "reward"]]
+
+
+def test_every_method_but_sft_which_has_its_own_is_killed() -> None:
+    assert {"dpo", "text", *(method for some in LONG_STORMS for method in some)} == set(STORMS) == set(METHODS)
+
+
 @pytest.mark.parametrize(
-    "methods", [["dpo", "text"], pytest.param(["kto", "classify", "distill"], marks=pytest.mark.long)], ids=" ".join
+    "methods", [["dpo", "text"], *(pytest.param(some, marks=pytest.mark.long) for some in LONG_STORMS)], ids=" ".join
 )
 def test_other_methods_killed_at_random_moments_end_in_the_same_weights(
     recipe: dict[str, Any], tmp_path: Path, tiny_model: Path, methods: list[str]
