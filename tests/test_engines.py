@@ -118,7 +118,7 @@ def test_made_rows_come_out_the_same(engine: Any, renderer: Any, tmp_path: Path,
 
 
 EVERY = {
-    "unicode": True, "markdown": True, "turns": True, "length": True, "repetition": True, "boilerplate": True,
+    "unicode": True, "markdown": True, "turns": True, "repetition": True, "length": True, "boilerplate": True,
     "duplicates": "exact", "conflicts": "report", "personal": {"action": "pseudonymise", "names": "none"},
     "secrets": "mask", "toxicity": {"above": 0.8, "action": "drop"}, "bias": True,
     "language": {"keep": ["en"], "certainty": 0.9}, "contamination": ["test", "validation"],
@@ -146,17 +146,20 @@ def test_every_step_comes_out_the_same(engine: Any, renderer: Any, tmp_path: Pat
     rows += [rows[i] | {"completion": f"No {i}.{bye}"} for i in (5, 11, 17)] + [rows[i] for i in (2, 3)]
     rows += [
         {"prompt": "Say it.", "completion": "I wait and wait. " * 9},
-        {"prompt": "Long?", "completion": "a b " * 2000},
+        {"prompt": "Long?", "completion": "a b " * 600},
     ]
     rows += [{"prompt": f"Code {i}?", "completion": f"Here it is:\n```python\nx = {i}{bye}"} for i in range(3)]
+    asked = "What do I tell a customer whose parcel came to the wrong house twice in one week"
     rows += [
-        {
-            "messages": [{"role": "user", "content": text} for text in ("Hi.", "There?")]
-            + [{"role": "assistant", "content": "Yes."}]
-        }
+        {"prompt": "Say this again.", "completion": "Say this again."},
+        {"prompt": f"{asked}!", "completion": "No."},
     ]
-    source = str(write_jsonl(tmp_path / "rows.jsonl", rows))
-    split = {"validation": 0.1, "test": 0.1, "near": None}
+    source, tests = (str(tmp_path / name) for name in ("rows.jsonl", "tests.jsonl"))
+    write_jsonl(Path(source), rows)
+    write_jsonl(
+        Path(tests), [{"prompt": f"{asked}?", "completion": "Sorry."}, {"prompt": "Is it?", "completion": "Yes."}]
+    )
+    split = {"validation": 0.1, "test": tests, "near": None}
     files = same_on(engine, renderer, tmp_path, source, clean=EVERY, split=split)
     steps = {step["step"]: step for step in json.loads(files["steps.json"])}
     idle = [name for name, s in steps.items() if not (s["changed"] or s["removed"] or s["flagged"])]
