@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -366,7 +367,7 @@ print(rows, groups, *used)
 
 
 def test_a_row_that_went_missing_is_never_passed_over(prepared: Any, tmp_path: Path, monkeypatch: Any) -> None:
-    ledger = Ledger(read=5, made=1)
+    ledger = Ledger(read=5, made=Counter(weight=1))
     ledger.reject("f:1", "broken_json", "no", "x")
     ledger.remove(None, "f:2", "where", "no")
     ledger.balance(4)

@@ -25,6 +25,9 @@ def test_a_curve_is_the_one_that_was_kept(name: str, folder: Path) -> None:
     if "quantise" in curves.CASES[name]:
         pytest.importorskip("bitsandbytes")
     before = curves.kept(name)
+    kept_with, here = before["environment"]["instructions"], curves.environment()["instructions"]
+    if "quantise" in curves.CASES[name] and kept_with != here:
+        pytest.skip(f"bitsandbytes has other kernels for {here} than for {kept_with}, with which the curve was kept")
     assert before["case"] == curves.CASES[name], "run: python tools/golden.py"
     why = curves.moved(before["steps"], curves.trained(name, folder))
     assert not why, (

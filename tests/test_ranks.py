@@ -23,6 +23,7 @@ from tests.ranked import in_pair, shared, walk
 from tunesmith.conversation.message import Conversation, Message
 from tunesmith.errors import MachineError, RankLost, RecipeError
 from tunesmith.inference.transformers_engine import TransformersEngine
+from tunesmith.models.machine import machine
 from tunesmith.runs import read_jsonl
 from tunesmith.train.batching import Schedule
 from tunesmith.train.ranks import Ranks
@@ -327,7 +328,9 @@ def test_a_teacher_answers_once_for_all_ranks(
     monkeypatch.setattr(TransformersEngine, "generate", counted)
 
     def examples(ranks: Ranks) -> Any:
-        given = SimpleNamespace(training=rows[:3], validation=rows[3:], renderer=renderer, model=None, ranks=ranks)
+        given = SimpleNamespace(
+            training=rows[:3], validation=rows[3:], renderer=renderer, model=None, ranks=ranks, machine=machine()
+        )
         return _examples(section, given)[2:]
 
     one, other = in_pair(examples)
