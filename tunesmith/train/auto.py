@@ -55,7 +55,7 @@ def with_length(section: TrainSection, model: ResolvedModel) -> tuple[TrainSecti
 
 def with_pack(section: TrainSection, machine: Machine) -> TrainSection:
     """The section with a number for a pack's tokens. More make products larger, and memory; on a processor float32's
-    are as fast with fewer (benchmarks/RESULTS.md), bfloat16's are not.
+    are as fast with fewer (benchmarks/LOG.md), bfloat16's are not.
     """
     if section.pack_tokens != AUTO:
         return section
