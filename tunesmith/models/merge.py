@@ -38,32 +38,10 @@ def merge(
     Raises:
         ModelError: one is of another base or no LoRA, or PEFT can't merge them in this way.
     """
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     for adapter in adapters:
-        refuse_anothers(base, adapter)
-        refuse_spoilt(adapter)
-        if not (adapter / "adapter_config.json").is_file():
-            held = "bottlenecks" if is_adapter(adapter) else "a whole model"
-            raise ModelError(
-                f"holds {held}, and only LoRA adapters can be merged with one another",
-                where=str(adapter),
-                fix="Name runs or folders of LoRA adapters.",
-            )
-        config = PeftConfig.from_pretrained(str(adapter))
-        kind = config.peft_type
-        if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
-            raise ModelError(
-                "has a head of classes or new words besides its updates, and those can't be merged",
-                where=str(adapter),
-                fix="Merge adapters without them; package this run by itself.",
-            )
-        if kind != "LORA":
-            raise ModelError(
-                f"is a {kind} adapter, and only LoRA's can be merged with one another",
-                where=str(adapter),
-                fix="Merge it into its base instead: package the run.",
-            )
+        _refuse_unmergeable(base, adapter)
     model = load_model(base, torch.float32)
     names = [f"part{number}" for number in range(len(adapters))]
     torch.manual_seed(seed)
@@ -92,3 +70,32 @@ def merge(
         mark_base(folder, base)
     merged = tuned.peft_config["merged"]
     return {"rank": int(merged.r), "alpha": int(merged.lora_alpha)}
+
+
+def _refuse_unmergeable(base: ResolvedModel, adapter: Path) -> None:
+    """Raise a ModelError where an adapter is of another base, spoilt, or not LoRA's updates alone."""
+    from peft import PeftConfig
+
+    refuse_anothers(base, adapter)
+    refuse_spoilt(adapter)
+    if not (adapter / "adapter_config.json").is_file():
+        held = "bottlenecks" if is_adapter(adapter) else "a whole model"
+        raise ModelError(
+            f"holds {held}, and only LoRA adapters can be merged with one another",
+            where=str(adapter),
+            fix="Name runs or folders of LoRA adapters.",
+        )
+    config = PeftConfig.from_pretrained(str(adapter))
+    kind = config.peft_type
+    if getattr(config, "modules_to_save", None) or getattr(config, "trainable_token_indices", None):
+        raise ModelError(
+            "has a head of classes or new words besides its updates, and those can't be merged",
+            where=str(adapter),
+            fix="Merge adapters without them; package this run by itself.",
+        )
+    if kind != "LORA":
+        raise ModelError(
+            f"is a {kind} adapter, and only LoRA's can be merged with one another",
+            where=str(adapter),
+            fix="Merge it into its base instead: package the run.",
+        )
